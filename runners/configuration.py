@@ -1,0 +1,134 @@
+"""Configuration from YAML files, checked once; every error names file, key and what is allowed."""
+
+from __future__ import annotations
+
+import dataclasses
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from pipelines.alert_production import AlertProductionConfig
+from transforms.distribution import FULL_STREAM, BrokerConfig, full_streams
+from transforms.filters.checking import CheckedFilter, FilterError, check_filter
+from transforms.filters.definition import FilterProblem, load_filters
+
+
+class ConfigurationError(ValueError):
+    """A configuration that cannot be used; the message names file, key and allowed values."""
+
+
+def load_production_config(path: Path | None) -> AlertProductionConfig:
+    """The shipped `alert_production.yaml` with the blocks and keys of `path` laid over it."""
+    shipped, shipped_name = _shipped("alert_production.yaml")
+    values = _mapping(yaml.safe_load(shipped), shipped_name)
+    name = shipped_name
+    if path is not None:
+        name = str(path)
+        for block, keys in _mapping(_read_yaml(path), name).items():
+            if block not in values:
+                raise ConfigurationError(f"{name}: unknown key {block!r}, expected one of {', '.join(sorted(values))}")
+            values[block] = {**values[block], **_mapping(keys, f"{name}: {block}")}
+    blocks = {}
+    for field in dataclasses.fields(AlertProductionConfig):
+        kind = _field_type(field)
+        blocks[field.name] = _validated(kind, values.get(field.name, {}), f"{name}: {field.name}")
+    return AlertProductionConfig(**blocks)
+
+
+def load_brokers(path: Path | None) -> tuple[BrokerConfig, ...]:
+    """The brokers of `path`, or the shipped ones."""
+    if path is None:
+        text, name = _shipped("brokers.yaml")
+        content = yaml.safe_load(text)
+    else:
+        content, name = _read_yaml(path), str(path)
+    listed = _mapping(content, name)
+    unknown = sorted(set(listed) - {"brokers"})
+    if unknown:
+        raise ConfigurationError(f"{name}: unknown key {unknown[0]!r}, expected brokers")
+    entries = listed.get("brokers") or []
+    if not isinstance(entries, list):
+        raise ConfigurationError(f"{name}: brokers must be a list, got {type(entries).__name__}")
+    brokers = tuple(
+        _validated(BrokerConfig, entry, f"{name}: brokers[{index}]") for index, entry in enumerate(entries)
+    )
+    names = [broker.name for broker in brokers]
+    repeated = sorted({one for one in names if names.count(one) > 1})
+    if repeated:
+        raise ConfigurationError(f"{name}: broker {repeated[0]} is listed twice")
+    try:
+        full_streams(brokers)
+    except ValueError as error:
+        raise ConfigurationError(f"{name}: {error}") from error
+    return brokers
+
+
+def load_checked_filters(folder: Path | None) -> tuple[tuple[CheckedFilter, ...], tuple[FilterProblem, ...]]:
+    """The filters of `folder` (or the shipped examples) that may run, and what is wrong with the rest."""
+    if folder is not None and not folder.is_dir():
+        raise ConfigurationError(f"--filters {folder}: no such folder")
+    if folder is None:
+        with resources.as_file(resources.files("runners.config") / "filters") as shipped:
+            definitions, problems = load_filters(shipped)
+    else:
+        definitions, problems = load_filters(folder)
+    checked = []
+    for definition in definitions:
+        try:
+            checked.append(check_filter(definition))
+        except FilterError as error:
+            problems.append(FilterProblem(definition.full_name, error.key, error.reason))
+    return tuple(checked), tuple(problems)
+
+
+def check_broker_streams(brokers: tuple[BrokerConfig, ...], filters: tuple[CheckedFilter, ...], name: str) -> None:
+    """ConfigurationError where a broker asks for a filtered stream that no installed filter makes."""
+    known = {FULL_STREAM, *(one.definition.full_name for one in filters)}
+    for broker in brokers:
+        if broker.stream not in known:
+            raise ConfigurationError(
+                f"{name}: broker {broker.name} wants stream {broker.stream!r}, expected one of {', '.join(sorted(known))}"
+            )
+
+
+def _validated(kind: type, values: Any, where: str) -> Any:
+    allowed = {field.name: field for field in dataclasses.fields(kind)}
+    mapping = _mapping(values, where)
+    unknown = sorted(set(mapping) - set(allowed))
+    if unknown:
+        raise ConfigurationError(f"{where}: unknown key {unknown[0]!r}, expected one of {', '.join(sorted(allowed))}")
+    try:
+        return TypeAdapter(kind).validate_python(mapping)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"]) or "value"
+        raise ConfigurationError(f"{where}: {key}: {first['msg']} (got {first['input']!r})") from error
+
+
+def _mapping(content: Any, where: str) -> dict[str, Any]:
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ConfigurationError(f"{where}: expected keys and values, got {type(content).__name__}")
+    return content
+
+
+def _read_yaml(path: Path) -> Any:
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigurationError(f"{path}: cannot be read: {error}") from error
+
+
+def _shipped(name: str) -> tuple[str, str]:
+    return (resources.files("runners.config") / name).read_text(encoding="utf-8"), f"shipped {name}"
+
+
+def _field_type(field: dataclasses.Field[Any]) -> type:
+    factory = field.default_factory
+    if not isinstance(factory, type):
+        raise TypeError(f"{field.name} has no class as default factory")
+    return factory

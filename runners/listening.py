@@ -1,0 +1,141 @@
+"""The core of `nightstream listen`: packets from container files or from a topic, one after another."""
+
+from __future__ import annotations
+
+import math
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fastavro
+
+from runners.kafka import check_kafka, consumer_settings
+
+# Joining a consumer group takes a few seconds; a topic isn't idle before that is done.
+_JOIN_PATIENCE_S = 30.0
+
+
+class PacketFileError(ValueError):
+    """Container files that could not be read (to their end); the message names each and why."""
+
+
+class TopicReadError(RuntimeError):
+    """The topic is missing, or the Kafka broker refuses to let it be read."""
+
+
+def listen_path(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the packets of a container file, or of all below a folder in order of path.
+
+    Parameters
+    ----------
+    path : Path
+        An Avro object-container file, or a folder; in a folder only `*.avro` count, and names
+        that start with "." or "_" are unfinished files and passed over.
+
+    Yields
+    ------
+    dict
+        One packet, fields as the file's own schema names them.
+
+    Raises
+    ------
+    PacketFileError
+        There is nothing to read; or, after every good packet was yielded, some files were broken.
+    """
+    files = _container_files(path)
+    if not files:
+        raise PacketFileError(f"no .avro file at {path}")
+    problems = []
+    for file in files:
+        try:
+            yield from _packets(file)
+        except PacketFileError as error:
+            problems.append(str(error))
+    if problems:
+        raise PacketFileError("; ".join(problems))
+
+
+def listen_topic(
+    bootstrap: str,
+    topic: str,
+    *,
+    group: str | None = None,
+    from_beginning: bool = True,
+    idle_timeout_s: float | None = None,
+    limit: int | None = None,
+) -> Iterator[bytes]:
+    """Yield message values as they come, in order within each partition.
+
+    Parameters
+    ----------
+    bootstrap, topic : str
+        "HOST:PORT" and what to read there.
+    group : str or None
+        Consumer group, which remembers how far it read (at least once: a message counts as read
+        when the next one is asked for); None for a new group that starts over.
+    from_beginning : bool
+        Where a group without a memory starts: at the oldest message kept, or the next to come.
+    idle_timeout_s : float or None
+        Stop when nothing came for so long, counted from when the group was joined; None never.
+    limit : int or None
+        Stop after so many messages; None for all.
+
+    Raises
+    ------
+    runners.kafka.KafkaUnreachableError
+        No answer at `bootstrap`.
+    TopicReadError
+        No such topic, or no right to read it.
+    """
+    from confluent_kafka import Consumer
+
+    check_kafka(bootstrap)
+    consumer = Consumer(
+        consumer_settings(bootstrap, group or f"listen-{uuid.uuid4().hex}", from_beginning=from_beginning)
+    )
+    idle_s = math.inf if idle_timeout_s is None else idle_timeout_s
+    deadline = time.monotonic() + idle_s + _JOIN_PATIENCE_S
+
+    def start_idle_clock(*_: Any) -> None:
+        nonlocal deadline
+        deadline = time.monotonic() + idle_s
+
+    yielded = 0
+    try:
+        consumer.subscribe([topic], on_assign=start_idle_clock)
+        while time.monotonic() < deadline and (limit is None or yielded < limit):
+            message = consumer.poll(0.1)
+            if message is None:
+                continue
+            if message.error() is not None:
+                raise TopicReadError(f"topic {topic} at {bootstrap} cannot be read: {message.error().str()}")
+            yield message.value() or b""
+            consumer.store_offsets(message)
+            yielded += 1
+            start_idle_clock()
+    finally:
+        consumer.close()
+
+
+def _container_files(path: Path) -> list[Path]:
+    if path.is_file():
+        return [path]
+    files = (file.relative_to(path) for file in path.rglob("*.avro"))
+    return [path / file for file in sorted(files) if not any(part[0] in "._" for part in file.parts)]
+
+
+def _packets(file: Path) -> Iterator[dict[str, Any]]:
+    read = 0
+    try:
+        with file.open("rb") as stream:
+            for packet in fastavro.reader(stream):
+                if not isinstance(packet, dict):
+                    raise PacketFileError(f"{file} holds {type(packet).__name__} values, not packets")
+                read += 1
+                yield packet
+    except PacketFileError:
+        raise
+    except Exception as error:  # fastavro raises a dozen kinds on broken bytes
+        raise PacketFileError(f"{file} breaks off after {read} packets: {error or type(error).__name__}") from error

@@ -1,0 +1,120 @@
+"""How far a run has got, on stderr: the ledger is watched, so the flow itself knows nothing of it."""
+
+from __future__ import annotations
+
+import json
+import threading
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.text import Text
+
+from runners.summary import ledger_files
+
+_POLL_S = 0.2
+
+
+class VisitProgress:
+    """Shows each visit as its ledger record appears, for as long as the `with` block lasts.
+
+    A bar on a terminal, one line a visit elsewhere, nothing when quiet. Records that were there at
+    the start count only once they are rewritten; a rewritten one counts its visit once.
+
+    Parameters
+    ----------
+    out : Path
+        Output folder; its ledger may not exist yet.
+    n_visits : int
+        Visits to come.
+    quiet : bool
+        Show nothing.
+    console : rich.console.Console or None
+        None for stderr.
+    """
+
+    def __init__(self, out: Path, n_visits: int, *, quiet: bool = False, console: Console | None = None) -> None:
+        self._out = out
+        self._n_visits = n_visits
+        self._quiet = quiet
+        self._console = console or Console(stderr=True)
+        self._seen: dict[Path, int] = {}
+        self._records: dict[Path, dict[str, Any]] = {}
+        self._bar: Progress | None = None
+        self._task = TaskID(0)
+        self._done = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> VisitProgress:
+        if self._quiet:
+            return self
+        self._seen = self._modified()
+        if self._console.is_terminal:
+            self._bar = Progress(
+                TextColumn("visits"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.description}"),
+                TimeElapsedColumn(),
+                console=self._console,
+            )
+            self._task = self._bar.add_task(self._totals(), total=self._n_visits)
+            self._bar.start()
+        self._thread = threading.Thread(target=self._watch, name="visit progress", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._done.set()
+        if self._thread is not None:
+            self._thread.join()
+        if self._bar is not None:
+            self._bar.stop()
+
+    def _watch(self) -> None:
+        while not self._done.wait(_POLL_S):
+            self._look()
+        self._look()
+
+    def _look(self) -> None:
+        for path, modified_ns in sorted(self._modified().items()):
+            if self._seen.get(path) == modified_ns:
+                continue
+            try:
+                record = json.loads(path.read_text(encoding="utf-8"))
+            except (OSError, ValueError):
+                continue  # being replaced right now: it is there again at the next look
+            self._seen[path] = modified_ns
+            self._records[path] = record
+            self._show(record)
+
+    def _show(self, record: dict[str, Any]) -> None:
+        if self._bar is not None:
+            self._bar.update(self._task, completed=len(self._records), description=self._totals())
+            return
+        alerts, failures = record.get("alerts") or 0, record.get("failures") or 0
+        latency_s = record.get("latency_s")
+        line = f"visit {record.get('visit')} {record.get('band') or '-'}: {alerts:,} alerts"
+        if latency_s is not None:
+            line += f" in {latency_s:.1f} s"
+        if failures:
+            line += f", {failures:,} failures"
+        self._console.print(Text(f"{line} ({len(self._records)} of {self._n_visits})"), soft_wrap=True)
+
+    def _totals(self) -> str:
+        alerts = sum(record.get("alerts") or 0 for record in self._records.values())
+        failures = sum(record.get("failures") or 0 for record in self._records.values())
+        return f"{alerts:,} alerts, {failures:,} failures"
+
+    def _modified(self) -> dict[Path, int]:
+        found = {}
+        for path in ledger_files(self._out):
+            try:
+                found[path] = path.stat().st_mtime_ns
+            except FileNotFoundError:
+                continue
+        return found

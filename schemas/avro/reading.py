@@ -1,0 +1,142 @@
+"""Packets back to values: whole, only their first fields, or as a line of JSON."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from datetime import datetime
+from typing import Any, NamedTuple
+
+import fastavro
+
+from schemas.avro.container import read_container_stream
+from schemas.avro.schema_versions import PacketSchema, SchemaVersionError, packet_schema_by_id
+from schemas.avro.wire import PacketFormatError, unwrap
+
+
+class PacketPrefix(NamedTuple):
+    """What lies first in a packet, the same in every version known here."""
+
+    dia_source_id: int
+    visit: int
+    detector: int
+    dia_object_id: int | None
+    ss_object_id: int | None
+
+
+def decode_packet(message: bytes) -> dict[str, Any]:
+    """The packet in a wire message, as nested dicts.
+
+    Raises
+    ------
+    PacketFormatError
+        Too short, another first byte, an unknown schema id, a broken body, bytes behind the packet.
+    """
+    schema_id, body = unwrap(message)
+    try:
+        schema = packet_schema_by_id(schema_id)
+    except SchemaVersionError as error:
+        raise PacketFormatError(str(error)) from error
+    return decode_body(schema, body)
+
+
+def decode_body(schema: PacketSchema, body: bytes) -> dict[str, Any]:
+    """The packet in a schemaless body. PacketFormatError if it is broken or longer than its packet."""
+    stream = io.BytesIO(body)
+    try:
+        packet = fastavro.schemaless_reader(stream, schema.parsed, None)
+    except Exception as error:  # fastavro raises many kinds on broken bytes: all are one thing to us
+        raise PacketFormatError(
+            f"broken v{schema.version} packet of {len(body)} bytes: {type(error).__name__}: {error}"
+        ) from error
+    if stream.tell() != len(body):
+        raise PacketFormatError(f"{len(body) - stream.tell()} bytes behind a v{schema.version} packet")
+    if not isinstance(packet, dict):
+        raise PacketFormatError(f"a packet is a record, got {type(packet).__name__}")
+    return packet
+
+
+def decode_container(message: bytes) -> list[dict[str, Any]]:
+    """The packets of a container held in memory. PacketFormatError if it is broken."""
+    return list(read_container_stream(io.BytesIO(message), "container"))
+
+
+def packet_prefix(body: bytes) -> PacketPrefix:
+    """Ids, visit and detector of a schemaless body without decoding the rest (5 us).
+
+    Raises
+    ------
+    PacketFormatError
+        The body ends early, a union has no such branch, or the two diaSourceIds differ.
+    """
+    try:
+        alert_id, position = _read_long(body, 0)
+        for _ in ("observation_reason", "target_name"):
+            length, position = _read_optional_long(body, position)
+            position += _checked_length(length)
+        dia_source_id, position = _read_long(body, position)
+        visit, position = _read_long(body, position)
+        detector, position = _read_long(body, position)
+        dia_object_id, position = _read_optional_long(body, position)
+        ss_object_id, position = _read_optional_long(body, position)
+    except IndexError:
+        raise PacketFormatError(f"the packet ends within its first fields, after {len(body)} bytes") from None
+    if alert_id != dia_source_id:
+        raise PacketFormatError(f"the alert's diaSourceId {alert_id} is not its source's, {dia_source_id}")
+    return PacketPrefix(dia_source_id, visit, detector, dia_object_id, ss_object_id)
+
+
+def to_json(packet: dict[str, Any], *, cutout_sizes: bool = True) -> str:
+    """One line of strict JSON for people and scripts.
+
+    Ids (fields whose names end in `Id`) are text, as they exceed 2^53; NaN and infinities are null; times
+    of type timestamp are ISO 8601; a cutout is its size, `{"bytes": 34560}`, or left out.
+    """
+    return json.dumps(_plain(packet, cutout_sizes), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+
+
+def _plain(value: Any, cutout_sizes: bool) -> Any:
+    if isinstance(value, dict):
+        return {
+            name: str(item) if name.endswith("Id") and isinstance(item, int) else _plain(item, cutout_sizes)
+            for name, item in value.items()
+            if cutout_sizes or not isinstance(item, bytes)
+        }
+    if isinstance(value, list):
+        return [_plain(item, cutout_sizes) for item in value]
+    if isinstance(value, bytes):
+        return {"bytes": len(value)}
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, datetime):
+        return value.isoformat()
+    return value
+
+
+def _read_long(body: bytes, position: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        byte = body[position]
+        position += 1
+        value |= (byte & 127) << shift
+        if byte < 128:
+            return (value >> 1) ^ -(value & 1), position
+        shift += 7
+        if shift > 63:
+            raise PacketFormatError(f"an integer of more than 64 bits at byte {position}")
+
+
+def _read_optional_long(body: bytes, position: int) -> tuple[int | None, int]:
+    branch, position = _read_long(body, position)
+    if branch == 0:
+        return None, position
+    if branch != 1:
+        raise PacketFormatError(f"branch {branch} of a union of two at byte {position}")
+    return _read_long(body, position)
+
+
+def _checked_length(length: int | None) -> int:
+    if length is not None and length < 0:
+        raise PacketFormatError(f"a text of {length} bytes")
+    return length or 0

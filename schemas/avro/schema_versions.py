@@ -1,0 +1,188 @@
+"""The versions of the alert packet schema, read from one table per version in `definitions/`.
+
+A table lists the fields of every nested record in wire order with type, unit and meaning; the alert
+record that binds them is the same in every version here and stands below. A `?` behind a type means
+`["null", type]` with default null.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from typing import Any
+
+import fastavro
+import fastavro.schema
+
+VERSIONS = ("11.0", "11.1")
+NEWEST_VERSION = "11.1"
+DEFAULT_VERSION = "11.0"  # what every public reader knows today
+
+PRIMITIVE_KINDS = ("long", "int", "float", "double", "boolean", "string", "bytes", "timestamp-micros")
+
+
+class SchemaVersionError(ValueError):
+    """A schema version or id that is not known here; the message lists the known ones."""
+
+
+@dataclass(frozen=True)
+class FieldDefinition:
+    """One field of a record; `kind` is the Avro type without the union with null."""
+
+    name: str
+    kind: str
+    nullable: bool
+    unit: str
+    doc: str
+
+    @property
+    def description(self) -> str:
+        """Meaning and unit in one line."""
+        return f"{self.doc} [{self.unit}]" if self.unit else self.doc
+
+
+@dataclass(frozen=True, eq=False)
+class PacketSchema:
+    """One version of the alert packet schema.
+
+    Attributes
+    ----------
+    version : such as "11.0"
+    schema_id : 100 * major + minor, the id in the wire header
+    records : fields of each nested record, in wire order
+    avro : the schema with docs and defaults, as nested dicts; not to be changed
+    parsed : the same as fastavro keeps it, for its readers and writers
+    canonical : Avro parsing canonical form (no docs, defaults or logical types)
+    fingerprint : SHA-256 of `canonical`, hexadecimal
+    """
+
+    version: str
+    schema_id: int
+    records: Mapping[str, tuple[FieldDefinition, ...]]
+    avro: dict[str, Any]
+    parsed: dict[str, Any]
+    canonical: str
+    fingerprint: str
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Workers rebuild it from the version: the bytes on the way stay few, the cache stays one.
+        return packet_schema, (self.version,)
+
+    def json_text(self, *, docs: bool) -> str:
+        """The schema as JSON text, the same bytes every time, with or without docs."""
+        return json.dumps(self.avro if docs else _without_docs(self.avro), separators=(",", ":"))
+
+
+@cache
+def record_definitions(version: str) -> Mapping[str, tuple[FieldDefinition, ...]]:
+    """Fields of each nested record of `version`, in wire order. SchemaVersionError if unknown."""
+    if version not in VERSIONS:
+        raise SchemaVersionError(f"unknown schema version {version!r}, known are {', '.join(VERSIONS)}")
+    table = resources.files("schemas.avro") / "definitions" / f"v{version.replace('.', '_')}.csv"
+    records: dict[str, list[FieldDefinition]] = {}
+    with table.open(encoding="utf-8") as lines:
+        for row in csv.DictReader(lines):
+            kind = row["type"].removesuffix("?")
+            if kind not in PRIMITIVE_KINDS:
+                raise SchemaVersionError(f"{table.name}: field {row['field']} has unknown type {row['type']!r}")
+            field = FieldDefinition(row["field"], kind, row["type"].endswith("?"), row["unit"], row["doc"])
+            records.setdefault(row["record"], []).append(field)
+    return {name: tuple(fields) for name, fields in records.items()}
+
+
+@cache
+def packet_schema(version: str) -> PacketSchema:
+    """The schema of one version, built once per process.
+
+    Raises
+    ------
+    SchemaVersionError
+        Unknown version.
+    """
+    records = record_definitions(version)
+    major, minor = (int(part) for part in version.split("."))
+    avro = _alert_record(f"lsst.v{major}_{minor}", records)
+    canonical = fastavro.schema.to_parsing_canonical_form(avro)
+    return PacketSchema(
+        version=version,
+        schema_id=100 * major + minor,
+        records=records,
+        avro=avro,
+        parsed=fastavro.parse_schema(avro),
+        canonical=canonical,
+        fingerprint=hashlib.sha256(canonical.encode()).hexdigest(),
+    )
+
+
+def packet_schema_by_id(schema_id: int) -> PacketSchema:
+    """The schema with the given wire id (1100, 1101); SchemaVersionError if unknown."""
+    for version in VERSIONS:
+        schema = packet_schema(version)
+        if schema.schema_id == schema_id:
+            return schema
+    known = ", ".join(str(packet_schema(version).schema_id) for version in VERSIONS)
+    raise SchemaVersionError(f"unknown schema id {schema_id}, known are {known}")
+
+
+def _alert_record(namespace: str, records: Mapping[str, tuple[FieldDefinition, ...]]) -> dict[str, Any]:
+    """The alert record: a record's full definition stands where it is first used, its name after that."""
+
+    def define(record: str) -> dict[str, Any]:
+        return {
+            "type": "record",
+            "name": f"{namespace}.{record}",
+            "fields": [_avro_field(field) for field in records[record]],
+        }
+
+    def nullable(name: str, avro_type: Any, doc: str) -> dict[str, Any]:
+        return {"name": name, "type": ["null", avro_type], "default": None, "doc": doc}
+
+    return {
+        "type": "record",
+        "name": f"{namespace}.alert",
+        "doc": "One alert: a difference-image detection with its history, its object and its cutouts.",
+        "fields": [
+            {"name": "diaSourceId", "type": "long", "doc": "Id of the detection that triggered the alert"},
+            nullable("observation_reason", "string", "Why the visit was taken"),
+            nullable("target_name", "string", "What the visit was pointed at"),
+            {"name": "diaSource", "type": define("diaSource"), "doc": "The detection that triggered the alert"},
+            nullable(
+                "prvDiaSources",
+                {"type": "array", "items": f"{namespace}.diaSource"},
+                "Earlier detections of the object within 12 months",
+            ),
+            nullable(
+                "prvDiaForcedSources",
+                {"type": "array", "items": define("diaForcedSource")},
+                "Forced measurements at the object's position within 12 months",
+            ),
+            nullable("diaObject", define("diaObject"), "The object the detection belongs to"),
+            nullable("ssSource", define("ssSource"), "The match to a known solar-system object"),
+            nullable("mpc_orbits", define("mpc_orbits"), "Orbit of that solar-system object"),
+            nullable("cutoutDifference", "bytes", "FITS stamp of the difference image"),
+            nullable("cutoutScience", "bytes", "FITS stamp of the science image"),
+            nullable("cutoutTemplate", "bytes", "FITS stamp of the template"),
+        ],
+    }
+
+
+def _avro_field(field: FieldDefinition) -> dict[str, Any]:
+    avro_type: Any = field.kind
+    if field.kind == "timestamp-micros":
+        avro_type = {"type": "long", "logicalType": "timestamp-micros"}
+    if not field.nullable:
+        return {"name": field.name, "type": avro_type, "doc": field.description}
+    return {"name": field.name, "type": ["null", avro_type], "default": None, "doc": field.description}
+
+
+def _without_docs(node: Any) -> Any:
+    if isinstance(node, dict):
+        return {key: _without_docs(value) for key, value in node.items() if key != "doc"}
+    if isinstance(node, list):
+        return [_without_docs(item) for item in node]
+    return node

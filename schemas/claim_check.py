@@ -1,0 +1,154 @@
+"""Claim check: what is too heavy for a shuffle waits in files and travels as a location.
+
+Two stores: `ImageStore` for difference and science pixels, read by window, and indexed blob files
+(`write_blobs`, `read_blobs`) for cutouts and finished packets. A file is written under a temporary
+name and renamed; where it exists already it is left alone, as a second writing gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import blosc2
+import numpy as np
+from astropy.io import fits
+from astropy.wcs import WCS
+
+PLANES = ("difference", "difference_variance", "science", "science_variance")
+_CHUNK_PIX = 128
+_MAGIC = b"NSBLOB01"
+_COUNT = struct.Struct("<II")
+
+
+class ClaimCheckError(OSError):
+    """A claim that cannot be redeemed: the file is missing or broken."""
+
+
+@dataclass(frozen=True)
+class StoredExposure:
+    """One exposure in the image store. Variances are infinite where a pixel must not be used."""
+
+    wcs: WCS
+    psf: np.ndarray
+    shape: tuple[int, int]
+    pixels: Any
+
+    def window(self, plane: str, y0: int, y1: int, x0: int, x1: int) -> np.ndarray:
+        """Pixels [y0:y1, x0:x1] of one plane, which must lie inside the image; float32."""
+        return np.asarray(self.pixels[PLANES.index(plane), y0:y1, x0:x1])
+
+
+@dataclass(frozen=True)
+class ImageStore:
+    """Chunked, compressed pixels of each (visit, detector) under `root`."""
+
+    root: str
+
+    def path(self, visit: int, detector: int) -> Path:
+        return Path(self.root) / str(visit) / f"{detector:03d}.b2nd"
+
+    def write(self, visit: int, detector: int, planes: Sequence[np.ndarray], wcs_text: str, psf: np.ndarray) -> None:
+        """Write the four planes of `PLANES`, all (ny, nx) float32, with WCS header text and PSF."""
+        path = self.path(visit, detector)
+        if path.exists():
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = _partial(path)
+        ny, nx = planes[0].shape
+        stored = blosc2.empty(
+            shape=(len(PLANES), ny, nx),
+            dtype=np.float32,
+            chunks=(1, min(ny, _CHUNK_PIX), min(nx, _CHUNK_PIX)),
+            urlpath=str(partial),
+            mode="w",
+            cparams=blosc2.CParams(codec=blosc2.Codec.LZ4, clevel=1, nthreads=1),
+        )
+        for index, plane in enumerate(planes):
+            stored[index] = plane
+        stored.schunk.vlmeta["wcs"] = wcs_text
+        stored.schunk.vlmeta["psf_size"] = int(psf.shape[0])
+        stored.schunk.vlmeta["psf"] = np.ascontiguousarray(psf, dtype=np.float64).tobytes()
+        del stored
+        partial.rename(path)
+
+    def open(self, visit: int, detector: int) -> StoredExposure:
+        """Open one exposure for reading by window; ClaimCheckError when it is not there."""
+        path = self.path(visit, detector)
+        if not path.exists():
+            raise ClaimCheckError(f"no stored image of visit {visit} detector {detector}: {path.name} is missing")
+        try:
+            pixels = blosc2.open(str(path), mode="r", dparams=blosc2.DParams(nthreads=1))
+            meta = pixels.schunk.vlmeta
+            size = meta["psf_size"]
+            psf = np.frombuffer(meta["psf"], dtype=np.float64).reshape(size, size)
+            wcs = WCS(fits.Header.fromstring(meta["wcs"], sep="\n"))
+        except (RuntimeError, KeyError, ValueError) as error:
+            raise ClaimCheckError(f"stored image of visit {visit} detector {detector} is broken: {error}") from error
+        return StoredExposure(wcs, psf, (pixels.shape[1], pixels.shape[2]), pixels)
+
+
+def write_blobs(path: Path, keys: np.ndarray, rows: Sequence[Sequence[bytes]]) -> None:
+    """Write an indexed blob file: for each key a fixed number of blobs.
+
+    Parameters
+    ----------
+    path : Path
+        Final name; nothing is done where it exists.
+    keys : (n,) int64
+    rows : n sequences of equally many bytes objects
+    """
+    if path.exists():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    width = len(rows[0]) if rows else 0
+    lengths = np.array([[len(blob) for blob in row] for row in rows], dtype="<i8").reshape(len(rows), width)
+    partial = _partial(path)
+    with partial.open("wb") as stream:
+        stream.write(_MAGIC + _COUNT.pack(len(rows), width))
+        stream.write(np.ascontiguousarray(keys, dtype="<i8").tobytes())
+        stream.write(lengths.tobytes())
+        for row in rows:
+            stream.writelines(row)
+    partial.rename(path)
+
+
+def read_blobs(path: Path, keys: np.ndarray) -> list[tuple[bytes, ...]]:
+    """The blobs of the given keys, in that order.
+
+    Raises
+    ------
+    ClaimCheckError
+        The file is missing or broken, or a key is not in it.
+    """
+    try:
+        with path.open("rb") as stream:
+            head = stream.read(len(_MAGIC) + _COUNT.size)
+            if head[: len(_MAGIC)] != _MAGIC:
+                raise ClaimCheckError(f"{path.name} is not an indexed blob file")
+            n_rows, width = _COUNT.unpack_from(head, len(_MAGIC))
+            stored = np.frombuffer(stream.read(8 * n_rows), dtype="<i8")
+            lengths = np.frombuffer(stream.read(8 * n_rows * width), dtype="<i8").reshape(n_rows, width)
+            start = stream.tell()
+            offsets = start + np.concatenate(([0], np.cumsum(lengths.ravel())))
+            position = {int(key): row for row, key in enumerate(stored)}
+            found = []
+            for key in keys:
+                row = position.get(int(key))
+                if row is None:
+                    raise ClaimCheckError(f"{path.name} does not hold {int(key)}")
+                stream.seek(int(offsets[row * width]))
+                found.append(tuple(stream.read(int(length)) for length in lengths[row]))
+            return found
+    except FileNotFoundError as error:
+        raise ClaimCheckError(f"{path.name} is missing") from error
+    except (struct.error, ValueError) as error:
+        raise ClaimCheckError(f"{path.name} is broken: {error}") from error
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f".{os.getpid()}.{path.name}")

@@ -1,0 +1,184 @@
+"""Elements of the dataflow that stay on one worker, from one fused stage to the next.
+
+Pixels and column batches are handed over as Python objects inside a fused stage. Their coder tells
+Beam how large they are and refuses to encode them: a shuffle of pixels is a mistake in the graph,
+not something to be slow about.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import apache_beam as beam
+import numpy as np
+import pyarrow as pa
+from astropy.wcs import WCS
+
+from schemas.manifests import Visit
+
+
+class FusedElement:
+    """An element that must not cross a shuffle."""
+
+    def nbytes(self) -> int:
+        """Approximate size in bytes."""
+        return 1024
+
+
+@dataclass(frozen=True)
+class FailureRecord:
+    """What went wrong, where, and what was lost. `visit` is None for a broken manifest line."""
+
+    visit: int | None
+    detector: int | None
+    stage: str
+    error: str
+    reason: str
+    lost: str
+
+
+@dataclass(frozen=True)
+class SubtractedExposure(FusedElement):
+    """One exposure after template subtraction.
+
+    Attributes
+    ----------
+    visit, detector : which exposure
+    science, science_variance, difference, difference_variance, matched_template,
+    template_variance : (ny, nx) float32, nJy or nJy^2; science without its background
+    mask : (ny, nx) int32, science planes and the template's as `_TEMPLATE`
+    psf : (k, k) float64, sum 1, the PSF of science and difference
+    wcs : WCS of the science image
+    seconds : wall-clock seconds per stage so far
+    started_at : UNIX time at which work on the exposure began
+    notes : what had to be estimated
+    """
+
+    visit: Visit
+    detector: int
+    science: np.ndarray
+    science_variance: np.ndarray
+    difference: np.ndarray
+    difference_variance: np.ndarray
+    matched_template: np.ndarray
+    template_variance: np.ndarray
+    mask: np.ndarray
+    psf: np.ndarray
+    wcs: WCS
+    seconds: dict[str, float]
+    started_at: float
+    notes: tuple[str, ...]
+
+    def nbytes(self) -> int:
+        return 7 * self.science.nbytes
+
+
+@dataclass(frozen=True)
+class DetectedSources(FusedElement):
+    """The diaSources of one exposure, and its pixels for the cutouts."""
+
+    exposure: SubtractedExposure
+    dia_sources: np.ndarray
+    ss_sources: np.ndarray
+    n_detected: int
+    rejected: dict[str, int]
+    seconds: dict[str, float]
+
+    def nbytes(self) -> int:
+        return self.exposure.nbytes() + self.dia_sources.nbytes
+
+
+@dataclass(frozen=True)
+class AlertBatch(FusedElement):
+    """The alerts of one sky cell and visit before packaging, as columns.
+
+    Attributes
+    ----------
+    context : what the packets and tables need to know of the visit (see `transforms.association`)
+    dia_sources : (n,) DIA_SOURCE, sorted by diaSourceId
+    prv_dia_sources, prv_offsets : flattened history and (n + 1,) offsets
+    prv_forced_sources, forced_offsets : the same for forced measurements
+    dia_objects : (n,) DIA_OBJECT, meaningful where dia_sources have a diaObjectId
+    ss_sources : (n,) SS_SOURCE, meaningful where dia_sources have an ssObjectId
+    object_states : DIA_OBJECT, the objects as they stay known (late visits: with later history)
+    unassociated : (m,) DIA_SOURCE, selected sources without an object: no alert, but archived
+    forced_sources : (k,) DIA_FORCED_SOURCE measured in this visit and owned by this cell
+    counts : counters for the ledger
+    """
+
+    context: dict[str, Any]
+    dia_sources: np.ndarray
+    prv_dia_sources: np.ndarray
+    prv_offsets: np.ndarray
+    prv_forced_sources: np.ndarray
+    forced_offsets: np.ndarray
+    dia_objects: np.ndarray
+    ss_sources: np.ndarray
+    object_states: np.ndarray
+    unassociated: np.ndarray
+    forced_sources: np.ndarray
+    counts: dict[str, int]
+
+    def nbytes(self) -> int:
+        return self.dia_sources.nbytes + self.prv_dia_sources.nbytes + self.prv_forced_sources.nbytes
+
+
+@dataclass(frozen=True)
+class VisitAlerts(FusedElement):
+    """All that is known of one visit in visit space.
+
+    Attributes
+    ----------
+    visit, day_obs : which visit
+    revision : 0 at the first closing; one more for each firing after late detectors
+    summary : the visit as the ledger will tell it, growing from stage to stage
+    alerts : thin table of alerts, sorted by diaSourceId: diaSourceId, key, packet_file, revision
+        and the columns that the installed filters name
+    tables : records for the archive by table name
+    failures : failure records met so far
+    passed : per filter the diaSourceIds that passed, in rank order
+    """
+
+    visit: int
+    day_obs: int
+    revision: int
+    summary: dict[str, Any]
+    alerts: pa.Table
+    tables: dict[str, np.ndarray]
+    failures: tuple[FailureRecord, ...] = ()
+    passed: dict[str, np.ndarray] = field(default_factory=dict)
+
+    def nbytes(self) -> int:
+        return self.alerts.nbytes + sum(records.nbytes for records in self.tables.values())
+
+
+class FusedCoder(beam.coders.coders.FastCoder):
+    """Coder of `FusedElement`: knows the size, refuses to encode."""
+
+    def _create_impl(self) -> beam.coders.coder_impl.CoderImpl:
+        return _FusedCoderImpl()
+
+    def is_deterministic(self) -> bool:
+        return True
+
+    def to_type_hint(self) -> type:
+        return FusedElement
+
+
+class _FusedCoderImpl(beam.coders.coder_impl.StreamCoderImpl):
+    def encode_to_stream(self, value: FusedElement, stream: Any, nested: bool) -> None:
+        raise TypeError(f"{type(value).__name__} must stay in one fused stage: it may not cross a shuffle")
+
+    def decode_from_stream(self, stream: Any, nested: bool) -> FusedElement:
+        raise TypeError("a fused element cannot be decoded")
+
+    def estimate_size(self, value: FusedElement, nested: bool = False) -> int:
+        return value.nbytes()
+
+    def get_estimated_size_and_observables(self, value: FusedElement, nested: bool = False) -> tuple[int, list[Any]]:
+        return value.nbytes(), []
+
+
+for _element_class in (SubtractedExposure, DetectedSources, AlertBatch, VisitAlerts):
+    beam.coders.registry.register_coder(_element_class, FusedCoder)

@@ -1,0 +1,275 @@
+"""The visit manifest: what a telescope announces about each visit it has read out.
+
+`visits.jsonl` in a night folder holds one visit per line; `read_manifest` turns it into visits
+and typed problems, one per line that could not be used, so that one bad line never hides the rest.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+BANDS = ("u", "g", "r", "i", "z", "y")
+MAX_DETECTOR = 255
+MAX_SEQ_NUM = 32767
+
+
+@dataclass(frozen=True)
+class DetectorImages:
+    """Where one detector's images lie; `template` is None when the field has none."""
+
+    detector: int
+    science: str
+    template: str | None
+
+
+@dataclass(frozen=True)
+class Visit:
+    """One visit as the manifest announces it. Angles in degrees, times in MJD TAI."""
+
+    visit: int
+    day_obs: int
+    seq_num: int
+    instrument: str
+    band: str
+    midpoint_mjd_tai: float
+    exposure_time_s: float
+    readout_end_mjd_tai: float
+    boresight_ra_deg: float
+    boresight_dec_deg: float
+    rotation_deg: float
+    observation_reason: str | None
+    target_name: str | None
+    detectors: tuple[DetectorImages, ...]
+
+    @property
+    def event_time_s(self) -> float:
+        """Event time of the flow: seconds since MJD 40587 (TAI), floored to the millisecond."""
+        return event_time_s(self.midpoint_mjd_tai)
+
+
+@dataclass(frozen=True)
+class DetectorVisit:
+    """One element of detector space: one detector of one visit, paths resolved."""
+
+    visit: Visit
+    images: DetectorImages
+
+    @property
+    def detector(self) -> int:
+        return self.images.detector
+
+
+@dataclass(frozen=True)
+class ManifestProblem:
+    """A line of the manifest, or a detector in it, that cannot be used and why."""
+
+    line: int
+    visit: int | None
+    detector: int | None
+    error: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Visits in order of (midpoint, visit) and the problems met on the way."""
+
+    visits: tuple[Visit, ...]
+    problems: tuple[ManifestProblem, ...] = field(default=())
+
+
+class ManifestError(ValueError):
+    """The manifest as a whole cannot be read; the message says why."""
+
+
+def event_time_s(midpoint_mjd_tai: float) -> float:
+    """Seconds since MJD 40587 in TAI, floored to the millisecond (Beam timers keep no more)."""
+    return math.floor((midpoint_mjd_tai - 40587.0) * 86_400_000.0) / 1000.0
+
+
+def read_manifest(night: Path) -> Manifest:
+    """Read `night/visits.jsonl`.
+
+    Parameters
+    ----------
+    night : Path
+        The night folder (or the manifest file itself).
+
+    Returns
+    -------
+    Manifest
+        Visits sorted by (midpoint, visit), so the order of lines has no effect. Paths are
+        absolute. Of several lines for one visit the first in file order is kept if they are equal;
+        if they differ, all but the first are problems.
+
+    Raises
+    ------
+    ManifestError
+        No manifest there, it is not text, or it holds two instruments.
+    """
+    path = night if night.is_file() else night / "visits.jsonl"
+    if not path.is_file():
+        raise ManifestError(f"no visits.jsonl in {night}: is it a night folder?")
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ManifestError(f"{path} is not UTF-8 text: {error}") from error
+    visits: dict[int, Visit] = {}
+    exposures: dict[tuple[int, int], int] = {}
+    problems: list[ManifestProblem] = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            problems.append(ManifestProblem(number, None, None, "BrokenLine", f"line {number} is not JSON: {error}"))
+            continue
+        visit_id = record.get("visit") if isinstance(record, dict) else None
+        visit_id = visit_id if isinstance(visit_id, int) and not isinstance(visit_id, bool) else None
+        try:
+            visit = parse_visit(record, path.parent)
+        except ValueError as error:
+            problems.append(ManifestProblem(number, visit_id, None, "InvalidVisit", f"line {number}: {error}"))
+            continue
+        first = visits.get(visit.visit)
+        if first is not None:
+            detail = "the same" if first == visit else "different"
+            reason = f"line {number}: visit {visit.visit} was announced before with {detail} content; the first stands"
+            problems.append(ManifestProblem(number, visit.visit, None, "DuplicateVisit", reason))
+            continue
+        exposure = (visit.day_obs, visit.seq_num)
+        if exposure in exposures:
+            reason = (
+                f"line {number}: day_obs {visit.day_obs} seq_num {visit.seq_num} already belongs to "
+                f"visit {exposures[exposure]}; source ids would clash"
+            )
+            problems.append(ManifestProblem(number, visit.visit, None, "DuplicateExposure", reason))
+            continue
+        exposures[exposure] = visit.visit
+        visits[visit.visit] = visit
+    instruments = sorted({visit.instrument for visit in visits.values()})
+    if len(instruments) > 1:
+        raise ManifestError(f"{path} mixes instruments {', '.join(instruments)}: one night folder holds one")
+    ordered = tuple(sorted(visits.values(), key=lambda visit: (visit.midpoint_mjd_tai, visit.visit)))
+    return Manifest(ordered, tuple(problems))
+
+
+def write_manifest(night: Path, visits: list[Visit]) -> Path:
+    """Write `night/visits.jsonl`, paths relative to the night folder where they lie inside it."""
+    lines = []
+    for visit in visits:
+        record = asdict(visit)
+        for images in record["detectors"]:
+            for name in ("science", "template"):
+                if images[name] is not None:
+                    images[name] = _relative_to(images[name], night)
+        lines.append(json.dumps(record))
+    path = night / "visits.jsonl"
+    partial = night / ".visits.jsonl"
+    partial.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    partial.rename(path)
+    return path
+
+
+def parse_visit(record: Any, folder: Path) -> Visit:
+    """Check one manifest record; relative paths are taken from `folder`. ValueError names the key."""
+    if not isinstance(record, dict):
+        raise ValueError(f"expected an object, got {type(record).__name__}")
+    band = _text(record, "band")
+    if band not in BANDS:
+        raise ValueError(f"unknown band {band!r}, expected one of {', '.join(BANDS)}")
+    midpoint = _number(record, "midpoint_mjd_tai")
+    exposure_time_s = _number(record, "exposure_time_s")
+    if exposure_time_s <= 0:
+        raise ValueError(f"exposure_time_s must be positive, got {exposure_time_s}")
+    readout_end = _number(record, "readout_end_mjd_tai")
+    if readout_end < midpoint:
+        raise ValueError("readout_end_mjd_tai lies before midpoint_mjd_tai")
+    declination = _number(record, "boresight_dec_deg")
+    if not -90 <= declination <= 90:
+        raise ValueError(f"boresight_dec_deg {declination} is outside [-90, 90]")
+    day_obs = _integer(record, "day_obs", 20100101, 20541231)
+    return Visit(
+        visit=_integer(record, "visit", 1, 2**63 - 1),
+        day_obs=day_obs,
+        seq_num=_integer(record, "seq_num", 0, MAX_SEQ_NUM),
+        instrument=_text(record, "instrument"),
+        band=band,
+        midpoint_mjd_tai=midpoint,
+        exposure_time_s=exposure_time_s,
+        readout_end_mjd_tai=readout_end,
+        boresight_ra_deg=_number(record, "boresight_ra_deg") % 360.0,
+        boresight_dec_deg=declination,
+        rotation_deg=_number(record, "rotation_deg"),
+        observation_reason=_optional_text(record, "observation_reason"),
+        target_name=_optional_text(record, "target_name"),
+        detectors=_detectors(record, folder),
+    )
+
+
+def _detectors(record: dict[str, Any], folder: Path) -> tuple[DetectorImages, ...]:
+    listed = record.get("detectors")
+    if not isinstance(listed, list) or not listed:
+        raise ValueError("detectors must be a non-empty list")
+    found: dict[int, DetectorImages] = {}
+    for item in listed:
+        if not isinstance(item, dict):
+            raise ValueError(f"detectors must hold objects, got {type(item).__name__}")
+        detector = _integer(item, "detector", 0, MAX_DETECTOR)
+        if detector in found:
+            raise ValueError(f"detector {detector} is listed twice")
+        template = _optional_text(item, "template")
+        found[detector] = DetectorImages(
+            detector=detector,
+            science=str(folder / _text(item, "science")),
+            template=None if template is None else str(folder / template),
+        )
+    return tuple(found[detector] for detector in sorted(found))
+
+
+def _require(record: dict[str, Any], key: str) -> Any:
+    if key not in record:
+        raise ValueError(f"{key} is missing")
+    return record[key]
+
+
+def _text(record: dict[str, Any], key: str) -> str:
+    value = _require(record, key)
+    if not isinstance(value, str) or not value:
+        raise ValueError(f"{key} must be a non-empty text, got {value!r}")
+    return value
+
+
+def _optional_text(record: dict[str, Any], key: str) -> str | None:
+    value = record.get(key)
+    if value is None or value == "":
+        return None
+    if not isinstance(value, str):
+        raise ValueError(f"{key} must be a text or null, got {value!r}")
+    return value
+
+
+def _number(record: dict[str, Any], key: str) -> float:
+    value = _require(record, key)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(f"{key} must be a finite number, got {value!r}")
+    return float(value)
+
+
+def _integer(record: dict[str, Any], key: str, low: int, high: int) -> int:
+    value = _require(record, key)
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise ValueError(f"{key} must be an integer in [{low}, {high}], got {value!r}")
+    return value
+
+
+def _relative_to(path: str, folder: Path) -> str:
+    try:
+        return str(Path(path).resolve().relative_to(folder.resolve()))
+    except ValueError:
+        return path

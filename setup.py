@@ -1,0 +1,21 @@
+"""Packaging of nightstream; the explicit package list keeps the four top-level names literal."""
+
+from setuptools import setup
+
+setup(
+    packages=[
+        "pipelines",
+        "transforms",
+        "transforms.numerics",
+        "transforms.filters",
+        "schemas",
+        "schemas.avro",
+        "runners",
+        "runners.config",
+    ],
+    package_data={
+        "schemas.avro": ["definitions/*.csv"],
+        "runners": ["templates/*.html"],
+        "runners.config": ["*.yaml", "filters/*.yaml"],
+    },
+)

@@ -1,0 +1,85 @@
+"""AccountVisits: the ledger, one record per visit: what came in, what went out, how late."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import apache_beam as beam
+
+from schemas.elements import VisitAlerts
+from transforms.distribution import AlertSink, FullStream
+from transforms.failures import write_bytes, write_lines
+
+STAGE = "accounting"
+LEDGER_TOPIC = "alert-ledger"
+
+
+class AccountVisits(beam.PTransform):
+    """Write `folder/<visit>.json` when everything else of the visit is done.
+
+    Input: VisitAlerts, filtered, distributed and archived. Output: the record as one JSON line. A
+    revised visit rewrites its record whole. Everything counted as delivered was acknowledged or
+    written before. No state.
+    """
+
+    def __init__(
+        self, folder: str, *, streams: tuple[FullStream, ...], sink: AlertSink | None, delivery_deadline_s: float
+    ) -> None:
+        super().__init__()
+        self.account = _AccountFn(folder, streams, sink, delivery_deadline_s)
+
+    def expand(self, visits: beam.PCollection) -> beam.PCollection:
+        return visits | "WriteLedger" >> beam.ParDo(self.account).with_output_types(str)
+
+
+class _AccountFn(beam.DoFn):
+    def __init__(
+        self, folder: str, streams: tuple[FullStream, ...], sink: AlertSink | None, delivery_deadline_s: float
+    ) -> None:
+        self.folder = folder
+        self.streams = streams
+        self.sink = sink
+        self.delivery_deadline_s = delivery_deadline_s
+
+    def setup(self) -> None:
+        if self.sink is not None:
+            self.sink.open()
+
+    def teardown(self) -> None:
+        if self.sink is not None:
+            self.sink.close()
+
+    def process(self, visit: VisitAlerts) -> Iterator[str]:
+        record = ledger_record(visit, self.streams if self.sink is not None else (), time.time())
+        line = json.dumps(record, sort_keys=True)
+        if self.sink is not None:
+            self.sink.send(LEDGER_TOPIC, str(visit.visit).encode(), line.encode(), [])
+            self.sink.flush(self.delivery_deadline_s)
+        write_bytes(Path(self.folder) / f"{visit.visit}.json", line.encode() + b"\n")
+        yield line
+
+
+def ledger_record(visit: VisitAlerts, streams: tuple[FullStream, ...], now: float) -> dict[str, Any]:
+    """The ledger's record of a visit. `alerts_digest` is the SHA-256 of the packets' own, by diaSourceId."""
+    summary = dict(visit.summary)
+    started_at = summary.pop("started_at")
+    digests = "".join(visit.alerts["packetDigest"].to_pylist())
+    return {
+        **summary,
+        "alerts_digest": hashlib.sha256(digests.encode()).hexdigest(),
+        "streams": {stream.topic: {"sent": len(visit.alerts)} for stream in streams},
+        "failures": len(visit.failures),
+        "latency_s": None if started_at is None else now - started_at,
+    }
+
+
+def finish_ledger(folder: Path) -> None:
+    """Write `visits.jsonl`, the latest record of every visit in order of (midpoint, visit)."""
+    records = [json.loads(path.read_text()) for path in folder.glob("[0-9]*.json")]
+    records.sort(key=lambda record: (record["midpoint_mjd_tai"] or 0.0, record["visit"]))
+    write_lines(folder / "visits.jsonl", [json.dumps(record, sort_keys=True).encode() for record in records])

@@ -1,0 +1,71 @@
+"""The thin table of alerts that travels to visit space: identity, location and the columns filters name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import pyarrow as pa
+
+from schemas.elements import AlertBatch
+from schemas.records import records_to_arrow, take_records
+from schemas.tables import project_alerts_schema
+
+LOCATION_FIELDS = (
+    pa.field("diaSourceId", pa.int64()),
+    pa.field("kafkaKey", pa.int64()),
+    pa.field("packetFile", pa.string()),
+    pa.field("packetDigest", pa.string()),
+)
+
+
+def thin_schema(filter_columns: Iterable[str]) -> pa.Schema:
+    """Schema of the thin table: the filters' table `alerts`, then where each packet lies."""
+    schema = project_alerts_schema(filter_columns)
+    for field in LOCATION_FIELDS:
+        if field.name not in schema.names:
+            schema = schema.append(field)
+    return schema
+
+
+def thin_alerts(
+    batch: AlertBatch, file_name: str, digests: list[str], filter_columns: Iterable[str]
+) -> pa.Table:
+    """The thin table of one batch, a row per alert."""
+    schema = thin_schema(filter_columns)
+    sources = batch.dia_sources
+    n = len(sources)
+    has_object = sources["diaObjectId"] != 0
+    has_ss = sources["ssObjectId"] != 0
+    records = {
+        "diaSource": (sources, np.ones(n, dtype=bool)),
+        "diaObject": (batch.dia_objects, has_object),
+        "ssSource": (batch.ss_sources, has_ss),
+    }
+    lists = {
+        "prvDiaSources": (batch.prv_dia_sources, batch.prv_offsets),
+        "prvDiaForcedSources": (batch.prv_forced_sources, batch.forced_offsets),
+    }
+    columns: dict[str, pa.Array] = {
+        "diaSourceId": pa.array(sources["diaSourceId"]),
+        "kafkaKey": pa.array(np.where(has_object, sources["diaObjectId"], sources["ssObjectId"])),
+        "packetFile": pa.array([file_name] * n, pa.string()),
+        "packetDigest": pa.array(digests, pa.string()),
+    }
+    for column, (rows, valid) in records.items():
+        if column in schema.names:
+            columns[column] = _struct(rows, schema.field(column).type, valid)
+    for column, (rows, offsets) in lists.items():
+        if column in schema.names:
+            item = _struct(rows, schema.field(column).type.value_type, np.ones(len(rows), dtype=bool))
+            columns[column] = pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), item)
+    return pa.table([columns[name].cast(schema.field(name).type) for name in schema.names], schema=schema)
+
+
+def _struct(rows: np.ndarray, struct: pa.StructType, valid: np.ndarray) -> pa.StructArray:
+    names = [field.name for field in struct]
+    table = records_to_arrow(take_records(rows, np.arange(len(rows))), fields=names)
+    arrays = [table.column(name).combine_chunks() for name in names]
+    return pa.StructArray.from_arrays(arrays, fields=list(struct), mask=pa.array(~valid))
+
+

@@ -1,0 +1,107 @@
+"""ArchiveAlerts: one Avro container per visit, and the tables as Parquet."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import apache_beam as beam
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from schemas.avro.container import write_container
+from schemas.avro.schema_versions import packet_schema
+from schemas.elements import VisitAlerts
+from schemas.records import records_to_arrow
+from transforms.distribution import packet_bodies
+from transforms.failures import FAILED, failure_of
+
+STAGE = "archiving"
+_PARTS = "_parts"
+
+
+class ArchiveResult(NamedTuple):
+    """`good`: VisitAlerts; `failed`: FailureRecord."""
+
+    good: beam.PCollection
+    failed: beam.PCollection
+
+
+class ArchiveAlerts(beam.PTransform):
+    """Write a visit's packets and table rows.
+
+    Input and output `good`: VisitAlerts; `failed`: what could not be written. A revised visit's
+    files are rewritten whole. `dia_objects` holds one state per object and night, so its rows wait as
+    parts per visit until `finish_object_tables` puts them together. No state.
+    """
+
+    def __init__(self, folder: str, *, schema_version: str, packet_folder: str) -> None:
+        super().__init__()
+        self.archive = _ArchiveFn(folder, schema_version, packet_folder)
+
+    def expand(self, visits: beam.PCollection) -> ArchiveResult:
+        outputs = visits | "WriteArchive" >> beam.ParDo(self.archive).with_outputs(
+            FAILED, main="good"
+        ).with_output_types(VisitAlerts)
+        return ArchiveResult(outputs.good, outputs[FAILED])
+
+
+class _ArchiveFn(beam.DoFn):
+    def __init__(self, folder: str, schema_version: str, packet_folder: str) -> None:
+        self.folder = folder
+        self.schema_version = schema_version
+        self.packet_folder = packet_folder
+
+    def setup(self) -> None:
+        self.schema = packet_schema(self.schema_version)
+
+    def process(self, visit: VisitAlerts) -> Iterator[Any]:
+        failures = []
+        try:
+            self._write(visit)
+        except OSError as error:
+            lost = f"archive of {len(visit.alerts)} alerts"
+            failures.append(failure_of(error, STAGE, visit.visit, lost=lost))
+        yield from (beam.pvalue.TaggedOutput(FAILED, failure) for failure in failures)
+        yield replace(visit, failures=visit.failures + tuple(failures))
+
+    def _write(self, visit: VisitAlerts) -> None:
+        archive = Path(self.folder)
+        night = f"day_obs={visit.day_obs}"
+        if len(visit.alerts):
+            path = archive / "alerts" / night / f"{visit.visit}.avro"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            ids = visit.alerts["diaSourceId"].to_numpy()
+            write_container(path, self.schema, packet_bodies(visit, ids, self.packet_folder))
+        for name, records in visit.tables.items():
+            if len(records) == 0:
+                continue
+            folder = archive / name / night
+            if name == "dia_objects":
+                folder = archive / name / _PARTS / night
+            write_table(folder / f"{visit.visit}.parquet", records_to_arrow(records))
+
+
+def write_table(path: Path, table: pa.Table) -> None:
+    """Write a Parquet file under a temporary name and rename it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{os.getpid()}.{path.name}")
+    pq.write_table(table, partial, compression="zstd", row_group_size=100_000)
+    partial.replace(path)
+
+
+def finish_object_tables(archive: Path) -> None:
+    """Put the parts of `dia_objects` together: per night one row per object, its latest state."""
+    parts = archive / "dia_objects" / _PARTS
+    for night in sorted(parts.glob("day_obs=*")):
+        table = pa.concat_tables([pq.ParquetFile(path).read() for path in sorted(night.glob("*.parquet"))])
+        ids = table["diaObjectId"].to_numpy()
+        order = np.lexsort((table["validityStartMjdTai"].to_numpy(), ids))
+        last = np.append(np.diff(ids[order]) != 0, True)
+        write_table(archive / "dia_objects" / night.name / "dia_objects.parquet", table.take(pa.array(order[last])))
+    shutil.rmtree(parts, ignore_errors=True)

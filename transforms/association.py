@@ -1,0 +1,456 @@
+"""AssociateDiaSources: the one stage that remembers. Keyed by sky cell, in event time."""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import apache_beam as beam
+import numpy as np
+import pyarrow.parquet as pq
+from apache_beam.coders import BytesCoder
+from apache_beam.transforms.timeutil import TimeDomain
+from apache_beam.transforms.userstate import BagStateSpec, ReadModifyWriteStateSpec, TimerSpec, on_timer
+from apache_beam.transforms.window import TimestampedValue
+from apache_beam.utils.timestamp import Timestamp
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from schemas.claim_check import ImageStore, StoredExposure
+from schemas.elements import AlertBatch, DetectedSources, FailureRecord
+from schemas.framing import pack, unpack
+from schemas.manifests import Visit, event_time_s
+from schemas.records import (
+    DIA_FORCED_SOURCE,
+    DIA_OBJECT,
+    DIA_SOURCE,
+    SS_SOURCE,
+    concatenate_records,
+    empty_records,
+    records_from_arrow,
+    records_from_bytes,
+    records_to_bytes,
+    take_records,
+)
+from transforms.failures import FAILED, failure_of
+from transforms.numerics.forced_photometry import forced_psf_flux
+from transforms.sky_cells import (
+    AssociationRules,
+    CellKnowledge,
+    CellVisit,
+    ForcedFluxes,
+    cells_of,
+    cells_with_halo,
+    process_visit,
+)
+
+STAGE = "association"
+STATE_VERSION = 1
+_OPEN_EXPOSURES = 8
+_KNOWLEDGE_DTYPES = (DIA_OBJECT, DIA_SOURCE, DIA_FORCED_SOURCE)
+
+
+@dataclass(frozen=True)
+class AssociationConfig:
+    """How sources are tied to objects. Defaults are the values LSST runs with, where it has one."""
+
+    cell_order: int = Field(default=9, ge=4, le=13)
+    halo_arcsec: float = Field(default=10.0, gt=0, le=60)
+    radius_arcsec: float = Field(default=1.0, gt=0, le=5)
+    error_floor_arcsec: float = Field(default=0.05, gt=0)
+    error_fallback_arcsec: float = Field(default=0.2, gt=0)
+    new_object_min_reliability: float = Field(default=0.1, ge=0, le=1)
+    history_months: float = Field(default=12.0, gt=0)
+    forced_min_sources: int = Field(default=2, ge=1)
+    forced_min_reliability: float = Field(default=0.5, ge=0, le=1)
+    forced_max_trail_arcsec: float = Field(default=1.4, gt=0)
+
+    def rules(self) -> AssociationRules:
+        names = AssociationRules.__dataclass_fields__
+        return AssociationRules(**{name: getattr(self, name) for name in names})
+
+
+class AssociationResult(NamedTuple):
+    """`good`: AlertBatch per sky cell and visit; `failed`: FailureRecord."""
+
+    good: beam.PCollection
+    failed: beam.PCollection
+
+
+class AssociateDiaSources(beam.PTransform):
+    """Tie diaSources to diaObjects and give every source with an object its history.
+
+    Input: DetectedSources, and optionally the history of earlier nights as (cell, bytes). Output
+    `good`: AlertBatch per (cell, visit) at the visit's event time; `failed`: forced photometry that
+    could not be done. Key: HEALPix cell; a source goes to its own cell and to those whose halo it
+    lies in. Order: per cell by (midpoint, visit), whole visits, when the watermark has passed them; a
+    detector that comes later is processed when it comes, with the history that precedes it. A
+    detector delivered twice changes nothing. State per cell: what waits for the watermark, the
+    objects and the detectors seen, the history (older than `history_months` is dropped).
+    """
+
+    def __init__(self, config: AssociationConfig, image_store: ImageStore, history: tuple[str, ...] = ()) -> None:
+        super().__init__()
+        self.config = config
+        self.image_store = image_store
+        self.history = history
+
+    def expand(self, detected: beam.PCollection) -> AssociationResult:
+        keyed = detected | "SendToSkyCells" >> beam.FlatMap(sky_cell_messages, self.config).with_output_types(
+            tuple[int, bytes]
+        )
+        if self.history:
+            earlier = (
+                detected.pipeline
+                | "NameHistory" >> beam.Create([self.history])
+                | "ReadHistory" >> beam.FlatMap(history_messages, self.config).with_output_types(tuple[int, bytes])
+            )
+            keyed = (keyed, earlier) | "JoinHistory" >> beam.Flatten()
+        outputs = keyed | "AssociateInCells" >> beam.ParDo(
+            _AssociateInCellsFn(self.config, self.image_store)
+        ).with_outputs(FAILED, main="good").with_output_types(AlertBatch)
+        return AssociationResult(outputs.good, outputs[FAILED])
+
+
+def visit_context(visit: Visit) -> dict[str, Any]:
+    """What sky space and packets need to know of a visit; JSON types only."""
+    return {
+        "visit": visit.visit,
+        "day_obs": visit.day_obs,
+        "band": visit.band,
+        "midpoint_mjd_tai": visit.midpoint_mjd_tai,
+        "readout_end_mjd_tai": visit.readout_end_mjd_tai,
+        "rotation_deg": visit.rotation_deg,
+        "observation_reason": visit.observation_reason,
+        "target_name": visit.target_name,
+    }
+
+
+def sky_cell_messages(detected: DetectedSources, config: AssociationConfig) -> Iterator[tuple[int, bytes]]:
+    """One message per cell that the detector touches, also when it found nothing there."""
+    exposure = detected.exposure
+    context = visit_context(exposure.visit)
+    covered = _covered_cells(exposure.wcs, exposure.science.shape, config)
+    sources = detected.dia_sources
+    needed = cells_with_halo(sources["ra"], sources["dec"], config.cell_order, config.halo_arcsec)
+    for cell in np.unique(np.concatenate([covered, needed.ravel()])):
+        rows = take_records(sources, (needed == cell).any(axis=1))
+        own_ss = take_records(
+            detected.ss_sources, np.isin(detected.ss_sources["diaSourceId"], rows["diaSourceId"])
+        )
+        header = {"kind": "visit", "detector": exposure.detector, "context": context}
+        yield int(cell), pack(header, (records_to_bytes(rows), records_to_bytes(own_ss)))
+
+
+def _covered_cells(wcs: Any, shape: tuple[int, ...], config: AssociationConfig) -> np.ndarray:
+    """Cells whose area or halo the detector may overlap, from a grid finer than half a cell."""
+    ny, nx = shape
+    corner = wcs.pixel_to_world_values([0, nx - 1], [0, ny - 1])
+    diagonal_arcsec = 3600.0 * float(np.hypot(*(np.ptp(axis) for axis in _unwrapped(corner))))
+    pixel_arcsec = max(diagonal_arcsec / np.hypot(nx, ny), 1e-3)
+    cell_arcsec = 3600.0 * 58.6 / (1 << config.cell_order)
+    margin = config.halo_arcsec / pixel_arcsec
+    n_steps = int(np.ceil(2.0 * (max(nx, ny) + 2 * margin) * pixel_arcsec / cell_arcsec)) + 2
+    x, y = np.meshgrid(
+        np.linspace(-margin, nx - 1 + margin, n_steps), np.linspace(-margin, ny - 1 + margin, n_steps)
+    )
+    ra, dec = wcs.pixel_to_world_values(x.ravel(), y.ravel())
+    good = np.isfinite(ra) & np.isfinite(dec)
+    return np.unique(cells_of(ra[good] % 360.0, dec[good], config.cell_order))
+
+
+def _unwrapped(corner: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    ra, dec = (np.asarray(axis, dtype=np.float64) for axis in corner)
+    return ((ra - ra[0] + 180.0) % 360.0 - 180.0) * np.cos(np.radians(dec.mean())), dec
+
+
+def history_messages(folders: tuple[str, ...], config: AssociationConfig) -> Iterator[Any]:
+    """The archive tables of earlier nights as messages to the cells that need them.
+
+    The element's event time is the earliest possible, so a cell knows its history before the first visit.
+    """
+    knowledge = read_history(folders)
+    source_cells = cells_with_halo(
+        knowledge.sources["ra"], knowledge.sources["dec"], config.cell_order, config.halo_arcsec
+    )
+    object_cells = cells_with_halo(
+        knowledge.objects["ra"], knowledge.objects["dec"], config.cell_order, config.halo_arcsec
+    )
+    for cell in np.unique(np.concatenate([source_cells.ravel(), object_cells.ravel()])):
+        sources = take_records(knowledge.sources, (source_cells == cell).any(axis=1))
+        here = (object_cells == cell).any(axis=1) | np.isin(knowledge.objects["diaObjectId"], sources["diaObjectId"])
+        objects = take_records(knowledge.objects, here)
+        forced = take_records(knowledge.forced, np.isin(knowledge.forced["diaObjectId"], objects["diaObjectId"]))
+        buffers = tuple(records_to_bytes(rows) for rows in (objects, sources, forced))
+        yield TimestampedValue((int(cell), pack({"kind": "history"}, buffers)), Timestamp(0))
+
+
+def read_history(folders: tuple[str, ...]) -> CellKnowledge:
+    """Objects (the latest state of each), associated sources and forced sources of output folders.
+
+    Raises
+    ------
+    FileNotFoundError
+        A folder that is not an output folder.
+    """
+    for folder in folders:
+        if not (Path(folder) / "archive").is_dir():
+            raise FileNotFoundError(f"{folder} holds no archive: --history wants an output folder of produce")
+    sources = _read_tables(folders, "dia_sources", DIA_SOURCE)
+    sources = take_records(sources, sources["diaObjectId"] != 0)
+    objects = _read_tables(folders, "dia_objects", DIA_OBJECT)
+    objects = take_records(objects, np.lexsort((objects["validityStartMjdTai"], objects["diaObjectId"])))
+    latest = np.append(np.diff(objects["diaObjectId"]) != 0, True) if len(objects) else np.zeros(0, dtype=bool)
+    forced = _read_tables(folders, "dia_forced_sources", DIA_FORCED_SOURCE)
+    return CellKnowledge(
+        take_records(objects, latest),
+        _first_of_each(sources, "diaSourceId"),
+        _first_of_each(forced, "diaForcedSourceId"),
+    )
+
+
+def _first_of_each(records: np.ndarray, key: str) -> np.ndarray:
+    return take_records(records, np.unique(records[key], return_index=True)[1])
+
+
+def _read_tables(folders: tuple[str, ...], name: str, dtype: np.dtype) -> np.ndarray:
+    parts = [
+        records_from_arrow(pq.ParquetFile(path).read(), dtype)
+        for folder in folders
+        for path in sorted((Path(folder) / "archive" / name).glob("day_obs=*/*.parquet"))
+    ]
+    return concatenate_records(parts, dtype)
+
+
+class _AssociateInCellsFn(beam.DoFn):
+    PENDING = BagStateSpec("pending", BytesCoder())
+    INDEX = ReadModifyWriteStateSpec("index", BytesCoder())
+    HISTORY = BagStateSpec("history", BytesCoder())
+    DUE = TimerSpec("due", TimeDomain.WATERMARK)
+
+    def __init__(self, config: AssociationConfig, image_store: ImageStore) -> None:
+        self.config = config
+        self.image_store = image_store
+
+    def setup(self) -> None:
+        self.forced = _ForcedPhotometer(self.image_store)
+
+    def process(
+        self,
+        element: tuple[int, bytes],
+        timestamp: Timestamp = beam.DoFn.TimestampParam,
+        pending: Any = beam.DoFn.StateParam(PENDING),
+        due: Any = beam.DoFn.TimerParam(DUE),
+    ) -> None:
+        pending.add(element[1])
+        header, _ = unpack(element[1])
+        if header["kind"] == "visit":
+            due.set(timestamp, dynamic_timer_tag=str(header["context"]["visit"]))
+
+    @on_timer(DUE)
+    def associate(
+        self,
+        cell: int = beam.DoFn.KeyParam,
+        timestamp: Timestamp = beam.DoFn.TimestampParam,
+        pending: Any = beam.DoFn.StateParam(PENDING),
+        index: Any = beam.DoFn.StateParam(INDEX),
+        history: Any = beam.DoFn.StateParam(HISTORY),
+        due: Any = beam.DoFn.TimerParam(DUE),
+    ) -> Iterator[Any]:
+        waiting = [bytes(message) for message in pending.read()]
+        arrived, earlier, rest = _split_due(waiting, timestamp)
+        if not arrived:
+            return
+        pending.clear()
+        for message in rest:
+            pending.add(message)
+        seen, objects = _read_index(index.read())
+        blocks = [bytes(block) for block in history.read()]
+        for message in earlier:
+            _, buffers = unpack(message)
+            objects = _merged_objects(objects, records_from_bytes(DIA_OBJECT, buffers[0]))
+            block = pack({}, (bytes(buffers[1]), bytes(buffers[2])))
+            seen |= _seen_in(records_from_bytes(DIA_SOURCE, buffers[1]))
+            blocks.append(block)
+            history.add(block)
+        for visit in _visits_of(arrived, seen):
+            started = time.perf_counter()
+            sources, forced = _read_blocks(blocks)
+            outcome = process_visit(
+                cell,
+                self.config.cell_order,
+                CellKnowledge(objects, sources, forced),
+                visit,
+                self.config.rules(),
+                lambda detector, ra, dec, visit=visit: self.forced.measure(
+                    visit.context["visit"], detector, ra, dec
+                ),
+            )
+            objects = outcome.objects
+            seen |= {(visit.context["visit"], detector) for detector in visit.detectors}
+            block = pack({}, (records_to_bytes(outcome.new_sources), records_to_bytes(outcome.new_forced)))
+            blocks.append(block)
+            history.add(block)
+            event_time = Timestamp(event_time_s(visit.context["midpoint_mjd_tai"]))
+            for failure in self.forced.take_failures():
+                yield beam.pvalue.TaggedOutput(FAILED, TimestampedValue(failure, event_time))
+            outcome.batch.counts["association_us"] = int(1e6 * (time.perf_counter() - started))
+            yield TimestampedValue(outcome.batch, event_time)
+        index.write(_index_bytes(seen, objects))
+        self._prune(blocks, history, arrived)
+
+    def _prune(self, blocks: list[bytes], history: Any, arrived: list[bytes]) -> None:
+        """Rewrite the history without what is out of reach, once that is half of the blocks."""
+        newest = max(unpack(message)[0]["context"]["midpoint_mjd_tai"] for message in arrived)
+        # A margin of a month keeps what late detectors may still ask for.
+        limit = newest - self.config.rules().history_days - 31.0
+        kept, n_stale = [], 0
+        for block in blocks:
+            _, buffers = unpack(block)
+            sources = records_from_bytes(DIA_SOURCE, buffers[0])
+            forced = records_from_bytes(DIA_FORCED_SOURCE, buffers[1])
+            fresh_sources = take_records(sources, sources["midpointMjdTai"] > limit)
+            fresh_forced = take_records(forced, forced["midpointMjdTai"] > limit)
+            if len(fresh_sources) + len(fresh_forced) < len(sources) + len(forced):
+                n_stale += 1
+                block = pack({}, (records_to_bytes(fresh_sources), records_to_bytes(fresh_forced)))
+            if len(fresh_sources) + len(fresh_forced):
+                kept.append(block)
+        if 2 * n_stale > len(blocks):
+            history.clear()
+            for block in kept:
+                history.add(block)
+
+
+def _split_due(waiting: list[bytes], fired_at: Timestamp) -> tuple[list[bytes], list[bytes], list[bytes]]:
+    """Visit messages that are due, history messages, and the rest."""
+    arrived, earlier, rest = [], [], []
+    for message in waiting:
+        header, _ = unpack(message)
+        if header["kind"] == "history":
+            earlier.append(message)
+        elif Timestamp(event_time_s(header["context"]["midpoint_mjd_tai"])) <= fired_at:
+            arrived.append(message)
+        else:
+            rest.append(message)
+    return arrived, sorted(earlier), rest
+
+
+def _visits_of(messages: list[bytes], seen: set[tuple[int, int]]) -> list[CellVisit]:
+    """Messages as visits in order of (midpoint, visit), detectors already seen left out."""
+    by_visit: dict[tuple[float, int], dict[int, tuple[dict[str, Any], list[memoryview]]]] = {}
+    for message in messages:
+        header, buffers = unpack(message)
+        context, detector = header["context"], header["detector"]
+        if (context["visit"], detector) not in seen:
+            by_visit.setdefault((context["midpoint_mjd_tai"], context["visit"]), {}).setdefault(
+                detector, (context, buffers)
+            )
+    visits = []
+    for key in sorted(by_visit):
+        detectors = by_visit[key]
+        parts = [detectors[detector] for detector in sorted(detectors)]
+        visits.append(
+            CellVisit(
+                context=parts[0][0],
+                detectors=tuple(sorted(detectors)),
+                sources=concatenate_records([records_from_bytes(DIA_SOURCE, part[1][0]) for part in parts], DIA_SOURCE),
+                ss_sources=concatenate_records([records_from_bytes(SS_SOURCE, part[1][1]) for part in parts], SS_SOURCE),
+            )
+        )
+    return visits
+
+
+def _read_index(stored: bytes | None) -> tuple[set[tuple[int, int]], np.ndarray]:
+    if not stored:
+        return set(), empty_records(DIA_OBJECT, 0)
+    header, buffers = unpack(stored)
+    if header["version"] != STATE_VERSION:
+        raise ValueError(f"sky-cell state of version {header['version']}, this code reads {STATE_VERSION}")
+    seen = np.frombuffer(buffers[0], dtype="<i8").reshape(-1, 2)
+    return {(int(visit), int(detector)) for visit, detector in seen}, records_from_bytes(DIA_OBJECT, buffers[1])
+
+
+def _index_bytes(seen: set[tuple[int, int]], objects: np.ndarray) -> bytes:
+    pairs = np.array(sorted(seen), dtype="<i8").reshape(-1, 2)
+    return pack({"version": STATE_VERSION}, (pairs.tobytes(), records_to_bytes(objects)))
+
+
+def _read_blocks(blocks: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
+    frames = [unpack(block)[1] for block in blocks]
+    sources = concatenate_records([records_from_bytes(DIA_SOURCE, frame[0]) for frame in frames], DIA_SOURCE)
+    forced = concatenate_records([records_from_bytes(DIA_FORCED_SOURCE, frame[1]) for frame in frames], DIA_FORCED_SOURCE)
+    return sources, forced
+
+
+def _merged_objects(known: np.ndarray, more: np.ndarray) -> np.ndarray:
+    fresh = take_records(more, ~np.isin(more["diaObjectId"], known["diaObjectId"]))
+    merged = concatenate_records([known, fresh], DIA_OBJECT)
+    return take_records(merged, np.argsort(merged["diaObjectId"], kind="stable"))
+
+
+def _seen_in(sources: np.ndarray) -> set[tuple[int, int]]:
+    return {(int(visit), int(detector)) for visit, detector in zip(sources["visit"], sources["detector"], strict=True)}
+
+
+class _ForcedPhotometer:
+    """Forced fluxes from the image store; keeps the last few exposures open, remembers its failures."""
+
+    def __init__(self, store: ImageStore) -> None:
+        self.store = store
+        self.opened: OrderedDict[tuple[int, int], StoredExposure] = OrderedDict()
+        self.failures: list[FailureRecord] = []
+
+    def take_failures(self) -> list[FailureRecord]:
+        taken, self.failures = self.failures, []
+        return taken
+
+    def measure(self, visit: int, detector: int, ra: np.ndarray, dec: np.ndarray) -> ForcedFluxes:
+        """Forced fluxes of positions on one detector. What cannot be read is NaN and noted as a failure."""
+        n = len(ra)
+        fluxes = ForcedFluxes(np.zeros(n, dtype=bool), *(np.full(n, np.nan) for _ in range(4)))
+        try:
+            stored = self._open(visit, detector)
+            x, y = (np.asarray(axis) for axis in stored.wcs.world_to_pixel_values(ra, dec))
+        except Exception as error:
+            self.failures.append(failure_of(error, STAGE, visit, detector, lost=f"forced photometry of {n} objects"))
+            return fluxes
+        ny, nx = stored.shape
+        fluxes.inside[:] = (x >= 0) & (x <= nx - 1) & (y >= 0) & (y <= ny - 1)
+        n_failed = 0
+        last_error: Exception | None = None
+        for index in np.flatnonzero(fluxes.inside):
+            try:
+                self._measure_one(stored, float(x[index]), float(y[index]), int(index), fluxes)
+            except Exception as error:
+                n_failed, last_error = n_failed + 1, error
+        if last_error is not None:
+            lost = f"forced photometry of {n_failed} objects"
+            self.failures.append(failure_of(last_error, STAGE, visit, detector, lost=lost))
+        return fluxes
+
+    def _measure_one(self, stored: StoredExposure, x: float, y: float, index: int, fluxes: ForcedFluxes) -> None:
+        half = stored.psf.shape[0] // 2 + 1
+        y0, x0 = max(int(round(y)) - half, 0), max(int(round(x)) - half, 0)
+        y1, x1 = min(int(round(y)) + half + 1, stored.shape[0]), min(int(round(x)) + half + 1, stored.shape[1])
+        at_x, at_y = np.array([x - x0]), np.array([y - y0])
+        for plane, flux, flux_err in (
+            ("difference", fluxes.psf_flux, fluxes.psf_flux_err),
+            ("science", fluxes.science_flux, fluxes.science_flux_err),
+        ):
+            image = stored.window(plane, y0, y1, x0, x1)
+            variance = stored.window(plane + "_variance", y0, y1, x0, x1)
+            measured = forced_psf_flux(image, variance, stored.psf, at_x, at_y)
+            flux[index], flux_err[index] = measured[0][0], measured[1][0]
+
+    def _open(self, visit: int, detector: int) -> StoredExposure:
+        key = (visit, detector)
+        if key not in self.opened:
+            self.opened[key] = self.store.open(visit, detector)
+            if len(self.opened) > _OPEN_EXPOSURES:
+                self.opened.popitem(last=False)
+        self.opened.move_to_end(key)
+        return self.opened[key]

@@ -1,0 +1,93 @@
+"""EncodeCutouts: science, template and difference stamps of every source, as finished FITS bytes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import apache_beam as beam
+
+from schemas.claim_check import write_blobs
+from schemas.cutouts import cutout_bytes, cutout_side, local_tangents
+from schemas.elements import DetectedSources
+from schemas.exposures import MASK_BITS
+from transforms.failures import FAILED, failure_of
+from transforms.packaging import cutout_file
+
+STAGE = "cutouts"
+
+
+class CutoutResult(NamedTuple):
+    """`good`: DetectedSources; `failed`: FailureRecord."""
+
+    good: beam.PCollection
+    failed: beam.PCollection
+
+
+class EncodeCutouts(beam.PTransform):
+    """Write the cutouts of an exposure's sources to the cutout store, where packaging finds them.
+
+    Input and output `good`: DetectedSources; `failed`: exposures whose cutouts could not be made
+    (their alerts go without). Order: as it comes; a duplicate writes nothing new. No state.
+    """
+
+    def __init__(self, folder: str) -> None:
+        super().__init__()
+        self.folder = folder
+
+    def expand(self, detected: beam.PCollection) -> CutoutResult:
+        outputs = detected | "WriteCutouts" >> beam.ParDo(_WriteCutoutsFn(self.folder)).with_outputs(
+            FAILED, main="good"
+        ).with_output_types(DetectedSources)
+        return CutoutResult(outputs.good, outputs[FAILED])
+
+
+class _WriteCutoutsFn(beam.DoFn):
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+
+    def process(self, detected: DetectedSources) -> Iterator[Any]:
+        started = time.perf_counter()
+        exposure = detected.exposure
+        try:
+            path = cutout_file(self.folder, exposure.visit.visit, exposure.detector)
+            write_blobs(path, detected.dia_sources["diaSourceId"], encode_cutouts(detected))
+        except Exception as error:  # an alert without cutouts is better than none
+            lost = f"cutouts of {len(detected.dia_sources)} alerts"
+            failure = failure_of(error, STAGE, exposure.visit.visit, exposure.detector, lost=lost)
+            yield beam.pvalue.TaggedOutput(FAILED, failure)
+        detected.seconds["cutouts"] = time.perf_counter() - started
+        yield detected
+
+
+def encode_cutouts(detected: DetectedSources) -> list[tuple[bytes, bytes, bytes]]:
+    """Difference, science and template stamps of each source; empty bytes where there is none."""
+    exposure, sources = detected.exposure, detected.dia_sources
+    if len(sources) == 0:
+        return []
+    tangents = local_tangents(exposure.wcs, sources["x"].astype(float), sources["y"].astype(float))
+    planes = (
+        (exposure.difference, exposure.difference_variance),
+        (exposure.science, exposure.science_variance),
+        (exposure.matched_template, exposure.template_variance),
+    )
+    rows = []
+    for source, tangent in zip(sources, tangents, strict=True):
+        stamps = [
+            cutout_bytes(
+                image,
+                variance,
+                exposure.mask,
+                exposure.psf,
+                float(source["x"]),
+                float(source["y"]),
+                cutout_side(int(source["bboxSize"])),
+                tangent,
+                exposure.visit.rotation_deg,
+                MASK_BITS,
+            )
+            for image, variance in planes
+        ]
+        rows.append((stamps[0] or b"", stamps[1] or b"", stamps[2] or b""))
+    return rows

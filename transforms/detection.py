@@ -1,0 +1,277 @@
+"""DetectDiaSources: diaSources of an exposure as a record batch, measured, scored, identified."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import apache_beam as beam
+import numpy as np
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from schemas.elements import DetectedSources, FailureRecord, SubtractedExposure
+from schemas.exposures import MASK_BITS, mask_bits
+from schemas.identifiers import MAX_COUNTER, dia_source_ids
+from schemas.records import DIA_SOURCE, SS_SOURCE, empty_records, take_records
+from transforms.failures import FAILED, failure_of
+from transforms.numerics.detection import Detections, find_peaks, lobe_distance, significance_map
+from transforms.numerics.measurement import MaskFlags, Measurements, mask_flags, measure_sources
+from transforms.numerics.reliability import RELIABILITY_VERSION, score
+from transforms.subtraction import UNUSABLE_PLANES
+
+STAGE = "detection"
+REJECTED_PLANES = ("NO_DATA", "BAD", "SAT", "EDGE")
+_FLAG_PLANES = {
+    "pixelFlags_bad": ("BAD", False),
+    "pixelFlags_cr": ("CR", False),
+    "pixelFlags_crCenter": ("CR", True),
+    "pixelFlags_edge": ("EDGE", False),
+    "pixelFlags_nodata": ("NO_DATA", False),
+    "pixelFlags_nodataCenter": ("NO_DATA", True),
+    "pixelFlags_interpolated": ("INTRP", False),
+    "pixelFlags_interpolatedCenter": ("INTRP", True),
+    "pixelFlags_saturated": ("SAT", False),
+    "pixelFlags_saturatedCenter": ("SAT", True),
+    "pixelFlags_suspect": ("SUSPECT", False),
+    "pixelFlags_suspectCenter": ("SUSPECT", True),
+    "pixelFlags_streak": ("STREAK", False),
+    "pixelFlags_streakCenter": ("STREAK", True),
+    "pixelFlags_injected": ("INJECTED", False),
+    "pixelFlags_injectedCenter": ("INJECTED", True),
+    "pixelFlags_injected_template": ("INJECTED_TEMPLATE", False),
+    "pixelFlags_injected_templateCenter": ("INJECTED_TEMPLATE", True),
+}
+_GENERAL_FLAG_PLANES = ("BAD", "SAT", "CR", "EDGE", "NO_DATA")
+_MEASURED_COLUMNS = {
+    "x": "x",
+    "xErr": "x_err",
+    "y": "y",
+    "yErr": "y_err",
+    "centroid_flag": "centroid_flag",
+    "apFlux": "ap_flux",
+    "apFluxErr": "ap_flux_err",
+    "apFlux_flag": "ap_flux_flag",
+    "apFlux_flag_apertureTruncated": "ap_flux_flag_truncated",
+    "isNegative": "is_negative",
+    "snr": "snr",
+    "psfFlux": "psf_flux",
+    "psfFluxErr": "psf_flux_err",
+    "psfLnL": "psf_ln_likelihood",
+    "psfChi2": "psf_chi2",
+    "psfNdata": "psf_n_pixels",
+    "psfFlux_flag": "psf_flux_flag",
+    "psfFlux_flag_edge": "psf_flux_flag_edge",
+    "psfFlux_flag_noGoodPixels": "psf_flux_flag_no_good_pixels",
+    "scienceFlux": "science_flux",
+    "scienceFluxErr": "science_flux_err",
+    "templateFlux": "template_flux",
+    "templateFluxErr": "template_flux_err",
+    "forced_PsfFlux_flag": "forced_flux_flag",
+    "forced_PsfFlux_flag_edge": "forced_flux_flag_edge",
+    "forced_PsfFlux_flag_noGoodPixels": "forced_flux_flag_no_good_pixels",
+    "bboxSize": "bbox_size",
+}
+
+
+class SourceStormError(ValueError):
+    """More sources than a sane difference image can hold."""
+
+
+@dataclass(frozen=True)
+class DetectionConfig:
+    """What counts as a diaSource. Defaults are LSST's where it has one."""
+
+    threshold_snr: float = Field(default=5.0, ge=3, le=50)
+    min_science_snr: float = Field(default=-2.0)
+    max_sources: int = Field(default=20_000, ge=1, le=MAX_COUNTER)
+    release: int = Field(default=0, ge=0, le=63)
+
+
+class DetectionResult(NamedTuple):
+    """`good`: DetectedSources; `failed`: FailureRecord."""
+
+    good: beam.PCollection
+    failed: beam.PCollection
+
+
+class DetectDiaSources(beam.PTransform):
+    """Find and measure what differs, of both signs.
+
+    Input: SubtractedExposure. Output `good`: DetectedSources, always one per exposure, its records
+    in order of diaSourceId; `failed`: exposures that could not be searched. Ids count the sources in
+    order of (peak y, peak x, sign), before any selection. Order: as it comes; a duplicate gives the
+    same records. No state.
+    """
+
+    def __init__(self, config: DetectionConfig) -> None:
+        super().__init__()
+        self.config = config
+
+    def expand(self, exposures: beam.PCollection) -> DetectionResult:
+        outputs = exposures | "DetectInDifference" >> beam.ParDo(_DetectFn(self.config)).with_outputs(
+            FAILED, main="good"
+        ).with_output_types(DetectedSources)
+        return DetectionResult(outputs.good, outputs[FAILED])
+
+
+class _DetectFn(beam.DoFn):
+    def __init__(self, config: DetectionConfig) -> None:
+        self.config = config
+
+    def process(self, exposure: SubtractedExposure) -> Iterator[Any]:
+        started = time.perf_counter()
+        try:
+            detected = detect_sources(exposure, self.config)
+        except Exception as error:  # whatever one detector's pixels do must not stop the others
+            failure = _failure(error, exposure)
+            yield beam.pvalue.TaggedOutput(FAILED, failure)
+            return
+        detected.seconds["detection"] = time.perf_counter() - started
+        yield detected
+
+
+def _failure(error: Exception, exposure: SubtractedExposure) -> FailureRecord:
+    return failure_of(error, STAGE, exposure.visit.visit, exposure.detector, lost="all alerts of the detector")
+
+
+def detect_sources(exposure: SubtractedExposure, config: DetectionConfig) -> DetectedSources:
+    """The diaSources of one exposure.
+
+    Raises
+    ------
+    SourceStormError
+        More than `max_sources` detections.
+    """
+    bad = (exposure.mask & mask_bits(*UNUSABLE_PLANES)) != 0
+    snr_map, noise_ratio = significance_map(exposure.difference, exposure.difference_variance, bad, exposure.psf)
+    reject = (exposure.mask & mask_bits(*REJECTED_PLANES)) != 0
+    found = find_peaks(snr_map, reject, config.threshold_snr, lobe_distance(exposure.psf))
+    if len(found.peak_x) > config.max_sources:
+        raise SourceStormError(
+            f"{len(found.peak_x)} sources in one detector, more than max_sources {config.max_sources}: bad subtraction?"
+        )
+    measured = measure_sources(
+        exposure.difference,
+        exposure.difference_variance,
+        exposure.science,
+        exposure.science_variance,
+        exposure.matched_template,
+        exposure.template_variance,
+        bad,
+        exposure.psf,
+        found,
+    )
+    flags = mask_flags(exposure.mask, MASK_BITS, measured.x, measured.y, found)
+    records = _records(exposure, measured, flags, noise_ratio, config)
+    kept, rejected = _select(records, config)
+    rejected["on rejected pixels"] = int(found.n_rejected)
+    return DetectedSources(
+        exposure=exposure,
+        dia_sources=take_records(records, kept),
+        ss_sources=empty_records(SS_SOURCE, 0),
+        n_detected=len(records) + int(found.n_rejected),
+        rejected=rejected,
+        seconds=dict(exposure.seconds),
+    )
+
+
+def _records(
+    exposure: SubtractedExposure,
+    measured: Measurements,
+    flags: MaskFlags,
+    noise_ratio: float,
+    config: DetectionConfig,
+) -> np.ndarray:
+    visit = exposure.visit
+    n = len(measured.x)
+    records = empty_records(DIA_SOURCE, n)
+    records["diaSourceId"] = dia_source_ids(visit.day_obs, visit.seq_num, exposure.detector, n, config.release)
+    records["visit"], records["detector"] = visit.visit, exposure.detector
+    records["band"] = visit.band.encode()
+    records["midpointMjdTai"] = visit.midpoint_mjd_tai
+    records["timeProcessedMjdTai"] = visit.readout_end_mjd_tai
+    records["exposureTime"] = visit.exposure_time_s
+    for column, name in _MEASURED_COLUMNS.items():
+        records[column] = getattr(measured, name)
+    _fill_sky(records, exposure, measured)
+    for column, (plane, at_centre) in _FLAG_PLANES.items():
+        records[column] = (flags.centre if at_centre else flags.anywhere)[plane]
+    records["pixelFlags"] = np.any([flags.anywhere[plane] for plane in _GENERAL_FLAG_PLANES], axis=0)
+    records["pixelFlags_offimage"] = flags.off_image
+    records["reliability"] = score(
+        snr=measured.snr,
+        psf_flux=measured.psf_flux,
+        psf_flux_err=measured.psf_flux_err,
+        core_chi2=measured.core_chi2,
+        core_n_pixels=measured.core_n_pixels,
+        peak_excess=measured.peak_excess,
+        size_ratio=measured.size_ratio,
+        opposite_snr=measured.opposite_snr,
+        good_weight=measured.good_weight,
+        star_flux=measured.star_flux,
+        noise_ratio=noise_ratio,
+    )
+    records["reliabilityVersion"] = RELIABILITY_VERSION.encode()
+    return records
+
+
+def _fill_sky(records: np.ndarray, exposure: SubtractedExposure, measured: Measurements) -> None:
+    """Positions, their errors on the sky (raErr includes cos dec) and shapes in arcsec^2, by the local WCS."""
+    if len(records) == 0:
+        return
+    ra, dec = exposure.wcs.all_pix2world(measured.x, measured.y, 0)
+    records["ra"], records["dec"] = ra % 360.0, dec
+    jacobian = _local_jacobian(exposure, measured.x, measured.y)
+    covariance = np.empty((len(records), 2, 2))
+    covariance[:, 0, 0], covariance[:, 1, 1] = measured.x_err**2, measured.y_err**2
+    covariance[:, 0, 1] = covariance[:, 1, 0] = measured.x_y_cov
+    on_sky = jacobian @ covariance @ jacobian.transpose(0, 2, 1)
+    with np.errstate(invalid="ignore"):
+        records["raErr"], records["decErr"] = np.sqrt(on_sky[:, 0, 0]), np.sqrt(on_sky[:, 1, 1])
+    records["ra_dec_Cov"] = on_sky[:, 0, 1]
+    for suffix, (xx, yy, xy) in {
+        "": (measured.ixx, measured.iyy, measured.ixy),
+        "PSF": (measured.ixx_psf, measured.iyy_psf, measured.ixy_psf),
+    }.items():
+        moments = np.stack([np.stack([xx, xy], axis=-1), np.stack([xy, yy], axis=-1)], axis=-2)
+        sky_moments = 3600.0**2 * (jacobian @ moments @ jacobian.transpose(0, 2, 1))
+        records[f"ixx{suffix}"] = sky_moments[:, 0, 0]
+        records[f"iyy{suffix}"] = sky_moments[:, 1, 1]
+        records[f"ixy{suffix}"] = sky_moments[:, 0, 1]
+
+
+def _local_jacobian(exposure: SubtractedExposure, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """(n, 2, 2) derivatives of (ra cos dec, dec) in degrees by (x, y) in pixels."""
+    ra, dec = exposure.wcs.all_pix2world(x, y, 0)
+    columns = []
+    for dx, dy in ((0.5, 0.0), (0.0, 0.5)):
+        ra_up, dec_up = exposure.wcs.all_pix2world(x + dx, y + dy, 0)
+        ra_down, dec_down = exposure.wcs.all_pix2world(x - dx, y - dy, 0)
+        d_ra = ((ra_up - ra_down + 180.0) % 360.0 - 180.0) * np.cos(np.radians(dec))
+        columns.append(np.stack([d_ra, dec_up - dec_down], axis=-1))
+    return np.stack(columns, axis=-1)
+
+
+def _select(records: np.ndarray, config: DetectionConfig) -> tuple[np.ndarray, dict[str, int]]:
+    """Which sources are kept, and how many each rule dropped. Unknown values never drop a source."""
+    science_snr = np.divide(
+        records["scienceFlux"],
+        records["scienceFluxErr"],
+        out=np.full(len(records), np.nan, dtype=np.float32),
+        where=records["scienceFluxErr"] > 0,
+    )
+    rules = {
+        "no finite position": ~(np.isfinite(records["ra"]) & np.isfinite(records["dec"])),
+        "off image": records["pixelFlags_offimage"] == 1,
+        "saturated or no data at the centre": (records["pixelFlags_saturatedCenter"] == 1)
+        | (records["pixelFlags_nodataCenter"] == 1),
+        "negative direct image": science_snr < config.min_science_snr,
+    }
+    kept = np.ones(len(records), dtype=bool)
+    rejected = {}
+    for name, dropped in rules.items():
+        rejected[name] = int(np.count_nonzero(kept & dropped))
+        kept &= ~dropped
+    return kept, rejected

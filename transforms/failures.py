@@ -1,0 +1,103 @@
+"""Failure records: how stages make them, and the stage that writes them down."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import apache_beam as beam
+from apache_beam.coders import BytesCoder
+from apache_beam.transforms.timeutil import TimeDomain
+from apache_beam.transforms.userstate import BagStateSpec, TimerSpec, on_timer
+
+from schemas.elements import FailureRecord
+
+FAILED = "failed"
+NO_VISIT = 0
+
+
+def failure_of(
+    error: Exception, stage: str, visit: int | None, detector: int | None = None, *, lost: str
+) -> FailureRecord:
+    """A failure record of an exception."""
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return FailureRecord(visit, detector, stage, type(error).__name__, reason, lost)
+
+
+def failure_line(record: FailureRecord) -> bytes:
+    """One JSON line; equal records give equal lines."""
+    return json.dumps(asdict(record), sort_keys=True).encode()
+
+
+def failure_from_line(line: bytes) -> FailureRecord:
+    """The record of a line that `failure_line` wrote."""
+    return FailureRecord(**json.loads(line))
+
+
+class CollectFailures(beam.PTransform):
+    """Write the failure records of each visit to `folder/<visit>.jsonl`.
+
+    Input: FailureRecord. Output: the path of each file written. Key: visit (`NO_VISIT` for broken
+    manifest lines, file `manifest.jsonl`). A repeated record is written once; a late one rewrites the
+    file. State: the lines of each visit, kept as long as the job runs.
+    """
+
+    def __init__(self, folder: str) -> None:
+        super().__init__()
+        self.folder = folder
+
+    def expand(self, records: beam.PCollection) -> beam.PCollection:
+        return (
+            records
+            | "KeyFailuresByVisit" >> beam.Map(_keyed_line).with_output_types(tuple[int, bytes])
+            | "WriteFailures" >> beam.ParDo(_WriteFailuresFn(self.folder)).with_output_types(str)
+        )
+
+
+def _keyed_line(record: FailureRecord) -> tuple[int, bytes]:
+    return (NO_VISIT if record.visit is None else record.visit, failure_line(record))
+
+
+class _WriteFailuresFn(beam.DoFn):
+    LINES = BagStateSpec("lines", BytesCoder())
+    DUE = TimerSpec("due", TimeDomain.WATERMARK)
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+
+    def process(
+        self,
+        element: tuple[int, bytes],
+        timestamp: beam.utils.timestamp.Timestamp = beam.DoFn.TimestampParam,
+        lines: beam.transforms.userstate.AccumulatingRuntimeState = beam.DoFn.StateParam(LINES),
+        due: beam.transforms.userstate.RuntimeTimer = beam.DoFn.TimerParam(DUE),
+    ) -> None:
+        lines.add(element[1])
+        due.set(timestamp)
+
+    @on_timer(DUE)
+    def write(
+        self,
+        visit: int = beam.DoFn.KeyParam,
+        lines: beam.transforms.userstate.AccumulatingRuntimeState = beam.DoFn.StateParam(LINES),
+    ) -> Iterator[str]:
+        name = "manifest" if visit == NO_VISIT else str(visit)
+        path = Path(self.folder) / f"{name}.jsonl"
+        write_lines(path, sorted(set(lines.read())))
+        yield str(path)
+
+
+def write_lines(path: Path, lines: Iterable[bytes]) -> None:
+    """Write lines to a file, atomically."""
+    write_bytes(path, b"".join(line + b"\n" for line in lines))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file under a temporary name and rename it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{os.getpid()}.{path.name}")
+    partial.write_bytes(content)
+    partial.replace(path)

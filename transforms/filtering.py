@@ -1,0 +1,299 @@
+"""FilterAlerts, the mini-broker, and GatherVisits, which brings a visit together for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from typing import Any, NamedTuple
+
+import apache_beam as beam
+import numpy as np
+import pyarrow as pa
+from apache_beam.coders import BytesCoder, VarIntCoder
+from apache_beam.transforms.timeutil import TimeDomain
+from apache_beam.transforms.userstate import BagStateSpec, ReadModifyWriteStateSpec, TimerSpec, on_timer
+from apache_beam.transforms.window import TimestampedValue
+from apache_beam.utils.timestamp import Duration, Timestamp
+
+from schemas.elements import DetectedSources, FailureRecord, VisitAlerts
+from schemas.framing import pack, unpack
+from schemas.manifests import Visit
+from schemas.records import (
+    DIA_FORCED_SOURCE,
+    DIA_OBJECT,
+    DIA_SOURCE,
+    SS_SOURCE,
+    concatenate_records,
+    records_from_bytes,
+    take_records,
+)
+from transforms.alert_columns import thin_schema
+from transforms.association import visit_context
+from transforms.failures import FAILED
+from transforms.filters.checking import CheckedFilter
+from transforms.filters.execution import FilterOutcome, run_filters
+
+STAGE = "filtering"
+# How long after a visit its late detectors still find the others.
+VISIT_MEMORY_S = 2 * 86_400
+_TABLES = (
+    ("dia_sources", DIA_SOURCE, "diaSourceId"),
+    ("dia_objects", DIA_OBJECT, "diaObjectId"),
+    ("dia_forced_sources", DIA_FORCED_SOURCE, "diaForcedSourceId"),
+    ("ss_sources", SS_SOURCE, "diaSourceId"),
+)
+
+
+class GatherVisits(beam.PTransform):
+    """Bring all parts of a visit together when the watermark has passed it.
+
+    Input: (visit, bytes) parts made by `announcement_part`, `detector_part`, `failure_part` and
+    `transforms.packaging.visit_part`. Output: VisitAlerts at the visit's event time. Key: visit. A
+    part that comes later makes a further revision with everything known by then; a repeated part
+    changes nothing. State: the parts of a visit, dropped `VISIT_MEMORY_S` after it.
+    """
+
+    def __init__(self, filter_columns: frozenset[str]) -> None:
+        super().__init__()
+        self.filter_columns = filter_columns
+
+    def expand(self, parts: beam.PCollection) -> beam.PCollection:
+        return parts | "GatherParts" >> beam.ParDo(_GatherPartsFn(self.filter_columns)).with_output_types(VisitAlerts)
+
+
+def announcement_part(visit: Visit) -> tuple[int, bytes]:
+    """The part that says a visit exists."""
+    header = {"kind": "visit", "context": visit_context(visit), "expected": [one.detector for one in visit.detectors]}
+    return visit.visit, pack(header)
+
+
+def detector_part(detected: DetectedSources) -> tuple[int, bytes]:
+    """The part that says a detector was processed."""
+    exposure = detected.exposure
+    header = {
+        "kind": "detector",
+        "detector": exposure.detector,
+        "detected": detected.n_detected,
+        "selected": len(detected.dia_sources),
+        "rejected": detected.rejected,
+        "ss_matches": len(detected.ss_sources),
+        "seconds": detected.seconds,
+        "started_at": exposure.started_at,
+        "notes": list(exposure.notes),
+    }
+    return exposure.visit.visit, pack(header)
+
+
+def failure_part(record: FailureRecord) -> list[tuple[int, bytes]]:
+    """The part that says something of a visit failed; none for failures without a visit."""
+    return [] if record.visit is None else [(record.visit, pack({"kind": "failure", "record": asdict(record)}))]
+
+
+class _GatherPartsFn(beam.DoFn):
+    FRESH = BagStateSpec("fresh", BytesCoder())
+    SETTLED = BagStateSpec("settled", BytesCoder())
+    REVISIONS = ReadModifyWriteStateSpec("revisions", VarIntCoder())
+    DUE = TimerSpec("due", TimeDomain.WATERMARK)
+    FORGET = TimerSpec("forget", TimeDomain.WATERMARK)
+
+    def __init__(self, filter_columns: frozenset[str]) -> None:
+        self.filter_columns = filter_columns
+
+    def process(
+        self,
+        element: tuple[int, bytes],
+        timestamp: Timestamp = beam.DoFn.TimestampParam,
+        fresh: Any = beam.DoFn.StateParam(FRESH),
+        due: Any = beam.DoFn.TimerParam(DUE),
+        forget: Any = beam.DoFn.TimerParam(FORGET),
+    ) -> None:
+        fresh.add(element[1])
+        due.set(timestamp)
+        forget.set(timestamp + Duration(VISIT_MEMORY_S))
+
+    @on_timer(DUE)
+    def close(
+        self,
+        visit: int = beam.DoFn.KeyParam,
+        timestamp: Timestamp = beam.DoFn.TimestampParam,
+        fresh: Any = beam.DoFn.StateParam(FRESH),
+        settled: Any = beam.DoFn.StateParam(SETTLED),
+        revisions: Any = beam.DoFn.StateParam(REVISIONS),
+    ) -> Iterator[Any]:
+        parts: dict[int, set[bytes]] = {}
+        for part in settled.read():
+            header, buffers = unpack(bytes(part))
+            parts.setdefault(header["revision"], set()).add(bytes(buffers[0]))
+        older = set().union(*parts.values())
+        new = {bytes(part) for part in fresh.read()} - older
+        fresh.clear()
+        if not new:
+            return
+        revision = revisions.read() or 0
+        parts[revision] = new
+        for part in new:
+            settled.add(pack({"revision": revision}, (part,)))
+        revisions.write(revision + 1)
+        yield TimestampedValue(visit_alerts(visit, revision, parts, self.filter_columns), timestamp)
+
+    @on_timer(FORGET)
+    def forget_visit(
+        self,
+        fresh: Any = beam.DoFn.StateParam(FRESH),
+        settled: Any = beam.DoFn.StateParam(SETTLED),
+        revisions: Any = beam.DoFn.StateParam(REVISIONS),
+    ) -> None:
+        # The local runner may fire this before `close`: what still waits must not be lost.
+        if any(True for _ in fresh.read()):
+            return
+        settled.clear()
+        revisions.clear()
+
+
+def visit_alerts(
+    visit: int, revision: int, parts: dict[int, set[bytes]], filter_columns: frozenset[str]
+) -> VisitAlerts:
+    """Everything known of a visit from its parts, in an order that does not depend on theirs."""
+    schema = thin_schema(filter_columns).append(pa.field("revision", pa.int64()))
+    thin: list[pa.Table] = []
+    rows: dict[str, list[np.ndarray]] = {name: [] for name, _, _ in _TABLES}
+    headers: dict[str, list[dict[str, Any]]] = {"visit": [], "detector": [], "failure": [], "alerts": []}
+    for number in sorted(parts):
+        for part in sorted(parts[number]):
+            header, buffers = unpack(part)
+            headers[header["kind"]].append(header)
+            if header["kind"] != "alerts":
+                continue
+            table = pa.ipc.open_stream(buffers[0]).read_all()
+            thin.append(table.append_column("revision", pa.array(np.full(len(table), number))))
+            for (name, dtype, _), buffer in zip(_TABLES, buffers[1:], strict=True):
+                rows[name].append(records_from_bytes(dtype, buffer))
+    alerts = pa.concat_tables(thin).cast(schema) if thin else schema.empty_table()
+    alerts = _first_rows(alerts)
+    tables = {name: _unique_records(concatenate_records(rows[name], dtype), key) for name, dtype, key in _TABLES}
+    failures = tuple(FailureRecord(**header["record"]) for header in headers["failure"])
+    summary = _summary(visit, revision, headers, alerts, tables)
+    return VisitAlerts(visit, summary["day_obs"], revision, summary, alerts, tables, failures)
+
+
+def _first_rows(alerts: pa.Table) -> pa.Table:
+    """One row per diaSourceId, the earliest revision of each, sorted by it."""
+    ids = alerts["diaSourceId"].to_numpy()
+    return alerts.take(pa.array(np.unique(ids, return_index=True)[1]))
+
+
+def _unique_records(records: np.ndarray, key: str) -> np.ndarray:
+    """One record per key, the last one known (an object may be touched by two revisions), sorted by it."""
+    backwards = take_records(records, np.arange(len(records))[::-1])
+    return take_records(backwards, np.unique(backwards[key], return_index=True)[1])
+
+
+def _summary(
+    visit: int,
+    revision: int,
+    headers: dict[str, list[dict[str, Any]]],
+    alerts: pa.Table,
+    tables: dict[str, np.ndarray],
+) -> dict[str, Any]:
+    announced = headers["visit"][0] if headers["visit"] else {"context": {"day_obs": 0}, "expected": []}
+    context = announced["context"]
+    detectors = {header["detector"]: header for header in headers["detector"]}
+    rejected: dict[str, int] = {}
+    seconds: dict[str, float] = {}
+    for header in detectors.values():
+        for reason, count in header["rejected"].items():
+            rejected[reason] = rejected.get(reason, 0) + count
+    for header in [*detectors.values(), *headers["alerts"]]:
+        for stage, spent in header["seconds"].items():
+            seconds[stage] = seconds.get(stage, 0.0) + spent
+    counts: dict[str, int] = {}
+    for header in headers["alerts"]:
+        for name, count in header["counts"].items():
+            counts[name] = counts.get(name, 0) + count
+    expected = set(announced["expected"])
+    return {
+        "visit": visit,
+        "day_obs": context["day_obs"],
+        "band": context.get("band"),
+        "midpoint_mjd_tai": context.get("midpoint_mjd_tai"),
+        "readout_end_mjd_tai": context.get("readout_end_mjd_tai"),
+        "revision": revision,
+        "detectors": {
+            "expected": len(expected),
+            "processed": len(detectors),
+            "failed": len(expected - set(detectors)),
+        },
+        "dia_sources": {
+            "detected": sum(header["detected"] for header in detectors.values()),
+            "selected": sum(header["selected"] for header in detectors.values()),
+            "rejected": rejected,
+        },
+        "ss_matches": sum(header["ss_matches"] for header in detectors.values()),
+        "objects": {"new": counts.get("objects_new", 0), "updated": counts.get("objects_updated", 0)},
+        "sources_without_object": counts.get("sources_without_object", 0),
+        "contested_groups": counts.get("contested_groups", 0),
+        "wide_groups": counts.get("wide_groups", 0),
+        "alerts": len(alerts),
+        "forced_sources": len(tables["dia_forced_sources"]),
+        "started_at": min((header["started_at"] for header in detectors.values()), default=None),
+        "notes": sorted({note for header in detectors.values() for note in header["notes"]}),
+        "seconds": seconds,
+    }
+
+
+class FilterResult(NamedTuple):
+    """`good`: VisitAlerts with what passed; `failed`: FailureRecord."""
+
+    good: beam.PCollection
+    failed: beam.PCollection
+
+
+class FilterAlerts(beam.PTransform):
+    """Run the installed filters on a visit's alerts, each capped per visit by its own rank.
+
+    Input: VisitAlerts. Output `good`: the same with the passed ids of each filter and counts in the
+    summary; `failed`: a filter that failed (the others run). The cap holds over revisions: late rows
+    take what room earlier ones left. Order: as it comes; a duplicate gives the same. No state.
+    """
+
+    def __init__(self, filters: tuple[CheckedFilter, ...]) -> None:
+        super().__init__()
+        self.filters = filters
+
+    def expand(self, visits: beam.PCollection) -> FilterResult:
+        outputs = visits | "RunFilters" >> beam.ParDo(_RunFiltersFn(self.filters)).with_outputs(
+            FAILED, main="good"
+        ).with_output_types(VisitAlerts)
+        return FilterResult(outputs.good, outputs[FAILED])
+
+
+class _RunFiltersFn(beam.DoFn):
+    def __init__(self, filters: tuple[CheckedFilter, ...]) -> None:
+        self.filters = filters
+
+    def process(self, visit: VisitAlerts) -> Iterator[Any]:
+        passed: dict[str, np.ndarray] = {one.definition.full_name: np.empty(0, dtype=np.int64) for one in self.filters}
+        counts = {name: {"seen": 0, "passed": 0, "capped": 0, "error": None} for name in passed}
+        failures: list[FailureRecord] = []
+        revisions = visit.alerts["revision"].to_numpy()
+        for number in range(visit.revision + 1):
+            rows = visit.alerts.filter(pa.array(revisions == number))
+            for one, outcome in zip(self.filters, run_filters(self.filters, rows), strict=True):
+                name = one.definition.full_name
+                room = one.definition.max_per_visit - len(passed[name])
+                taken = outcome.passed[: max(room, 0)]
+                passed[name] = np.concatenate([passed[name], taken])
+                _add_counts(counts[name], outcome, len(taken))
+                if outcome.error is not None and number == visit.revision:
+                    lost = f"what {name} would have passed of {outcome.n_seen} alerts"
+                    failures.append(FailureRecord(visit.visit, None, STAGE, "FilterFailed", outcome.error, lost))
+        yield from (beam.pvalue.TaggedOutput(FAILED, failure) for failure in failures)
+        summary = {**visit.summary, "filters": counts}
+        yield replace(visit, summary=summary, passed=passed, failures=visit.failures + tuple(failures))
+
+
+def _add_counts(counts: dict[str, Any], outcome: FilterOutcome, n_taken: int) -> None:
+    counts["seen"] += outcome.n_seen
+    counts["passed"] += n_taken
+    counts["capped"] += outcome.n_passed - n_taken
+    counts["error"] = outcome.error or counts["error"]

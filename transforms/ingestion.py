@@ -1,0 +1,125 @@
+"""ReadVisits: the visits of a night folder, visit by visit, with the watermark moving behind them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import apache_beam as beam
+from apache_beam.io.restriction_trackers import OffsetRange, OffsetRestrictionTracker
+from apache_beam.io.watermark_estimators import ManualWatermarkEstimator
+from apache_beam.transforms.core import WatermarkEstimatorProvider
+from apache_beam.transforms.window import TimestampedValue
+from apache_beam.utils.timestamp import Duration, Timestamp
+
+from schemas.elements import FailureRecord
+from schemas.manifests import DetectorVisit, Manifest, Visit, read_manifest
+from transforms.failures import FAILED
+
+STAGE = "ingestion"
+# Runners truncate the watermark of a residual to whole seconds: two seconds are always past the visit.
+WATERMARK_LEAD_S = 2.0
+
+
+class IngestionResult(NamedTuple):
+    """`good`: DetectorVisit per detector to process; `visits`: each Visit; `failed`: FailureRecord."""
+
+    good: beam.PCollection
+    visits: beam.PCollection
+    failed: beam.PCollection
+
+
+class ReadVisits(beam.PTransform):
+    """Read the manifest of a night folder.
+
+    Output `good`: one DetectorVisit per announced detector, `visits`: one Visit each, both with the
+    visit's midpoint as event time; `failed`: what in the manifest cannot be used. Order: (midpoint,
+    visit), whole visits at a time; after each the watermark moves `WATERMARK_LEAD_S` past it, so
+    nobody waits for the next visit. Duplicates in the manifest are failures. No state.
+    """
+
+    def __init__(self, night: str) -> None:
+        super().__init__()
+        self.night = night
+
+    def expand(self, begin: beam.pvalue.PBegin) -> IngestionResult:
+        read = (
+            begin
+            | "StartNight" >> beam.Create([self.night])
+            | "EmitVisits"
+            >> beam.ParDo(_EmitVisitsFn()).with_outputs(FAILED, main="visits").with_output_types(Visit)
+        )
+        detectors = read.visits | "SplitDetectors" >> beam.FlatMap(_detectors_of).with_output_types(DetectorVisit)
+        return IngestionResult(detectors, read.visits, read[FAILED])
+
+
+def _detectors_of(visit: Visit) -> Iterator[DetectorVisit]:
+    for images in visit.detectors:
+        yield DetectorVisit(visit, images)
+
+
+def slices_of(manifest: Manifest) -> list[tuple[Visit, ...]]:
+    """Visits grouped so that the watermark after a slice lies before the next slice."""
+    slices: list[list[Visit]] = []
+    for visit in manifest.visits:
+        if slices and visit.event_time_s - slices[-1][-1].event_time_s <= WATERMARK_LEAD_S + 1.0:
+            slices[-1].append(visit)
+        else:
+            slices.append([visit])
+    return [tuple(group) for group in slices]
+
+
+class _SliceTrackerProvider(beam.RestrictionProvider):
+    """One offset per slice of the manifest, offset 0 for its problems."""
+
+    def initial_restriction(self, element: str) -> OffsetRange:
+        return OffsetRange(0, 1 + len(slices_of(read_manifest(Path(element)))))
+
+    def create_tracker(self, restriction: OffsetRange) -> OffsetRestrictionTracker:
+        return OffsetRestrictionTracker(restriction)
+
+    def restriction_size(self, element: str, restriction: OffsetRange) -> int:
+        return restriction.size()
+
+
+class _WatermarkProvider(WatermarkEstimatorProvider):
+    def initial_estimator_state(self, element: str, restriction: OffsetRange) -> None:
+        return None
+
+    def create_watermark_estimator(self, estimator_state: Any) -> ManualWatermarkEstimator:
+        return ManualWatermarkEstimator(estimator_state)
+
+
+class _EmitVisitsFn(beam.DoFn):
+    """Emits one slice of the manifest per call and then checkpoints itself."""
+
+    @beam.DoFn.unbounded_per_element()
+    def process(
+        self,
+        element: str,
+        tracker: Any = beam.DoFn.RestrictionParam(_SliceTrackerProvider()),
+        watermark: Any = beam.DoFn.WatermarkEstimatorParam(_WatermarkProvider()),
+    ) -> Iterator[Any]:
+        manifest = read_manifest(Path(element))
+        slices = slices_of(manifest)
+        position = tracker.current_restriction().start
+        if not tracker.try_claim(position):
+            return
+        if position == 0:
+            first = Timestamp(manifest.visits[0].event_time_s) if manifest.visits else Timestamp(0)
+            for problem in manifest.problems:
+                record = FailureRecord(
+                    problem.visit, problem.detector, STAGE, problem.error, problem.reason, "the visit as announced there"
+                )
+                yield beam.pvalue.TaggedOutput(FAILED, TimestampedValue(record, first))
+            watermark.set_watermark(first)
+        else:
+            group = slices[position - 1]
+            for visit in group:
+                yield TimestampedValue(visit, Timestamp(visit.event_time_s))
+            watermark.set_watermark(Timestamp(group[-1].event_time_s + WATERMARK_LEAD_S))
+        if position + 1 < tracker.current_restriction().stop:
+            tracker.defer_remainder(Duration(0))
+        else:
+            tracker.try_claim(position + 1)

@@ -1,0 +1,360 @@
+"""Detection on a difference image: calibrated matched-filter significance, footprints of both signs, peaks."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+from numba import njit
+from numpy.typing import ArrayLike, NDArray
+
+from transforms.numerics.forced_photometry import checked_planes, checked_psf, pixel_weight
+
+LOBE_DISTANCE_MIN_PIX = 3  # lobes of opposite sign, each grown by one pixel, then touch
+_LOBE_DISTANCE_FWHM = (
+    1.2  # the peaks of an unresolved dipole are 2 sqrt(2) sigma = 1.2 FWHM apart in the filtered image
+)
+_FILTER_ENERGY_KEPT = 0.999  # the wings beyond this part of sum(P^2) cost time and hold 0.05 % of the significance
+_NOISE_SAMPLE_MAX = 1 << 20  # 1e6 pixels give the robust sigma to 0.2 %
+_STRIP_ROWS = 32
+_TILE_COLUMNS = 64
+_MAD_TO_SIGMA = 1.4826022185056018
+_FLOAT32_MAX = float(np.finfo(np.float32).max)
+
+
+class Detections(NamedTuple):
+    """Sources found in a significance map, in the order of (peak_y, peak_x, sign).
+
+    All arrays have shape (n,). Peaks are the most significant pixel of their footprint; of equals, the first in
+    raster order.
+
+    Attributes
+    ----------
+    peak_y, peak_x : int64 pixels
+    peak_snr : float32, signed significance at the peak
+    is_negative : the footprint has no pixel above the positive threshold
+    has_both_signs : the footprint joins positive and negative lobes
+    opposite_snr : float32 >= 0, largest significance of the sign opposite to the peak's, on the footprint or within
+        the lobe distance of it, whether or not it passes the threshold
+    y0, y1, x0, x1 : int64, bounding box of the footprint, upper ends exclusive
+    n_pixels : int64, pixels in the footprint
+    n_rejected : int, footprints dropped because their peak lay on a rejected pixel
+    """
+
+    peak_y: NDArray[np.int64]
+    peak_x: NDArray[np.int64]
+    peak_snr: NDArray[np.float32]
+    is_negative: NDArray[np.bool_]
+    has_both_signs: NDArray[np.bool_]
+    opposite_snr: NDArray[np.float32]
+    y0: NDArray[np.int64]
+    y1: NDArray[np.int64]
+    x0: NDArray[np.int64]
+    x1: NDArray[np.int64]
+    n_pixels: NDArray[np.int64]
+    n_rejected: int
+
+
+def significance_map(
+    difference: ArrayLike, variance: ArrayLike, bad: NDArray[np.bool_], psf: ArrayLike
+) -> tuple[NDArray[np.float32], float]:
+    """Compute the calibrated significance of a point source at each pixel.
+
+    S = sum(P D / V) / sqrt(sum(P^2 / V)) over the usable pixels around each pixel, then divided by its own robust
+    sigma 1.4826 MAD(S) over good pixels, so that a threshold means the same whatever correlation the noise has.
+
+    Parameters
+    ----------
+    difference : (ny, nx), used as float32; free of background
+    variance : (ny, nx), used as float32, image units squared
+    bad : (ny, nx) bool, pixels to leave out; pixels that are not finite or have no positive variance join them
+    psf : (k, k) odd image, positive sum
+
+    Returns
+    -------
+    snr_map : (ny, nx) float32, finite; 0 where no usable pixel lies under the PSF
+    noise_ratio : the robust sigma of S before calibration: 1 when the variance plane is right and the noise white.
+        0 when S is constant, NaN when there is no good pixel: then S is left as it is
+
+    Raises
+    ------
+    PsfError
+        As `checked_psf`.
+    ValueError
+        The planes differ in shape.
+
+    Notes
+    -----
+    O(ny nx w^2) with w the width that holds 0.999 of sum(P^2): 0.04, 0.07 and 0.13 CPU s per 1024^2 pixels for a FWHM
+    of 2.1, 4.7 and 8 pixels. The robust sigma comes from a
+    regular grid of at most 1e6 pixels.
+    """
+    pixels, pixel_variance, masked = checked_planes(difference, variance, bad)
+    template = _compact_filter(checked_psf(psf))
+    snr_map = np.empty(pixels.shape, dtype=np.float32)
+    _filter_image(pixels, pixel_variance, masked, template, snr_map)
+    noise_ratio = _robust_sigma(snr_map, pixels, pixel_variance, masked)
+    if math.isfinite(noise_ratio) and noise_ratio > 0.0:
+        _divide(snr_map, noise_ratio)
+    return snr_map, noise_ratio
+
+
+def lobe_distance(psf: ArrayLike) -> int:
+    """Distance in pixels within which lobes of opposite sign are taken for one dipole: 1.2 FWHM, at least 3.
+
+    The FWHM is that of the Gaussian with the same sum(P^2).
+
+    Parameters
+    ----------
+    psf : (k, k) odd image, positive sum
+
+    Raises
+    ------
+    PsfError
+        As `checked_psf`.
+    """
+    image = checked_psf(psf)
+    sigma = float(image.sum()) / math.sqrt(4.0 * math.pi * float((image * image).sum()))
+    return max(LOBE_DISTANCE_MIN_PIX, round(_LOBE_DISTANCE_FWHM * 2.0 * math.sqrt(2.0 * math.log(2.0)) * sigma))
+
+
+def find_peaks(
+    snr_map: ArrayLike,
+    reject: NDArray[np.bool_],
+    threshold: float = 5.0,
+    lobe_distance_pix: int = LOBE_DISTANCE_MIN_PIX,
+) -> Detections:
+    """Find one source per footprint in a significance map.
+
+    Footprints are the 8-connected sets of pixels with S > threshold, and of those with S < -threshold; sets of
+    opposite sign that come within `lobe_distance_pix` of each other are one footprint. The source sits at the
+    footprint's largest |S|; when that pixel is on `reject` the footprint is dropped and counted. There is no limit on
+    the number: that is the caller's.
+
+    Parameters
+    ----------
+    snr_map : (ny, nx) float32; NaN counts as 0
+    reject : (ny, nx) bool, no peak may lie here (NO_DATA, BAD, SAT, EDGE)
+    threshold : > 0, in units of the noise of `snr_map`
+    lobe_distance_pix : >= 1, along x and y; 3 joins lobes that touch when each is grown by one pixel,
+        `lobe_distance(psf)` also joins the lobes of a faint dipole, which lie further apart
+
+    Returns
+    -------
+    Detections
+        Depends on nothing but the arguments, in content and in order.
+
+    Raises
+    ------
+    ValueError
+        Shapes differ, the threshold is not a positive finite number, or the lobe distance is below 1.
+
+    Notes
+    -----
+    O(ny nx) plus O(lobe_distance_pix^2) per pixel above the threshold.
+    """
+    significance = np.ascontiguousarray(snr_map, dtype=np.float32)
+    rejected = np.ascontiguousarray(reject, dtype=np.bool_)
+    if significance.ndim != 2 or significance.shape != rejected.shape:
+        raise ValueError(f"'reject' must have the shape of the map, got {rejected.shape} and {significance.shape}")
+    if not (math.isfinite(threshold) and threshold > 0.0):
+        raise ValueError(f"'threshold' must be positive and finite, got {threshold}")
+    if lobe_distance_pix < 1:
+        raise ValueError(f"'lobe_distance_pix' must be at least 1, got {lobe_distance_pix}")
+    rows, columns = np.nonzero(np.abs(significance) > np.float32(threshold))
+    parent = np.arange(rows.size, dtype=np.int64)
+    opposite = np.zeros(rows.size, dtype=np.float32)
+    _link_pixels(significance, rows, columns, lobe_distance_pix, parent, opposite)
+    first_pixel, footprint = np.unique(parent, return_inverse=True)
+    whole = _summarise_footprints(significance, rows, columns, footprint, opposite, first_pixel.size)
+    return _without_rejected(whole, rejected)
+
+
+def _compact_filter(psf: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The central square of a PSF image that holds all but 1e-3 of sum(P^2)."""
+    centre = psf.shape[0] // 2
+    total = float((psf * psf).sum())
+    for half_width in range(centre):
+        core = psf[centre - half_width : centre + half_width + 1, centre - half_width : centre + half_width + 1]
+        if float((core * core).sum()) >= _FILTER_ENERGY_KEPT * total:
+            return np.ascontiguousarray(core)
+    return psf
+
+
+def _robust_sigma(
+    snr_map: NDArray[np.float32],
+    pixels: NDArray[np.float32],
+    variance: NDArray[np.float32],
+    masked: NDArray[np.bool_],
+) -> float:
+    step = max(1, math.ceil(math.sqrt(snr_map.size / _NOISE_SAMPLE_MAX)))
+    grid = (slice(None, None, step), slice(None, None, step))
+    usable = ~masked[grid] & np.isfinite(pixels[grid]) & np.isfinite(variance[grid]) & (variance[grid] > 0.0)
+    sample = snr_map[grid][usable].astype(np.float64)
+    if sample.size == 0:
+        return math.nan
+    return float(_MAD_TO_SIGMA * np.median(np.abs(sample - np.median(sample))))
+
+
+@njit(cache=True)
+def _filter_image(
+    difference: NDArray[np.float32],
+    variance: NDArray[np.float32],
+    bad: NDArray[np.bool_],
+    psf: NDArray[np.float64],
+    significance: NDArray[np.float32],
+) -> None:
+    """Fill `significance` strip by strip, so that the weighted planes never exist as whole images."""
+    ny, nx = difference.shape
+    width = psf.shape[0]
+    half_width = width // 2
+    n_tiles = (nx + _TILE_COLUMNS - 1) // _TILE_COLUMNS
+    signal = np.zeros((_STRIP_ROWS + 2 * half_width, n_tiles * _TILE_COLUMNS + 2 * half_width))
+    weight = np.zeros_like(signal)
+    numerator, information = np.empty(_TILE_COLUMNS), np.empty(_TILE_COLUMNS)
+    limit = _FLOAT32_MAX
+    for strip in range(0, ny, _STRIP_ROWS):
+        for j in range(signal.shape[0]):
+            y = strip + j - half_width
+            for x in range(nx):
+                w = 0.0
+                if 0 <= y < ny:
+                    w = pixel_weight(difference[y, x], variance[y, x], bad[y, x])
+                weight[j, x + half_width] = w
+                signal[j, x + half_width] = w * difference[y, x] if w > 0.0 else 0.0
+        for y in range(strip, min(strip + _STRIP_ROWS, ny)):
+            for x0 in range(0, nx, _TILE_COLUMNS):
+                numerator[:] = 0.0
+                information[:] = 0.0
+                for j in range(width):
+                    for i in range(width):
+                        p = psf[j, i]
+                        p2 = p * p
+                        signal_row = signal[y - strip + j, x0 + i : x0 + i + _TILE_COLUMNS]
+                        weight_row = weight[y - strip + j, x0 + i : x0 + i + _TILE_COLUMNS]
+                        for k in range(_TILE_COLUMNS):
+                            numerator[k] += p * signal_row[k]
+                            information[k] += p2 * weight_row[k]
+                for k in range(min(_TILE_COLUMNS, nx - x0)):
+                    value = 0.0
+                    if information[k] > 0.0:
+                        value = numerator[k] / math.sqrt(information[k])
+                    significance[y, x0 + k] = min(max(value, -limit), limit)
+
+
+@njit(cache=True)
+def _divide(snr_map: NDArray[np.float32], noise_ratio: float) -> None:
+    """Divide in place in float64, clipped to what float32 holds (numpy would warn, or make 0 / 0 of a tiny ratio)."""
+    limit = _FLOAT32_MAX
+    for y in range(snr_map.shape[0]):
+        for x in range(snr_map.shape[1]):
+            snr_map[y, x] = min(max(snr_map[y, x] / noise_ratio, -limit), limit)
+
+
+@njit(cache=True)
+def _root(parent: NDArray[np.int64], pixel: int) -> int:
+    while parent[pixel] != pixel:
+        parent[pixel] = parent[parent[pixel]]
+        pixel = parent[pixel]
+    return pixel
+
+
+@njit(cache=True)
+def _link_pixels(
+    significance: NDArray[np.float32],
+    rows: NDArray[np.int64],
+    columns: NDArray[np.int64],
+    reach: int,
+    parent: NDArray[np.int64],
+    opposite: NDArray[np.float32],
+) -> None:
+    """Union-find over the pixels above the threshold; each parent ends as the footprint's first pixel in raster order.
+
+    `opposite` becomes, for each pixel, the largest significance of the other sign within reach.
+    """
+    ny, nx = significance.shape
+    number = np.zeros((ny, nx), dtype=np.int32)
+    for pixel in range(rows.size):
+        number[rows[pixel], columns[pixel]] = pixel + 1
+    for pixel in range(rows.size):
+        y, x = rows[pixel], columns[pixel]
+        positive = significance[y, x] > 0.0
+        for v in range(max(0, y - reach), min(ny, y + reach + 1)):
+            for u in range(max(0, x - reach), min(nx, x + reach + 1)):
+                value = significance[v, u]
+                same_sign = positive == (value > 0.0)
+                if not same_sign and abs(value) > opposite[pixel]:
+                    opposite[pixel] = abs(value)
+                other = number[v, u] - 1
+                if other < 0 or other >= pixel:
+                    continue
+                if not same_sign or (abs(v - y) <= 1 and abs(u - x) <= 1):
+                    mine, theirs = _root(parent, pixel), _root(parent, other)
+                    parent[max(mine, theirs)] = min(mine, theirs)
+    for pixel in range(rows.size):
+        parent[pixel] = _root(parent, pixel)
+
+
+def _summarise_footprints(
+    significance: NDArray[np.float32],
+    rows: NDArray[np.int64],
+    columns: NDArray[np.int64],
+    footprint: NDArray[np.int64],
+    opposite: NDArray[np.float32],
+    n_footprints: int,
+) -> Detections:
+    """Reduce pixels to footprints: peak, signs, bounding box, size."""
+    values = significance[rows, columns]
+    strength = np.abs(values)
+    # Last key first: footprint, then strongest, then raster order; the first of each footprint is its peak.
+    order = np.lexsort((np.arange(rows.size), -strength, footprint))
+    is_first = np.ones(rows.size, dtype=np.bool_)
+    is_first[1:] = footprint[order][1:] != footprint[order][:-1]
+    peaks = order[is_first]
+    n_pixels = np.bincount(footprint, minlength=n_footprints).astype(np.int64)
+    n_positive = np.bincount(footprint, weights=values > 0.0, minlength=n_footprints)
+    n_negative = n_pixels - n_positive
+    # Within a merged footprint only pixels of the peak's sign look at the other sign.
+    facing = np.where((values > 0.0) == (values[peaks] > 0.0)[footprint], opposite, strength)
+    strongest_opposite = np.zeros(n_footprints, dtype=np.float32)
+    np.maximum.at(strongest_opposite, footprint, facing)
+    starts = np.full((2, n_footprints), np.iinfo(np.int64).max)
+    stops = np.zeros((2, n_footprints), dtype=np.int64)
+    for axis, position in enumerate((rows, columns)):
+        np.minimum.at(starts[axis], footprint, position)
+        np.maximum.at(stops[axis], footprint, position + 1)
+    return Detections(
+        peak_y=rows[peaks],
+        peak_x=columns[peaks],
+        peak_snr=values[peaks],
+        is_negative=n_positive == 0,
+        has_both_signs=(n_positive > 0) & (n_negative > 0),
+        opposite_snr=strongest_opposite,
+        y0=starts[0],
+        y1=stops[0],
+        x0=starts[1],
+        x1=stops[1],
+        n_pixels=n_pixels,
+        n_rejected=0,
+    )
+
+
+def _without_rejected(whole: Detections, rejected: NDArray[np.bool_]) -> Detections:
+    """Drop footprints whose peak is rejected and put the rest in the order that diaSource ids count in."""
+    kept = np.flatnonzero(~rejected[whole.peak_y, whole.peak_x])
+    order = kept[np.lexsort((whole.peak_snr[kept] < 0.0, whole.peak_x[kept], whole.peak_y[kept]))]
+    return Detections(
+        peak_y=whole.peak_y[order],
+        peak_x=whole.peak_x[order],
+        peak_snr=whole.peak_snr[order],
+        is_negative=whole.is_negative[order],
+        has_both_signs=whole.has_both_signs[order],
+        opposite_snr=whole.opposite_snr[order],
+        y0=whole.y0[order],
+        y1=whole.y1[order],
+        x0=whole.x0[order],
+        x1=whole.x1[order],
+        n_pixels=whole.n_pixels[order],
+        n_rejected=int(whole.peak_y.size - kept.size),
+    )

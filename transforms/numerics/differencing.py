@@ -1,0 +1,305 @@
+"""Science image minus matched template: background, PSF, kernel, convolution, variance."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from transforms.numerics.background import subtract_background
+from transforms.numerics.convolution import block_centres, convolve_spatially_varying
+from transforms.numerics.kernel_matching import (
+    KernelSolution,
+    fit_matching_kernel,
+    kernel_half_width_pix,
+    select_kernel_stars,
+)
+from transforms.numerics.psf_modelling import PsfEstimate, detect_sources, estimate_psf, psf_fwhm_pix
+
+_KERNEL_BLOCK_PIX = 32
+_KERNEL_CORE_WEIGHT = 0.95  # of the kernel's absolute weight: nearer bad template pixels make a difference invalid
+_ISOLATION_FWHM = 2.0
+_LEAST_SIDE_PIX = 64
+_FILL_DEPTH_PIX = 20  # beyond the reach of the widest kernel
+
+
+class UnusableImageError(ValueError):
+    """An image that cannot be differenced; the message says which and what it holds."""
+
+
+class LowCoverageError(ValueError):
+    """Science image and template have too few good pixels in common."""
+
+
+@dataclass(frozen=True, eq=False)
+class ImagePlanes:
+    """One image on the science pixel grid.
+
+    Attributes
+    ----------
+    image : (ny, nx) floating, sky may be present, NaN where there are no data
+    variance : (ny, nx) floating, square of the image's unit
+    bad : (ny, nx) bool, pixels not to measure on: saturated, defective, hit, no data
+    psf : (k, k) floating, k odd, sum 1; None to have it measured
+    """
+
+    image: NDArray[np.floating]
+    variance: NDArray[np.floating]
+    bad: NDArray[np.bool_]
+    psf: NDArray[np.floating] | None = None
+
+
+@dataclass(frozen=True)
+class SubtractionParameters:
+    """What may be tuned.
+
+    Attributes
+    ----------
+    background_box_pix : side of the boxes of the background, >= 8
+    spatial_order : highest order of the kernel's polynomial in position, 0 to 3
+    background_order : order of the differential background, 0 to 2
+    min_snr, max_snr : signal-to-noise ratio of kernel stars in the science image
+    min_coverage : least fraction of pixels that are good in both images, 0 to 1
+    """
+
+    background_box_pix: int = 128
+    spatial_order: int = 2
+    background_order: int = 1
+    min_snr: float = 20.0
+    max_snr: float = 2000.0
+    min_coverage: float = 0.1
+
+
+@dataclass(frozen=True, eq=False)
+class DifferenceResult:
+    """Science image minus matched template.
+
+    Attributes
+    ----------
+    difference : (ny, nx) float32, science image's unit; NaN where `invalid`
+    variance : (ny, nx) float32, ``v_S + K^2 * v_T``; infinite where `invalid`
+    matched_template : (ny, nx) float32, template convolved with the kernel, without sky; finite
+    invalid : (ny, nx) bool, True where the science image has no data, or bad template pixels or the image's edge
+        lie within the kernel's core; other bad science pixels keep their values
+    psf : (k, k) float64, sum 1: PSF of the science image, hence of the difference
+    kernel : the kernel solution, with its numbers of stars and chi-squares
+    science_background, template_background : mean levels that were subtracted
+    fwhm_science_pix, fwhm_template_pix : widths of the PSFs
+    n_psf_stars : stars of the science PSF; 0 when the PSF was given
+    """
+
+    difference: NDArray[np.float32]
+    variance: NDArray[np.float32]
+    matched_template: NDArray[np.float32]
+    invalid: NDArray[np.bool_]
+    psf: NDArray[np.float64]
+    kernel: KernelSolution
+    science_background: float
+    template_background: float
+    fwhm_science_pix: float
+    fwhm_template_pix: float
+    n_psf_stars: int
+
+    @property
+    def fwhm_ratio(self) -> float:
+        """Science over template; below 1 the kernel had to sharpen the template."""
+        return self.fwhm_science_pix / self.fwhm_template_pix
+
+
+def subtract(
+    science: ImagePlanes, template: ImagePlanes, parameters: SubtractionParameters = SubtractionParameters()
+) -> DifferenceResult:
+    """Subtract a template, matched in PSF, flux scale and background, from a science image.
+
+    ``D = S - K(x, y) * T - b(x, y)`` with the kernel of `kernel_matching.fit_matching_kernel`; the template is
+    convolved also where the science image is sharper. The variance takes the noise of both, without covariance:
+    ``v_D = v_S + K^2 * v_T``.
+
+    Parameters
+    ----------
+    science, template : planes of the same shape, the template already on the science pixel grid
+    parameters : what may be tuned
+
+    Returns
+    -------
+    DifferenceResult
+
+    Raises
+    ------
+    UnusableImageError : shapes differ, an image is too small, has no good pixel, or is constant
+    LowCoverageError : fewer than `min_coverage` of the pixels are good in both images
+    BackgroundError, PsfEstimationError, TooFewKernelStarsError, BadKernelError : from the steps
+
+    Notes
+    -----
+    Neighbouring pixels of the difference are correlated where the template's noise counts: no decorrelation yet.
+    """
+    science_bad = _checked_bad("science image", science)
+    template_bad = _checked_bad("template", template)
+    if science.image.shape != template.image.shape:
+        raise UnusableImageError(f"science image {science.image.shape} and template {template.image.shape} differ")
+    coverage = float(np.mean(~(science_bad | template_bad)))
+    if coverage < parameters.min_coverage:
+        raise LowCoverageError(
+            f"{coverage:.1%} of the pixels are good in both images, {parameters.min_coverage:.0%} are needed (science "
+            f"image {np.mean(~science_bad):.1%}, template {np.mean(~template_bad):.1%})"
+        )
+    science_sky = subtract_background(science.image, science_bad, parameters.background_box_pix)
+    template_sky = subtract_background(template.image, template_bad, parameters.background_box_pix)
+    science_variance = _finite_plane(science.variance, science_bad)
+    template_variance = _finite_plane(template.variance, template_bad)
+    template_pixels = _filled(template_sky.image, template_bad)
+
+    sources = detect_sources(science_sky.image, science_variance, science_bad)
+    science_psf = _known_psf(science) or estimate_psf(science_sky.image, science_variance, science_bad, sources)
+    template_psf = _known_psf(template) or estimate_psf(template_pixels, template_variance, template_bad)
+    half = kernel_half_width_pix(science_psf.fwhm_pix, template_psf.fwhm_pix)
+    near_bad_template = _dilated(template_bad, half // 2)
+    stars = select_kernel_stars(
+        sources,
+        science_bad,
+        near_bad_template,
+        half,
+        _ISOLATION_FWHM * science_psf.fwhm_pix,
+        parameters.min_snr,
+        parameters.max_snr,
+    )
+    kernel = fit_matching_kernel(
+        science_sky.image,
+        science_variance,
+        science_bad,
+        template_pixels,
+        template_variance,
+        near_bad_template,
+        sources.x[stars],
+        sources.y[stars],
+        science_psf.fwhm_pix,
+        template_psf.fwhm_pix,
+        parameters.spatial_order,
+        parameters.background_order,
+    )
+    kernels = _kernels_of_blocks(kernel)
+    matched = convolve_spatially_varying(template_pixels, kernels, _KERNEL_BLOCK_PIX)
+    noise = convolve_spatially_varying(template_variance, kernels**2, _KERNEL_BLOCK_PIX)
+    invalid = ~np.isfinite(science.image) | ~np.isfinite(science.variance)
+    invalid |= _dilated(template_bad, _core_radius_pix(kernels))
+    difference = science_sky.image - matched - kernel.background_plane()
+    variance = science_variance + noise
+    difference[invalid] = np.nan
+    variance[invalid] = np.inf
+    return DifferenceResult(
+        difference=difference,
+        variance=variance,
+        matched_template=matched,
+        invalid=invalid,
+        psf=science_psf.psf,
+        kernel=kernel,
+        science_background=science_sky.level,
+        template_background=template_sky.level,
+        fwhm_science_pix=science_psf.fwhm_pix,
+        fwhm_template_pix=template_psf.fwhm_pix,
+        n_psf_stars=science_psf.n_stars,
+    )
+
+
+def _checked_bad(name: str, planes: ImagePlanes) -> NDArray[np.bool_]:
+    """All pixels not to measure on; refuses what cannot be differenced."""
+    image = np.asarray(planes.image)
+    if image.ndim != 2 or not image.shape == np.shape(planes.variance) == np.shape(planes.bad):
+        raise UnusableImageError(
+            f"{name}: planes differ in shape: image {image.shape}, variance {np.shape(planes.variance)}, "
+            f"bad {np.shape(planes.bad)}"
+        )
+    if min(image.shape) < _LEAST_SIDE_PIX:
+        raise UnusableImageError(f"{name} of shape {image.shape} is smaller than {_LEAST_SIDE_PIX} pixels")
+    finite = np.isfinite(image)
+    noisy = np.isfinite(planes.variance) & (np.asarray(planes.variance) > 0)
+    bad = np.asarray(planes.bad, dtype=np.bool_) | ~finite | ~noisy
+    if bad.all():
+        raise UnusableImageError(
+            f"{name} has no good pixel: {np.mean(finite):.1%} are finite, {np.mean(noisy):.1%} have a positive, "
+            f"finite variance, {np.mean(planes.bad):.1%} are marked bad"
+        )
+    good = image[~bad]
+    if good.min() == good.max():
+        raise UnusableImageError(f"all {good.size} good pixels of the {name} have the value {good.flat[0]:g}")
+    return bad
+
+
+def _finite_plane(variance: NDArray[np.floating], bad: NDArray[np.bool_]) -> NDArray[np.float32]:
+    """Variance with the median of the good pixels where it is unusable."""
+    plane = np.array(variance, dtype=np.float32)
+    unusable = ~np.isfinite(plane) | (plane <= 0)
+    plane[unusable] = np.median(plane[~bad])
+    return plane
+
+
+def _known_psf(planes: ImagePlanes) -> PsfEstimate | None:
+    if planes.psf is None:
+        return None
+    psf = np.asarray(planes.psf, dtype=np.float64)
+    return PsfEstimate(psf=psf, fwhm_pix=psf_fwhm_pix(psf), n_stars=0)
+
+
+def _kernels_of_blocks(kernel: KernelSolution) -> NDArray[np.float64]:
+    x, y = block_centres(kernel.shape, _KERNEL_BLOCK_PIX)
+    kernels = kernel.kernels_at(x.ravel(), y.ravel())
+    return kernels.reshape(*x.shape, *kernels.shape[1:])
+
+
+def _core_radius_pix(kernels: NDArray[np.float64]) -> int:
+    """Half side of the centred square with 95 % of the absolute weight of the mean kernel."""
+    weight = np.abs(kernels.mean(axis=(0, 1)))
+    half = weight.shape[0] // 2
+    inside = [weight[half - r : half + r + 1, half - r : half + r + 1].sum() for r in range(half + 1)]
+    return int(np.searchsorted(inside, _KERNEL_CORE_WEIGHT * inside[-1]))
+
+
+def _dilated(bad: NDArray[np.bool_], radius_pix: int) -> NDArray[np.bool_]:
+    """True within a square of half side `radius_pix` of a bad pixel; outside the image everything is bad."""
+    return np.asarray(ndimage.maximum_filter(bad, size=2 * radius_pix + 1, mode="constant", cval=1))
+
+
+def _filled(image: NDArray[np.float32], missing: NDArray[np.bool_]) -> NDArray[np.float32]:
+    """Image with missing pixels replaced from the rim inwards: like their neighbours near it, 0 far from it.
+
+    A zero in a saturated core would leak through the kernel's wings with the full brightness of the star.
+    """
+    filled = np.where(missing, np.float32(0.0), image)
+    rows, columns = np.nonzero(missing)
+    _fill_from_rim(filled, missing.astype(np.int64), rows, columns, _FILL_DEPTH_PIX)
+    return filled
+
+
+@njit(cache=True)
+def _fill_from_rim(
+    image: NDArray[np.float32],
+    depth: NDArray[np.int64],
+    rows: NDArray[np.int64],
+    columns: NDArray[np.int64],
+    n_passes: int,
+) -> None:
+    """`depth` is 0 for known pixels and becomes the pass in which a pixel was filled, plus one."""
+    ny, nx = image.shape
+    n_left = len(rows)
+    for step in range(1, n_passes + 1):
+        n_open = 0
+        for index in range(n_left):
+            row, column = rows[index], columns[index]
+            total, n_known = 0.0, 0
+            for y in range(max(row - 1, 0), min(row + 2, ny)):
+                for x in range(max(column - 1, 0), min(column + 2, nx)):
+                    known = depth[y, x] == 0 or 1 < depth[y, x] <= step  # not what this pass filled
+                    if known:
+                        total += image[y, x]
+                        n_known += 1
+            if n_known > 0:
+                image[row, column] = total / n_known
+                depth[row, column] = step + 1
+            else:
+                rows[n_open], columns[n_open] = row, column
+                n_open += 1
+        n_left = n_open

@@ -1,0 +1,334 @@
+"""Linear PSF fluxes at given positions: the one definition of a PSF flux in the whole chain.
+
+`linear_psf_fit` gives flux, error, chi-square and what was usable; `forced_psf_flux` is the short form for
+forced photometry on windows of stored images. Measurement of new sources calls the same code.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+from numba import njit
+from numpy.typing import ArrayLike, NDArray
+from scipy.ndimage import spline_filter
+
+STAMP_HALF_WIDTH_MAX_PIX = 10  # 21 x 21 pixels hold > 99.8 % of sum(P^2) up to a FWHM of 10 pixels
+GOOD_WEIGHT_MIN = 0.5  # a flux needs this fraction of the PSF's effective weight sum(P^2) on usable pixels
+_SPLINE_DEGREE = 5  # a quintic is within 0.13 % at a FWHM of 2.1 pixels, a cubic ten times worse
+_SPLINE_MARGIN_PIX = 10  # zero border: room for shifts up to 6 pixels and the decay of the spline's prefilter
+_POSITION_LIMIT_PIX = 1e9  # beyond it a float position has no meaning as a pixel
+
+
+class PsfError(ValueError):
+    """A PSF image that cannot be used; the message says what was found."""
+
+
+class PsfSpline(NamedTuple):
+    """A PSF image prepared for evaluation between pixels.
+
+    Attributes
+    ----------
+    coefficients : (m, m) float64, quintic B-spline coefficients of the zero-padded PSF image, m odd
+    half_width : stamps around a source have 2 * half_width + 1 pixels a side
+    """
+
+    coefficients: NDArray[np.float64]
+    half_width: int
+
+
+class LinearPsfFit(NamedTuple):
+    """Linear PSF fits of n sources; every array has shape (n,).
+
+    Attributes
+    ----------
+    flux, flux_err : image units; NaN where `good` is false
+    chi2 : sum over usable pixels of (data - flux P)^2 / variance; NaN where `good` is false
+    ln_likelihood : -(chi2 + sum ln(2 pi variance)) / 2; NaN where `good` is false
+    n_pixels : int32, usable pixels in the stamp
+    good_weight : sum(P^2) over usable pixels divided by sum(P^2) over the stamp, in [0, 1]
+    edge : the stamp crosses the border of the image (true for positions that are not finite)
+    good : the flux is finite and good_weight >= GOOD_WEIGHT_MIN
+    """
+
+    flux: NDArray[np.float64]
+    flux_err: NDArray[np.float64]
+    chi2: NDArray[np.float64]
+    ln_likelihood: NDArray[np.float64]
+    n_pixels: NDArray[np.int32]
+    good_weight: NDArray[np.float64]
+    edge: NDArray[np.bool_]
+    good: NDArray[np.bool_]
+
+
+def checked_psf(psf: ArrayLike) -> NDArray[np.float64]:
+    """Return the PSF image as float64 after checking what all users of a PSF rely on.
+
+    Parameters
+    ----------
+    psf : (k, k) array, k odd, finite, positive sum; 1 for fluxes in image units
+
+    Raises
+    ------
+    PsfError
+        The image is not odd and square, has pixels that are not finite, or a sum that is not positive.
+    """
+    image = np.ascontiguousarray(psf, dtype=np.float64)
+    if image.ndim != 2 or image.shape[0] != image.shape[1] or image.shape[0] % 2 == 0:
+        raise PsfError(f"'psf' must be an odd square image, got shape {image.shape}")
+    if not np.isfinite(image).all():
+        raise PsfError(f"'psf' has {int((~np.isfinite(image)).sum())} pixels that are not finite")
+    if not image.sum() > 0.0:
+        raise PsfError(f"'psf' must have a positive sum, got {image.sum()}")
+    return image
+
+
+def psf_spline(psf: ArrayLike) -> PsfSpline:
+    """Prepare a PSF image for evaluation between pixels by a quintic B-spline.
+
+    The spline passes through the pixels of the image and is zero beyond its border. O(k^2), once per image.
+
+    Parameters
+    ----------
+    psf : (k, k) array, k odd, sum 1
+
+    Raises
+    ------
+    PsfError
+        As `checked_psf`.
+    """
+    image = checked_psf(psf)
+    coefficients = spline_filter(np.pad(image, _SPLINE_MARGIN_PIX), order=_SPLINE_DEGREE, mode="mirror")
+    return PsfSpline(np.ascontiguousarray(coefficients), min(image.shape[0] // 2, STAMP_HALF_WIDTH_MAX_PIX))
+
+
+def linear_psf_fit(
+    image: ArrayLike,
+    variance: ArrayLike,
+    psf: ArrayLike | PsfSpline,
+    x: ArrayLike,
+    y: ArrayLike,
+    bad: NDArray[np.bool_] | None = None,
+) -> LinearPsfFit:
+    """Fit the flux of a PSF at fixed positions, all sources in one compiled loop.
+
+    flux = sum(P D / V) / sum(P^2 / V), flux_err = sum(P^2 / V)^(-1/2), the sums over the usable pixels of a stamp of
+    at most 21 x 21 pixels around the pixel nearest to (x, y); P is the PSF at the sub-pixel position. A pixel is
+    usable when it is inside the image, its value is finite, its variance finite and positive, and it is not `bad`.
+
+    Parameters
+    ----------
+    image : (ny, nx), used as float32; free of background
+    variance : (ny, nx), used as float32, image units squared; anything but a positive finite number masks the pixel
+    psf : (k, k) odd image summing to 1, or a prepared `PsfSpline`
+    x, y : (n,) pixels, 0-based; may lie outside the image or be NaN (then no flux)
+    bad : (ny, nx) bool, optional, further pixels to leave out
+
+    Returns
+    -------
+    LinearPsfFit
+
+    Raises
+    ------
+    PsfError
+        As `checked_psf`.
+    ValueError
+        Shapes of image, variance and bad, or of x and y, differ.
+
+    Notes
+    -----
+    The error assumes independent pixels. A window cut out of an image, with x and y reduced by the window's
+    integer origin, gives the same bytes as the whole image (tested). About 9 us per source.
+    """
+    pixels, pixel_variance, masked = checked_planes(image, variance, bad)
+    x_pix, y_pix = _checked_positions(x, y)
+    spline = psf if isinstance(psf, PsfSpline) else psf_spline(psf)
+    n_sources = x_pix.size
+    real = np.full((5, n_sources), np.nan)
+    n_pixels = np.zeros(n_sources, dtype=np.int32)
+    edge = np.ones(n_sources, dtype=np.bool_)
+    _fit_fluxes(
+        pixels, pixel_variance, masked, spline.coefficients, spline.half_width, x_pix, y_pix, real, n_pixels, edge
+    )
+    return LinearPsfFit(real[0], real[1], real[2], real[3], n_pixels, real[4], edge, np.isfinite(real[0]))
+
+
+def forced_psf_flux(
+    image: ArrayLike, variance: ArrayLike, psf: ArrayLike | PsfSpline, x: ArrayLike, y: ArrayLike
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.bool_]]:
+    """Measure PSF fluxes at known positions, on an image or on a window of one.
+
+    The method, its limits and errors are those of `linear_psf_fit`.
+
+    Parameters
+    ----------
+    image, variance : (ny, nx); masks arrive as a variance that is not a positive finite number
+    psf : (k, k) odd image summing to 1, or a prepared `PsfSpline`
+    x, y : (n,) pixels, 0-based; for a window: position minus the window's integer origin
+
+    Returns
+    -------
+    flux, flux_err : (n,) float64, image units, NaN where not good
+    good : (n,) bool, at least half of the PSF's effective weight sum(P^2) lies on usable pixels
+    """
+    fit = linear_psf_fit(image, variance, psf, x, y)
+    return fit.flux, fit.flux_err, fit.good
+
+
+def checked_planes(
+    image: ArrayLike, variance: ArrayLike, bad: NDArray[np.bool_] | None
+) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.bool_]]:
+    """Return the three planes in the layout the compiled loops take, after comparing their shapes.
+
+    Raises
+    ------
+    ValueError
+        The planes are not images of one shape.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):  # a value beyond float32 becomes inf, which masks the pixel
+        pixels = np.ascontiguousarray(image, dtype=np.float32)
+        pixel_variance = np.ascontiguousarray(variance, dtype=np.float32)
+    masked = np.zeros(pixels.shape, np.bool_) if bad is None else np.ascontiguousarray(bad, dtype=np.bool_)
+    if pixels.ndim != 2 or pixels.shape != pixel_variance.shape or pixels.shape != masked.shape:
+        raise ValueError(
+            "image, variance and bad must be images of one shape, got "
+            f"{pixels.shape}, {pixel_variance.shape} and {masked.shape}"
+        )
+    return pixels, pixel_variance, masked
+
+
+def _checked_positions(x: ArrayLike, y: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    x_pix = np.ascontiguousarray(x, dtype=np.float64)
+    y_pix = np.ascontiguousarray(y, dtype=np.float64)
+    if x_pix.ndim != 1 or x_pix.shape != y_pix.shape:
+        raise ValueError(f"'x' and 'y' must be one-dimensional and of one length, got {x_pix.shape} and {y_pix.shape}")
+    return x_pix, y_pix
+
+
+@njit(cache=True)
+def pixel_weight(value: float, variance: float, bad: bool) -> float:
+    """Inverse variance of a usable pixel, 0 for any other (every comparison with NaN is false)."""
+    if bad or not (0.0 < variance < np.inf) or not (-np.inf < value < np.inf):
+        return 0.0
+    return 1.0 / np.float64(variance)
+
+
+@njit(cache=True)
+def _spline_taps(t: float, taps: NDArray[np.float64], slopes: NDArray[np.float64]) -> None:
+    """Weights of the B-spline coefficients around a point, and their derivatives, by the recursion over degrees."""
+    taps[:] = 0.0
+    taps[0] = 1.0
+    for degree in range(1, _SPLINE_DEGREE + 1):
+        for k in range(degree, -1, -1):
+            below = taps[k - 1] if k > 0 else 0.0
+            if degree == _SPLINE_DEGREE:
+                slopes[k] = below - taps[k]
+            taps[k] = ((t + degree - k) * below + (k + 1 - t) * taps[k]) / degree
+
+
+@njit(cache=True)
+def evaluate_psf(
+    coefficients: NDArray[np.float64],
+    half_width: int,
+    dx: float,
+    dy: float,
+    model: NDArray[np.float64],
+    slope_x: NDArray[np.float64],
+    slope_y: NDArray[np.float64],
+) -> None:
+    """Fill a stamp with the PSF centred (dx, dy) off the stamp's central pixel, and its slopes d/d(dx), d/d(dy).
+
+    All three stamps are (2 half_width + 1) pixels a side; |dx|, |dy| <= 6.
+    """
+    width = 2 * half_width + 1
+    n_taps = _SPLINE_DEGREE + 1
+    taps_x, slopes_x = np.empty(n_taps), np.empty(n_taps)
+    taps_y, slopes_y = np.empty(n_taps), np.empty(n_taps)
+    whole_x, whole_y = math.floor(-dx), math.floor(-dy)
+    _spline_taps(-dx - whole_x, taps_x, slopes_x)
+    _spline_taps(-dy - whole_y, taps_y, slopes_y)
+    first = coefficients.shape[0] // 2 - half_width - _SPLINE_DEGREE // 2
+    first_x, first_y = first + whole_x, first + whole_y
+    rows = np.empty((width + _SPLINE_DEGREE, width))
+    row_slopes = np.empty((width + _SPLINE_DEGREE, width))
+    for j in range(width + _SPLINE_DEGREE):
+        for i in range(width):
+            value, slope = 0.0, 0.0
+            for k in range(n_taps):
+                coefficient = coefficients[first_y + j, first_x + i + k]
+                value += taps_x[k] * coefficient
+                slope += slopes_x[k] * coefficient
+            rows[j, i] = value
+            row_slopes[j, i] = slope
+    for j in range(width):
+        for i in range(width):
+            value, along_x, along_y = 0.0, 0.0, 0.0
+            for k in range(n_taps):
+                value += taps_y[k] * rows[j + k, i]
+                along_x += taps_y[k] * row_slopes[j + k, i]
+                along_y += slopes_y[k] * rows[j + k, i]
+            model[j, i] = value
+            slope_x[j, i] = -along_x
+            slope_y[j, i] = -along_y
+
+
+@njit(cache=True)
+def _fit_fluxes(
+    image: NDArray[np.float32],
+    variance: NDArray[np.float32],
+    bad: NDArray[np.bool_],
+    coefficients: NDArray[np.float64],
+    half_width: int,
+    x: NDArray[np.float64],
+    y: NDArray[np.float64],
+    real: NDArray[np.float64],
+    n_pixels: NDArray[np.int32],
+    edge: NDArray[np.bool_],
+) -> None:
+    """Fill `real` (flux, error, chi2, ln likelihood, good weight), `n_pixels` and `edge` for each source."""
+    ny, nx = image.shape
+    width = 2 * half_width + 1
+    model = np.empty((width, width))
+    slope_x, slope_y = np.empty((width, width)), np.empty((width, width))
+    for source in range(x.size):
+        real[4, source] = 0.0
+        if not (abs(x[source]) < _POSITION_LIMIT_PIX and abs(y[source]) < _POSITION_LIMIT_PIX):
+            continue
+        centre_x, centre_y = math.floor(x[source] + 0.5), math.floor(y[source] + 0.5)
+        x0, y0 = centre_x - half_width, centre_y - half_width
+        edge[source] = x0 < 0 or y0 < 0 or x0 + width > nx or y0 + width > ny
+        j0, j1 = max(0, -y0), min(width, ny - y0)
+        i0, i1 = max(0, -x0), min(width, nx - x0)
+        if j0 >= j1 or i0 >= i1:
+            continue
+        evaluate_psf(coefficients, half_width, x[source] - centre_x, y[source] - centre_y, model, slope_x, slope_y)
+        energy_all = (model * model).sum()
+        signal, information, energy = 0.0, 0.0, 0.0
+        for j in range(j0, j1):
+            for i in range(i0, i1):
+                value = np.float64(image[y0 + j, x0 + i])
+                weight = pixel_weight(value, variance[y0 + j, x0 + i], bad[y0 + j, x0 + i])
+                if weight > 0.0:
+                    p = model[j, i]
+                    signal += p * weight * value
+                    information += p * p * weight
+                    energy += p * p
+                    n_pixels[source] += 1
+        real[4, source] = energy / energy_all
+        if not (energy >= GOOD_WEIGHT_MIN * energy_all and information > 0.0):
+            continue
+        flux = signal / information
+        chi2, ln_norm = 0.0, 0.0
+        for j in range(j0, j1):
+            for i in range(i0, i1):
+                value = np.float64(image[y0 + j, x0 + i])
+                weight = pixel_weight(value, variance[y0 + j, x0 + i], bad[y0 + j, x0 + i])
+                if weight > 0.0:
+                    residual = value - flux * model[j, i]
+                    chi2 += residual * residual * weight
+                    ln_norm += math.log(2.0 * math.pi / weight)
+        real[0, source] = flux
+        real[1, source] = 1.0 / math.sqrt(information)
+        real[2, source] = chi2
+        real[3, source] = -0.5 * (chi2 + ln_norm)

@@ -1,0 +1,264 @@
+"""Resampling of an exposure onto another pixel grid: Lanczos-3 with six fixed taps a direction.
+
+Coordinates come as a coarse grid (a WCS is called at its nodes only) and are interpolated linearly in between.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from astropy.wcs import NoConvergence
+from numba import njit
+from numpy.typing import NDArray
+
+LANCZOS_ORDER = 3
+LANCZOS_TAPS = 2 * LANCZOS_ORDER
+_TABLE_STEPS = 1024
+_FAST_MATH = {"contract", "reassoc", "nsz", "arcp"}
+
+
+class WarpError(ValueError):
+    """Coordinates or arrays that cannot be resampled; the message says which and why."""
+
+
+@dataclass(frozen=True, eq=False)
+class CoordinateGrid:
+    """Where output pixels lie in the input image, at every `step_pix`-th output pixel.
+
+    Attributes
+    ----------
+    x, y : (n_y, n_x) float64, 0-based input pixel coordinates; NaN where there are none
+    step_pix : distance of nodes in output pixels; node ``[j, i]`` is output pixel ``(j step, i step)``
+    """
+
+    x: NDArray[np.float64]
+    y: NDArray[np.float64]
+    step_pix: int
+
+
+@dataclass(frozen=True, eq=False)
+class WarpedExposure:
+    """An exposure on the output grid.
+
+    Attributes
+    ----------
+    image : (ny, nx) float32, flux per output pixel; NaN where `no_data`
+    variance : (ny, nx) float32, square of the image's unit; infinite where `no_data`
+    mask : (ny, nx) int32, bits of the input mask; 0 where `no_data`
+    no_data : (ny, nx) bool, True where any of the 36 taps has no data or lies outside the input
+    """
+
+    image: NDArray[np.float32]
+    variance: NDArray[np.float32]
+    mask: NDArray[np.int32]
+    no_data: NDArray[np.bool_]
+
+
+def coordinate_grid(shape: tuple[int, int], step_pix: int = 32) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Output pixel coordinates of the nodes of a coarse grid that covers an image.
+
+    Parameters
+    ----------
+    shape : (ny, nx) of the output image
+    step_pix : distance of nodes, >= 1
+
+    Returns
+    -------
+    x, y : (n_y, n_x) float64 with ``n = max(ceil((side - 1) / step_pix), 1) + 1``; the last node lies on or
+        beyond the last pixel
+    """
+    axes = [step_pix * np.arange(max(-(-(side - 1) // step_pix), 1) + 1, dtype=np.float64) for side in shape]
+    x, y = np.meshgrid(axes[1], axes[0])
+    return x, y
+
+
+def wcs_coordinate_grid(
+    science_wcs: Any, template_wcs: Any, shape: tuple[int, int], step_pix: int = 32
+) -> CoordinateGrid:
+    """Coarse grid of template pixel coordinates for the pixels of a science image.
+
+    Parameters
+    ----------
+    science_wcs, template_wcs : celestial astropy WCS (anything with `all_pix2world` and `all_world2pix`)
+    shape : (ny, nx) of the science image
+    step_pix : distance of nodes; the coordinates in between are wrong by up to ``step^2 / 8`` times the second
+        derivative of the transformation (32 pixels and a distortion of 1e-7 per pixel: 1e-5 pixels)
+
+    Returns
+    -------
+    CoordinateGrid
+
+    Raises
+    ------
+    WarpError : the coordinate systems cannot be connected (message of the WCS library within)
+    """
+    x, y = coordinate_grid(shape, step_pix)
+    try:
+        ra, dec = science_wcs.all_pix2world(x.ravel(), y.ravel(), 0)
+        template_x, template_y = template_wcs.all_world2pix(ra, dec, 0)
+    except (ValueError, NoConvergence) as error:
+        raise WarpError(f"science pixels of shape {shape} have no template coordinates: {error}") from error
+    return CoordinateGrid(np.reshape(template_x, x.shape), np.reshape(template_y, x.shape), step_pix)
+
+
+def warp_exposure(
+    image: NDArray[np.floating],
+    variance: NDArray[np.floating],
+    mask: NDArray[np.integer],
+    grid: CoordinateGrid,
+    shape: tuple[int, int],
+    no_data_bits: int = 0,
+) -> WarpedExposure:
+    """Resample image, variance and mask with a Lanczos-3 window.
+
+    Images are flux per pixel, so the interpolated value is multiplied with the area of the output pixel in input
+    pixels: ``out = |J| sum_t w_t in_t`` with ``sum_t w_t = 1``; the total flux of a star is kept. The variance is
+    ``|J|^2 sum_t w_t^2 v_t``; covariance between neighbours, which interpolation creates, is ignored. Mask bits
+    are ORed over the nearest 4 x 4 pixels (beyond them each tap weighs less than 3 %).
+
+    Parameters
+    ----------
+    image : (ny_in, nx_in) floating, flux per pixel; non-finite means no data
+    variance : (ny_in, nx_in) floating, square of the image's unit; non-finite or negative means no data
+    mask : (ny_in, nx_in) integer bits
+    grid : where the output pixels lie in the input; it must cover `shape`
+    shape : (ny, nx) of the output
+    no_data_bits : mask bits that mean no data, whatever the pixel holds
+
+    Returns
+    -------
+    WarpedExposure
+
+    Raises
+    ------
+    WarpError : planes of different shapes, or a grid that does not cover the output
+
+    Notes
+    -----
+    Stars of FWHM 3.5 pixels are kept to 1e-3 of their peak (tests/numerics/test_warping.py). A whole-pixel shift
+    is exact. About 0.04 CPU s per megapixel.
+    """
+    image, variance, mask = np.asarray(image), np.asarray(variance), np.asarray(mask)
+    if image.ndim != 2 or not image.shape == variance.shape == mask.shape:
+        raise WarpError(f"planes differ in shape: image {image.shape}, variance {variance.shape}, mask {mask.shape}")
+    needed = coordinate_grid(shape, grid.step_pix)[0].shape
+    if grid.x.shape != grid.y.shape or grid.x.shape[0] < needed[0] or grid.x.shape[1] < needed[1]:
+        raise WarpError(f"an output of shape {shape} needs a grid of {needed} nodes, got {grid.x.shape}")
+    pixels = np.array(image, dtype=np.float32, order="C")
+    unusable = ~np.isfinite(image) | ~np.isfinite(variance) | ~(variance >= 0) | ((mask & no_data_bits) != 0)
+    pixels[unusable] = np.nan
+    out = WarpedExposure(
+        image=np.full(shape, np.nan, dtype=np.float32),
+        variance=np.full(shape, np.inf, dtype=np.float32),
+        mask=np.zeros(shape, dtype=np.int32),
+        no_data=np.ones(shape, dtype=np.bool_),
+    )
+    if min(image.shape) >= LANCZOS_TAPS:
+        _resample(
+            pixels,
+            np.ascontiguousarray(variance, dtype=np.float32),
+            np.ascontiguousarray(mask, dtype=np.int32),
+            np.ascontiguousarray(grid.x, dtype=np.float64),
+            np.ascontiguousarray(grid.y, dtype=np.float64),
+            grid.step_pix,
+            _WEIGHT_TABLE,
+            out.image,
+            out.variance,
+            out.mask,
+            out.no_data,
+        )
+    return out
+
+
+def lanczos_weights(fraction: NDArray[np.floating]) -> NDArray[np.float64]:
+    """Weights of the six pixels around a position, normalised to sum 1.
+
+    ``w_t ~ sinc(d) sinc(d / 3)`` with ``d = fraction + 2 - t`` for the pixels ``t - 2`` of ``t = 0..5`` from the
+    pixel at or below the position.
+
+    Parameters
+    ----------
+    fraction : (n,) position behind that pixel, in [0, 1]; at 0 all weight is on the pixel itself
+
+    Returns
+    -------
+    (n, 6) float64, rows sum to 1
+    """
+    distance = np.asarray(fraction, dtype=np.float64)[:, np.newaxis] + (LANCZOS_ORDER - 1) - np.arange(LANCZOS_TAPS)
+    weights = np.sinc(distance) * np.sinc(distance / LANCZOS_ORDER)
+    weights[np.abs(weights) < 1e-15] = 0.0  # sinc of whole numbers: whole-pixel shifts must be exact
+    return np.asarray(weights / weights.sum(axis=1, keepdims=True))
+
+
+# linear interpolation between 1024 steps is good to (1/1024)^2 / 8 * max|w''| = 5e-7
+_WEIGHT_TABLE = lanczos_weights(np.minimum(np.arange(_TABLE_STEPS + 2) / _TABLE_STEPS, 1.0))
+
+
+@njit(cache=True, fastmath=_FAST_MATH)
+def _resample(
+    image: NDArray[np.float32],
+    variance: NDArray[np.float32],
+    mask: NDArray[np.int32],
+    grid_x: NDArray[np.float64],
+    grid_y: NDArray[np.float64],
+    step: int,
+    table: NDArray[np.float64],
+    out_image: NDArray[np.float32],
+    out_variance: NDArray[np.float32],
+    out_mask: NDArray[np.int32],
+    out_no_data: NDArray[np.bool_],
+) -> None:
+    ny_in, nx_in = image.shape
+    ny, nx = out_image.shape
+    steps = table.shape[0] - 2
+    weight_x = np.empty(6)
+    weight_y = np.empty(6)
+    for y in range(ny):
+        j = min(y // step, grid_x.shape[0] - 2)
+        v = (y - j * step) / step
+        for x in range(nx):
+            i = min(x // step, grid_x.shape[1] - 2)
+            u = (x - i * step) / step
+            x_top = grid_x[j, i] + u * (grid_x[j, i + 1] - grid_x[j, i])
+            x_low = grid_x[j + 1, i] + u * (grid_x[j + 1, i + 1] - grid_x[j + 1, i])
+            y_top = grid_y[j, i] + u * (grid_y[j, i + 1] - grid_y[j, i])
+            y_low = grid_y[j + 1, i] + u * (grid_y[j + 1, i + 1] - grid_y[j + 1, i])
+            x_in = x_top + v * (x_low - x_top)
+            y_in = y_top + v * (y_low - y_top)
+            # written so that NaN coordinates fail it
+            if not (x_in >= 2.0 and y_in >= 2.0 and x_in < nx_in - 3.0 and y_in < ny_in - 3.0):
+                continue
+            x_first, y_first = int(x_in) - 2, int(y_in) - 2
+            position_x = (x_in - int(x_in)) * steps
+            position_y = (y_in - int(y_in)) * steps
+            row_x, row_y = int(position_x), int(position_y)
+            part_x, part_y = position_x - row_x, position_y - row_y
+            for t in range(6):
+                weight_x[t] = table[row_x, t] + part_x * (table[row_x + 1, t] - table[row_x, t])
+                weight_y[t] = table[row_y, t] + part_y * (table[row_y + 1, t] - table[row_y, t])
+            value = 0.0
+            noise = 0.0
+            for b in range(6):
+                row_value = 0.0
+                row_noise = 0.0
+                for a in range(6):
+                    weight = weight_x[a]
+                    row_value += weight * image[y_first + b, x_first + a]
+                    row_noise += weight * weight * variance[y_first + b, x_first + a]
+                value += weight_y[b] * row_value
+                noise += weight_y[b] * weight_y[b] * row_noise
+            if np.isnan(value):
+                continue
+            bits = 0
+            for b in range(1, 5):
+                for a in range(1, 5):
+                    bits |= mask[y_first + b, x_first + a]
+            dx_du = (1.0 - v) * (grid_x[j, i + 1] - grid_x[j, i]) + v * (grid_x[j + 1, i + 1] - grid_x[j + 1, i])
+            dy_du = (1.0 - v) * (grid_y[j, i + 1] - grid_y[j, i]) + v * (grid_y[j + 1, i + 1] - grid_y[j + 1, i])
+            area = abs(dx_du * (y_low - y_top) - dy_du * (x_low - x_top)) / (step * step)
+            out_image[y, x] = area * value
+            out_variance[y, x] = area * area * noise
+            out_mask[y, x] = bits
+            out_no_data[y, x] = False

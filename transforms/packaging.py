@@ -1,0 +1,197 @@
+"""PackageAlerts: columns to finished packets, once; to the packet store and to the full streams."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import apache_beam as beam
+import numpy as np
+import pyarrow as pa
+from apache_beam.utils.timestamp import Timestamp
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from schemas.avro.encoding import AlertColumns, encode_packets
+from schemas.avro.schema_versions import packet_schema
+from schemas.claim_check import ClaimCheckError, read_blobs, write_blobs
+from schemas.elements import AlertBatch
+from schemas.framing import pack
+from schemas.records import DIA_SOURCE, concatenate_records, records_to_bytes
+from transforms.alert_columns import thin_alerts
+from transforms.distribution import AlertSink, FullStream, alert_key, stream_message
+from transforms.failures import FAILED, failure_of
+
+STAGE = "packaging"
+Cutouts = tuple[list[bytes | None], list[bytes | None], list[bytes | None]]  # difference, science, template
+
+
+@dataclass(frozen=True)
+class PackagingConfig:
+    """Which packets are made."""
+
+    schema_version: str = Field(default="11.0", pattern=r"^11\.[01]$")
+    delivery_deadline_s: float = Field(default=120.0, gt=0)
+
+
+class PackagingResult(NamedTuple):
+    """`good`: (visit, bytes) part of a visit for `GatherVisits`; `failed`: FailureRecord."""
+
+    good: beam.PCollection
+    failed: beam.PCollection
+
+
+class PackageAlerts(beam.PTransform):
+    """Make packets, keep them in the packet store, send them on every full stream.
+
+    Input: AlertBatch. Output `good`: (visit, bytes), the thin columns and locations of a batch;
+    `failed`: cutouts that could not be read (the alert goes without them). Order: as it comes; a
+    duplicate gives the same packets again. Everything sent is acknowledged before the bundle ends;
+    what is not raises, so that nothing downstream counts it. No state.
+    """
+
+    def __init__(
+        self,
+        config: PackagingConfig,
+        *,
+        cutout_folder: str,
+        packet_folder: str,
+        streams: tuple[FullStream, ...],
+        sink: AlertSink | None,
+        filter_columns: frozenset[str],
+    ) -> None:
+        super().__init__()
+        self.package = _PackageAlertsFn(config, cutout_folder, packet_folder, streams, sink, filter_columns)
+
+    def expand(self, batches: beam.PCollection) -> PackagingResult:
+        outputs = batches | "EncodePackets" >> beam.ParDo(self.package).with_outputs(
+            FAILED, main="good"
+        ).with_output_types(tuple[int, bytes])
+        return PackagingResult(outputs.good, outputs[FAILED])
+
+
+class _PackageAlertsFn(beam.DoFn):
+    def __init__(
+        self,
+        config: PackagingConfig,
+        cutout_folder: str,
+        packet_folder: str,
+        streams: tuple[FullStream, ...],
+        sink: AlertSink | None,
+        filter_columns: frozenset[str],
+    ) -> None:
+        self.config = config
+        self.cutout_folder = cutout_folder
+        self.packet_folder = packet_folder
+        self.streams = streams
+        self.sink = sink
+        self.filter_columns = filter_columns
+
+    def setup(self) -> None:
+        self.schema = packet_schema(self.config.schema_version)
+        if self.sink is not None:
+            self.sink.open()
+
+    def teardown(self) -> None:
+        if self.sink is not None:
+            self.sink.close()
+
+    def process(self, batch: AlertBatch, timestamp: Timestamp = beam.DoFn.TimestampParam) -> Iterator[Any]:
+        started = time.perf_counter()
+        cutouts, failures = self._cutouts(batch)
+        yield from (beam.pvalue.TaggedOutput(FAILED, failure) for failure in failures)
+        bodies = encode_packets(self.schema, _alert_columns(batch, cutouts))
+        file_name = packet_file(batch)
+        ids = batch.dia_sources["diaSourceId"]
+        if len(ids):
+            write_blobs(Path(self.packet_folder) / file_name, ids, [(body,) for body in bodies])
+        for stream in self.streams if self.sink is not None else ():
+            for row, body in zip(batch.dia_sources, bodies, strict=True):
+                value, headers = stream_message(stream.encoding, self.schema, body, int(row["diaSourceId"]))
+                self.sink.send(stream.topic, alert_key(row), value, headers)
+        seconds = time.perf_counter() - started
+        yield batch.context["visit"], visit_part(batch, file_name, bodies, self.filter_columns, seconds)
+
+    def finish_bundle(self) -> None:
+        if self.sink is not None:
+            self.sink.flush(self.config.delivery_deadline_s)
+
+    def _cutouts(self, batch: AlertBatch) -> tuple[Cutouts, list[Any]]:
+        """Difference, science and template stamps of each alert; None where they cannot be had."""
+        n = len(batch.dia_sources)
+        stamps: Cutouts = ([None] * n, [None] * n, [None] * n)
+        failures = []
+        for detector in np.unique(batch.dia_sources["detector"]):
+            rows = np.flatnonzero(batch.dia_sources["detector"] == detector)
+            path = cutout_file(self.cutout_folder, batch.context["visit"], int(detector))
+            try:
+                found = read_blobs(path, batch.dia_sources["diaSourceId"][rows])
+            except ClaimCheckError as error:
+                lost = f"cutouts of {len(rows)} alerts"
+                failures.append(failure_of(error, STAGE, batch.context["visit"], int(detector), lost=lost))
+                continue
+            for row, blobs in zip(rows, found, strict=True):
+                for index, blob in enumerate(blobs):
+                    stamps[index][row] = blob or None
+        return stamps, failures
+
+
+def cutout_file(folder: str, visit: int, detector: int) -> Path:
+    """Where the cutouts of one exposure wait."""
+    return Path(folder) / str(visit) / f"{detector:03d}.cutouts"
+
+
+def packet_file(batch: AlertBatch) -> str:
+    """Name of a batch's packets in the packet store, a function of what is in it."""
+    digest = hashlib.sha256(np.ascontiguousarray(batch.dia_sources["diaSourceId"]).tobytes()).hexdigest()[:12]
+    return f"{batch.context['visit']}/{batch.context['cell']}-{digest}.packets"
+
+
+def _alert_columns(batch: AlertBatch, cutouts: Cutouts) -> AlertColumns:
+    return AlertColumns(
+        dia_sources=batch.dia_sources,
+        observation_reason=batch.context["observation_reason"],
+        target_name=batch.context["target_name"],
+        prv_dia_sources=batch.prv_dia_sources,
+        prv_offsets=batch.prv_offsets,
+        prv_forced=batch.prv_forced_sources,
+        forced_offsets=batch.forced_offsets,
+        dia_objects=batch.dia_objects,
+        has_object=batch.dia_sources["diaObjectId"] != 0,
+        ss_sources=batch.ss_sources,
+        has_ss=batch.dia_sources["ssObjectId"] != 0,
+        cutouts=cutouts,
+    )
+
+
+def visit_part(
+    batch: AlertBatch, file_name: str, bodies: list[bytes], filter_columns: frozenset[str], seconds: float
+) -> bytes:
+    """A batch as it travels to visit space: counts, thin columns, table rows; no packet bytes."""
+    digests = [hashlib.sha256(body).hexdigest() for body in bodies]
+    thin = thin_alerts(batch, file_name, digests, filter_columns)
+    stream = pa.BufferOutputStream()
+    with pa.ipc.new_stream(stream, thin.schema) as writer:
+        writer.write_table(thin)
+    counts = {name: value for name, value in batch.counts.items() if name != "association_us"}
+    header = {
+        "kind": "alerts",
+        "context": batch.context,
+        "counts": counts,
+        "seconds": {"association": batch.counts["association_us"] * 1e-6, "packaging": seconds},
+    }
+    sources = concatenate_records([batch.dia_sources, batch.unassociated], DIA_SOURCE)
+    has_ss = batch.dia_sources["ssObjectId"] != 0
+    return pack(
+        header,
+        (
+            stream.getvalue().to_pybytes(),
+            records_to_bytes(sources),
+            records_to_bytes(batch.object_states),
+            records_to_bytes(batch.forced_sources),
+            records_to_bytes(batch.ss_sources[has_ss]),
+        ),
+    )

@@ -1,0 +1,168 @@
+"""SubtractTemplates: science image minus matched template, one element per detector of a visit."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import apache_beam as beam
+import numpy as np
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+from threadpoolctl import threadpool_limits
+
+from schemas.claim_check import ImageStore
+from schemas.elements import SubtractedExposure
+from schemas.exposures import MASK_BITS, Exposure, mask_bits, read_exposure
+from schemas.manifests import DetectorVisit
+from transforms.failures import FAILED, failure_of
+from transforms.numerics.differencing import ImagePlanes, SubtractionParameters, subtract
+from transforms.numerics.warping import warp_exposure, wcs_coordinate_grid
+
+STAGE = "subtraction"
+UNUSABLE_PLANES = ("BAD", "SAT", "CR", "NO_DATA", "SAT_TEMPLATE", "BAD_TEMPLATE")
+_CARRIED_OVER = {"SAT": "SAT_TEMPLATE", "BAD": "BAD_TEMPLATE", "CR": "CR_TEMPLATE", "INJECTED": "INJECTED_TEMPLATE"}
+
+
+class NoTemplateError(ValueError):
+    """The field has no template."""
+
+
+@dataclass(frozen=True)
+class SubtractionConfig:
+    """How a template is matched and subtracted."""
+
+    background_box_pix: int = Field(default=128, ge=8, le=1024)
+    kernel_spatial_order: int = Field(default=2, ge=0, le=3)
+    background_order: int = Field(default=1, ge=0, le=2)
+    min_star_snr: float = Field(default=20.0, gt=0)
+    max_star_snr: float = Field(default=2000.0, gt=0)
+    min_coverage: float = Field(default=0.1, ge=0, le=1)
+
+    def parameters(self) -> SubtractionParameters:
+        return SubtractionParameters(
+            background_box_pix=self.background_box_pix,
+            spatial_order=self.kernel_spatial_order,
+            background_order=self.background_order,
+            min_snr=self.min_star_snr,
+            max_snr=self.max_star_snr,
+            min_coverage=self.min_coverage,
+        )
+
+
+class SubtractionResult(NamedTuple):
+    """`good`: SubtractedExposure; `failed`: FailureRecord."""
+
+    good: beam.PCollection
+    failed: beam.PCollection
+
+
+class SubtractTemplates(beam.PTransform):
+    """Read a science image and its template, warp, match the PSF, subtract, store the pixels.
+
+    Input: DetectorVisit. Output `good`: SubtractedExposure, one per detector that could be
+    subtracted; difference and science pixels are in the image store by then. `failed`: one record per
+    detector that could not, with the reason. Order: as it comes; a duplicate gives the same pixels
+    again. No state.
+    """
+
+    def __init__(self, config: SubtractionConfig, image_store: ImageStore) -> None:
+        super().__init__()
+        self.config = config
+        self.image_store = image_store
+
+    def expand(self, detectors: beam.PCollection) -> SubtractionResult:
+        outputs = detectors | "SubtractDetector" >> beam.ParDo(
+            _SubtractDetectorFn(self.config, self.image_store)
+        ).with_outputs(FAILED, main="good").with_output_types(SubtractedExposure)
+        return SubtractionResult(outputs.good, outputs[FAILED])
+
+
+class _SubtractDetectorFn(beam.DoFn):
+    def __init__(self, config: SubtractionConfig, image_store: ImageStore) -> None:
+        self.config = config
+        self.image_store = image_store
+
+    def setup(self) -> None:
+        threadpool_limits(1)  # one BLAS thread: sums must run in the same order everywhere
+
+    def process(self, element: DetectorVisit) -> Iterator[Any]:
+        started_at, started = time.time(), time.perf_counter()
+        try:
+            exposure = subtract_detector(element, self.config, started_at)
+            write_to_store(exposure, self.image_store)
+        except Exception as error:  # whatever one detector's pixels do must not stop the others
+            lost = "all alerts of the detector"
+            failure = failure_of(error, STAGE, element.visit.visit, element.detector, lost=lost)
+            yield beam.pvalue.TaggedOutput(FAILED, failure)
+            return
+        exposure.seconds["subtraction"] = time.perf_counter() - started
+        yield exposure
+
+
+def subtract_detector(element: DetectorVisit, config: SubtractionConfig, started_at: float) -> SubtractedExposure:
+    """Subtract one detector.
+
+    Raises
+    ------
+    NoTemplateError, ExposureError, ValueError
+        The reason why it cannot be subtracted.
+    """
+    begin = time.perf_counter()
+    science = read_exposure(element.images.science)
+    if element.images.template is None:
+        raise NoTemplateError(f"no_template: no {element.visit.band} template for detector {element.detector}")
+    template = read_exposure(element.images.template)
+    read_seconds = time.perf_counter() - begin
+    grid = wcs_coordinate_grid(science.wcs, template.wcs, science.image.shape)
+    warped = warp_exposure(
+        template.image, template.variance, template.mask, grid, science.image.shape, mask_bits("NO_DATA")
+    )
+    template_bad = warped.no_data | ((warped.mask & mask_bits("BAD", "SAT", "CR")) != 0)
+    science_bad = (science.mask & mask_bits("BAD", "SAT", "CR", "NO_DATA")) != 0
+    result = subtract(
+        ImagePlanes(science.image, science.variance, science_bad, science.psf),
+        ImagePlanes(warped.image, warped.variance, template_bad, template.psf),
+        config.parameters(),
+    )
+    mask = _joined_mask(science, warped.mask, result.invalid)
+    return SubtractedExposure(
+        visit=element.visit,
+        detector=element.detector,
+        science=result.difference + result.matched_template,
+        science_variance=science.variance,
+        difference=result.difference,
+        difference_variance=result.variance,
+        matched_template=result.matched_template,
+        template_variance=np.maximum(result.variance - science.variance, 0.0, dtype=np.float32),
+        mask=mask,
+        psf=np.asarray(result.psf, dtype=np.float64),
+        wcs=science.wcs,
+        seconds={"reading": read_seconds},
+        started_at=started_at,
+        notes=science.notes + tuple(f"template: {note}" for note in template.notes),
+    )
+
+
+def _joined_mask(science: Exposure, template_mask: np.ndarray, invalid: np.ndarray) -> np.ndarray:
+    mask = science.mask.copy()
+    for plane, carried in _CARRIED_OVER.items():
+        mask[(template_mask >> MASK_BITS[plane]) & 1 == 1] |= np.int32(1 << MASK_BITS[carried])
+    mask[invalid] |= np.int32(mask_bits("NO_DATA"))
+    return mask
+
+
+def write_to_store(exposure: SubtractedExposure, store: ImageStore) -> None:
+    """Difference and science pixels for forced photometry; what must not be used has infinite variance."""
+    unusable = (exposure.mask & mask_bits(*UNUSABLE_PLANES)) != 0
+    planes = [
+        np.nan_to_num(exposure.difference, nan=0.0, posinf=0.0, neginf=0.0),
+        np.where(unusable, np.float32(np.inf), exposure.difference_variance),
+        np.nan_to_num(exposure.science, nan=0.0, posinf=0.0, neginf=0.0),
+        np.where(unusable, np.float32(np.inf), exposure.science_variance),
+    ]
+    header = exposure.wcs.to_header(relax=True)
+    store.write(exposure.visit.visit, exposure.detector, planes, header.tostring(sep="\n"), exposure.psf)
+
+
