@@ -26,25 +26,27 @@ from astropy.wcs import WCS
 
 from schemas.exposures import Exposure, mask_bits, write_exposure
 from schemas.manifests import BANDS, MAX_DETECTOR, MAX_SEQ_NUM, DetectorImages, Visit, read_manifest, write_manifest
-from transforms.numerics.sky_simulation import (
+from transforms.numerics.image_rendering import (
     INJECTION_DTYPE,
-    PIXEL_SCALE_ARCSEC,
     SHARPEST_TEMPLATE_ARCSEC,
+    RenderedExposure,
+    draw_psf,
+    render_science,
+    render_template,
+)
+from transforms.numerics.sky_simulation import (
+    PIXEL_SCALE_ARCSEC,
     Movers,
     Purpose,
-    RenderedExposure,
     Sky,
     SkyConfig,
     TanProjection,
     draw_asteroids,
     draw_conditions,
-    draw_psf,
     draw_sky,
     draw_trail,
     nominal_conditions,
     random_stream,
-    render_science,
-    render_template,
 )
 
 INSTRUMENT = "SimCam"

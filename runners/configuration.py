@@ -52,9 +52,7 @@ def load_brokers(path: Path | None) -> tuple[BrokerConfig, ...]:
     entries = listed.get("brokers") or []
     if not isinstance(entries, list):
         raise ConfigurationError(f"{name}: brokers must be a list, got {type(entries).__name__}")
-    brokers = tuple(
-        _validated(BrokerConfig, entry, f"{name}: brokers[{index}]") for index, entry in enumerate(entries)
-    )
+    brokers = tuple(_validated(BrokerConfig, entry, f"{name}: brokers[{index}]") for index, entry in enumerate(entries))
     names = [broker.name for broker in brokers]
     repeated = sorted({one for one in names if names.count(one) > 1})
     if repeated:

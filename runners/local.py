@@ -8,7 +8,7 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from schemas.avro.container import write_container
 from schemas.avro.encodings import body_of_message
 from schemas.avro.reading import packet_prefix
 from schemas.avro.schema_versions import PacketSchema, packet_schema
+from schemas.elements import FailureRecord
 from schemas.manifests import ManifestError, read_manifest
 from transforms.accounting import finish_ledger
 from transforms.archiving import finish_object_tables
@@ -31,7 +32,6 @@ from transforms.distribution import BrokerConfig
 from transforms.failures import failure_line, write_bytes, write_lines
 from transforms.filters.checking import CheckedFilter
 from transforms.filters.definition import FilterProblem
-from schemas.elements import FailureRecord
 
 EMBEDDED = "embedded"
 NO_KAFKA = "none"
@@ -66,7 +66,9 @@ class ProduceResult:
     receipts: dict[str, BrokerReceipt]
 
 
-def produce(request: ProduceRequest, progress: Callable[[int], contextlib.AbstractContextManager[object]]) -> ProduceResult:
+def produce(
+    request: ProduceRequest, progress: Callable[[int], contextlib.AbstractContextManager[object]]
+) -> ProduceResult:
     """Run the whole chain on the local runner.
 
     Parameters
@@ -108,7 +110,9 @@ def claim_output(request: ProduceRequest) -> None:
     if path.is_file():
         known = json.loads(path.read_text(encoding="utf-8"))
         if known["input"] != claim["input"]:
-            raise OutputFolderError(f"{out} holds the output of another input ({known['night']}): choose an empty folder")
+            raise OutputFolderError(
+                f"{out} holds the output of another input ({known['night']}): choose an empty folder"
+            )
         return
     if out.exists() and any(out.iterdir()):
         raise OutputFolderError(f"{out} is not empty and not an output folder of nightstream: choose an empty folder")
@@ -239,7 +243,5 @@ class _ContainerOf:
     encoding: str
     schema: PacketSchema
 
-    def __call__(self, path: Path, values: Iterator[bytes]) -> None:
+    def __call__(self, path: Path, values: Iterable[bytes]) -> None:
         write_container(path, self.schema, (body_of_message(self.encoding, value) for value in values))
-
-

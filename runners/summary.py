@@ -70,7 +70,7 @@ class RunSummary:
 
     @property
     def latency_p50_s(self) -> float | None:
-        """Median over visits of readout end to last alert sent."""
+        """Median over visits of the time from the first detector's start to the ledger record."""
         return median(self.latencies_s) if self.latencies_s else None
 
     @property
@@ -98,7 +98,7 @@ class ClassRecovery:
     recovered_bright: int
 
 
-class OutputFolderError(ValueError):
+class UnreadableOutputError(ValueError):
     """A file of the output folder cannot be read; the message names it and why."""
 
 
@@ -109,7 +109,7 @@ def summarise(out: Path) -> RunSummary:
 
     Raises
     ------
-    OutputFolderError
+    UnreadableOutputError
         A ledger or failure file is not JSON.
     """
     visits = read_ledger(out)
@@ -197,7 +197,7 @@ def read_table(out: Path, table: str, columns: list[str]) -> pa.Table:
             here = [name for name in columns if name in pq.read_schema(file).names]
             parts.append(pads.dataset(file, format="parquet").to_table(columns=here))
     except (OSError, pa.ArrowInvalid) as error:
-        raise OutputFolderError(f"table {table} cannot be read: {error}") from error
+        raise UnreadableOutputError(f"table {table} cannot be read: {error}") from error
     joined = pa.concat_tables(parts, promote_options="permissive")
     for name in columns:
         if name not in joined.column_names:
@@ -229,7 +229,7 @@ def recovered(night: Path, out: Path) -> list[ClassRecovery]:
     try:
         truth = pq.read_table(path, columns=["visit", "detector", "kind", "ra", "dec", "snr", "good_pixels"])
     except (OSError, pa.ArrowInvalid) as error:
-        raise OutputFolderError(f"{path} cannot be read: {error}") from error
+        raise UnreadableOutputError(f"{path} cannot be read: {error}") from error
     found = _has_alert_nearby(truth, _alerting_sources(out))
     kinds = np.array(truth["kind"].to_pylist(), dtype=object)
     snr = np.abs(truth["snr"].to_numpy().astype(np.float64))
@@ -302,9 +302,9 @@ def _parsed(line: str, place: str) -> dict[str, Any]:
     try:
         record = json.loads(line)
     except json.JSONDecodeError as error:
-        raise OutputFolderError(f"{place} is not JSON: {error}") from error
+        raise UnreadableOutputError(f"{place} is not JSON: {error}") from error
     if not isinstance(record, dict):
-        raise OutputFolderError(f"{place} holds {type(record).__name__}, expected an object")
+        raise UnreadableOutputError(f"{place} holds {type(record).__name__}, expected an object")
     return record
 
 

@@ -115,6 +115,7 @@ def project_alerts_schema(columns: Iterable[str]) -> pa.Schema:
 @cache
 def _record_fields(record: str) -> tuple[pa.Field, ...]:
     source = resources.files("schemas.avro.definitions") / f"{ALERTS_SCHEMA_VERSION}.csv"
-    with source.open(encoding="utf-8", newline="") as lines:
-        rows = [row for row in csv.DictReader(lines) if row["record"] == record]
-    return tuple(pa.field(row["field"], _ARROW_TYPES[row["type"].removesuffix("?")]) for row in rows)
+    rows = csv.DictReader(source.read_text(encoding="utf-8").splitlines())
+    return tuple(
+        pa.field(row["field"], _ARROW_TYPES[row["type"].removesuffix("?")]) for row in rows if row["record"] == record
+    )

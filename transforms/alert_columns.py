@@ -28,9 +28,7 @@ def thin_schema(filter_columns: Iterable[str]) -> pa.Schema:
     return schema
 
 
-def thin_alerts(
-    batch: AlertBatch, file_name: str, digests: list[str], filter_columns: Iterable[str]
-) -> pa.Table:
+def thin_alerts(batch: AlertBatch, file_name: str, digests: list[str], filter_columns: Iterable[str]) -> pa.Table:
     """The thin table of one batch, a row per alert."""
     schema = thin_schema(filter_columns)
     sources = batch.dia_sources
@@ -67,5 +65,3 @@ def _struct(rows: np.ndarray, struct: pa.StructType, valid: np.ndarray) -> pa.St
     table = records_to_arrow(take_records(rows, np.arange(len(rows))), fields=names)
     arrays = [table.column(name).combine_chunks() for name in names]
     return pa.StructArray.from_arrays(arrays, fields=list(struct), mask=pa.array(~valid))
-
-

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import OrderedDict
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -138,9 +139,7 @@ def sky_cell_messages(detected: DetectedSources, config: AssociationConfig) -> I
     needed = cells_with_halo(sources["ra"], sources["dec"], config.cell_order, config.halo_arcsec)
     for cell in np.unique(np.concatenate([covered, needed.ravel()])):
         rows = take_records(sources, (needed == cell).any(axis=1))
-        own_ss = take_records(
-            detected.ss_sources, np.isin(detected.ss_sources["diaSourceId"], rows["diaSourceId"])
-        )
+        own_ss = take_records(detected.ss_sources, np.isin(detected.ss_sources["diaSourceId"], rows["diaSourceId"]))
         header = {"kind": "visit", "detector": exposure.detector, "context": context}
         yield int(cell), pack(header, (records_to_bytes(rows), records_to_bytes(own_ss)))
 
@@ -154,9 +153,7 @@ def _covered_cells(wcs: Any, shape: tuple[int, ...], config: AssociationConfig) 
     cell_arcsec = 3600.0 * 58.6 / (1 << config.cell_order)
     margin = config.halo_arcsec / pixel_arcsec
     n_steps = int(np.ceil(2.0 * (max(nx, ny) + 2 * margin) * pixel_arcsec / cell_arcsec)) + 2
-    x, y = np.meshgrid(
-        np.linspace(-margin, nx - 1 + margin, n_steps), np.linspace(-margin, ny - 1 + margin, n_steps)
-    )
+    x, y = np.meshgrid(np.linspace(-margin, nx - 1 + margin, n_steps), np.linspace(-margin, ny - 1 + margin, n_steps))
     ra, dec = wcs.pixel_to_world_values(x.ravel(), y.ravel())
     good = np.isfinite(ra) & np.isfinite(dec)
     return np.unique(cells_of(ra[good] % 360.0, dec[good], config.cell_order))
@@ -285,9 +282,7 @@ class _AssociateInCellsFn(beam.DoFn):
                 CellKnowledge(objects, sources, forced),
                 visit,
                 self.config.rules(),
-                lambda detector, ra, dec, visit=visit: self.forced.measure(
-                    visit.context["visit"], detector, ra, dec
-                ),
+                partial(self.forced.measure, visit.context["visit"]),
             )
             objects = outcome.objects
             seen |= {(visit.context["visit"], detector) for detector in visit.detectors}
@@ -358,7 +353,9 @@ def _visits_of(messages: list[bytes], seen: set[tuple[int, int]]) -> list[CellVi
                 context=parts[0][0],
                 detectors=tuple(sorted(detectors)),
                 sources=concatenate_records([records_from_bytes(DIA_SOURCE, part[1][0]) for part in parts], DIA_SOURCE),
-                ss_sources=concatenate_records([records_from_bytes(SS_SOURCE, part[1][1]) for part in parts], SS_SOURCE),
+                ss_sources=concatenate_records(
+                    [records_from_bytes(SS_SOURCE, part[1][1]) for part in parts], SS_SOURCE
+                ),
             )
         )
     return visits
@@ -382,7 +379,9 @@ def _index_bytes(seen: set[tuple[int, int]], objects: np.ndarray) -> bytes:
 def _read_blocks(blocks: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
     frames = [unpack(block)[1] for block in blocks]
     sources = concatenate_records([records_from_bytes(DIA_SOURCE, frame[0]) for frame in frames], DIA_SOURCE)
-    forced = concatenate_records([records_from_bytes(DIA_FORCED_SOURCE, frame[1]) for frame in frames], DIA_FORCED_SOURCE)
+    forced = concatenate_records(
+        [records_from_bytes(DIA_FORCED_SOURCE, frame[1]) for frame in frames], DIA_FORCED_SOURCE
+    )
     return sources, forced
 
 
@@ -434,8 +433,8 @@ class _ForcedPhotometer:
 
     def _measure_one(self, stored: StoredExposure, x: float, y: float, index: int, fluxes: ForcedFluxes) -> None:
         half = stored.psf.shape[0] // 2 + 1
-        y0, x0 = max(int(round(y)) - half, 0), max(int(round(x)) - half, 0)
-        y1, x1 = min(int(round(y)) + half + 1, stored.shape[0]), min(int(round(x)) + half + 1, stored.shape[1])
+        y0, x0 = max(round(y) - half, 0), max(round(x) - half, 0)
+        y1, x1 = min(round(y) + half + 1, stored.shape[0]), min(round(x) + half + 1, stored.shape[1])
         at_x, at_y = np.array([x - x0]), np.array([y - y0])
         for plane, flux, flux_err in (
             ("difference", fluxes.psf_flux, fluxes.psf_flux_err),

@@ -98,7 +98,7 @@ def full_streams(brokers: tuple[BrokerConfig, ...]) -> tuple[FullStream, ...]:
     ValueError
         One topic asked for in two encodings, or two streams on one topic.
     """
-    streams: dict[str, tuple[str, str]] = {}
+    streams: dict[str, tuple[str, Encoding]] = {}
     for broker in brokers:
         if broker.sink != "kafka":
             continue
@@ -259,6 +259,8 @@ def packet_bodies(visit: VisitAlerts, ids: np.ndarray, packet_folder: str) -> li
         by_file.setdefault(file_of[int(dia_source_id)], []).append(int(dia_source_id))
     bodies: dict[int, bytes] = {}
     for name, members in by_file.items():
-        for dia_source_id, blobs in zip(members, read_blobs(Path(packet_folder) / name, np.array(members)), strict=True):
+        for dia_source_id, blobs in zip(
+            members, read_blobs(Path(packet_folder) / name, np.array(members)), strict=True
+        ):
             bodies[dia_source_id] = blobs[0]
     return [bodies[int(dia_source_id)] for dia_source_id in ids]

@@ -195,7 +195,8 @@ def _summary(
     alerts: pa.Table,
     tables: dict[str, np.ndarray],
 ) -> dict[str, Any]:
-    announced = headers["visit"][0] if headers["visit"] else {"context": {"day_obs": 0}, "expected": []}
+    unannounced: dict[str, Any] = {"context": {"day_obs": 0}, "expected": []}
+    announced = headers["visit"][0] if headers["visit"] else unannounced
     context = announced["context"]
     detectors = {header["detector"]: header for header in headers["detector"]}
     rejected: dict[str, int] = {}

@@ -47,8 +47,7 @@ class ReadVisits(beam.PTransform):
         read = (
             begin
             | "StartNight" >> beam.Create([self.night])
-            | "EmitVisits"
-            >> beam.ParDo(_EmitVisitsFn()).with_outputs(FAILED, main="visits").with_output_types(Visit)
+            | "EmitVisits" >> beam.ParDo(_EmitVisitsFn()).with_outputs(FAILED, main="visits").with_output_types(Visit)
         )
         detectors = read.visits | "SplitDetectors" >> beam.FlatMap(_detectors_of).with_output_types(DetectorVisit)
         return IngestionResult(detectors, read.visits, read[FAILED])
@@ -110,7 +109,12 @@ class _EmitVisitsFn(beam.DoFn):
             first = Timestamp(manifest.visits[0].event_time_s) if manifest.visits else Timestamp(0)
             for problem in manifest.problems:
                 record = FailureRecord(
-                    problem.visit, problem.detector, STAGE, problem.error, problem.reason, "the visit as announced there"
+                    problem.visit,
+                    problem.detector,
+                    STAGE,
+                    problem.error,
+                    problem.reason,
+                    "the visit as announced there",
                 )
                 yield beam.pvalue.TaggedOutput(FAILED, TimestampedValue(record, first))
             watermark.set_watermark(first)

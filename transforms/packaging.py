@@ -108,16 +108,20 @@ class _PackageAlertsFn(beam.DoFn):
         ids = batch.dia_sources["diaSourceId"]
         if len(ids):
             write_blobs(Path(self.packet_folder) / file_name, ids, [(body,) for body in bodies])
-        for stream in self.streams if self.sink is not None else ():
-            for row, body in zip(batch.dia_sources, bodies, strict=True):
-                value, headers = stream_message(stream.encoding, self.schema, body, int(row["diaSourceId"]))
-                self.sink.send(stream.topic, alert_key(row), value, headers)
+        if self.sink is not None:
+            self._send(self.sink, batch.dia_sources, bodies)
         seconds = time.perf_counter() - started
         yield batch.context["visit"], visit_part(batch, file_name, bodies, self.filter_columns, seconds)
 
     def finish_bundle(self) -> None:
         if self.sink is not None:
             self.sink.flush(self.config.delivery_deadline_s)
+
+    def _send(self, sink: AlertSink, rows: np.ndarray, bodies: list[bytes]) -> None:
+        for stream in self.streams:
+            for row, body in zip(rows, bodies, strict=True):
+                value, headers = stream_message(stream.encoding, self.schema, body, int(row["diaSourceId"]))
+                sink.send(stream.topic, alert_key(row), value, headers)
 
     def _cutouts(self, batch: AlertBatch) -> tuple[Cutouts, list[Any]]:
         """Difference, science and template stamps of each alert; None where they cannot be had."""

@@ -305,9 +305,7 @@ def _light_curves(rows: np.ndarray, offsets: np.ndarray) -> LightCurves:
     )
 
 
-def _summarised(
-    objects: np.ndarray, rows: np.ndarray, forced_rows: np.ndarray, context: dict[str, Any]
-) -> np.ndarray:
+def _summarised(objects: np.ndarray, rows: np.ndarray, forced_rows: np.ndarray, context: dict[str, Any]) -> np.ndarray:
     """Objects with counts, times, mean position and band statistics over the given rows."""
     if len(objects) == 0:
         return objects

@@ -164,5 +164,3 @@ def write_to_store(exposure: SubtractedExposure, store: ImageStore) -> None:
     ]
     header = exposure.wcs.to_header(relax=True)
     store.write(exposure.visit.visit, exposure.detector, planes, header.tostring(sep="\n"), exposure.psf)
-
-

@@ -19,7 +19,7 @@ import fastavro
 
 from schemas.avro.encoding import avro_long
 from schemas.avro.schema_versions import PacketSchema
-from schemas.avro.wire import PacketFormatError
+from schemas.avro.wire import PacketFormatError, read_long
 
 BLOCK_PACKETS = 1000
 BLOCK_BYTES = 1_000_000
@@ -114,15 +114,15 @@ def single_body(message: bytes) -> bytes:
     """The body in a container of one packet without codec, undecoded; PacketFormatError for any other."""
     try:
         position = len(_MAGIC)
-        n_pairs, position = _read_long(message, position)
+        n_pairs, position = read_long(message, position)
         while n_pairs:
             for _ in range(2 * n_pairs):
-                length, position = _read_long(message, position)
+                length, position = read_long(message, position)
                 position += length
-            n_pairs, position = _read_long(message, position)
+            n_pairs, position = read_long(message, position)
         sync = message[position : position + _SYNC_BYTES]
-        n_packets, position = _read_long(message, position + _SYNC_BYTES)
-        size, position = _read_long(message, position)
+        n_packets, position = read_long(message, position + _SYNC_BYTES)
+        size, position = read_long(message, position)
     except IndexError:
         raise PacketFormatError(f"the container ends within its header, after {len(message)} bytes") from None
     end = position + size
@@ -130,14 +130,3 @@ def single_body(message: bytes) -> bytes:
         raise PacketFormatError("not a container of one packet")
     return message[position:end]
 
-
-def _read_long(data: bytes, position: int) -> tuple[int, int]:
-    """Zigzag varint at `position`, and where it ends; IndexError beyond the data."""
-    value = shift = 0
-    while True:
-        byte = data[position]
-        position += 1
-        value |= (byte & 127) << shift
-        shift += 7
-        if byte < 128:
-            return (value >> 1) ^ -(value & 1), position

@@ -12,7 +12,7 @@ import fastavro
 
 from schemas.avro.container import read_container_stream
 from schemas.avro.schema_versions import PacketSchema, SchemaVersionError, packet_schema_by_id
-from schemas.avro.wire import PacketFormatError, unwrap
+from schemas.avro.wire import PacketFormatError, read_long, unwrap
 
 
 class PacketPrefix(NamedTuple):
@@ -39,6 +39,19 @@ def decode_packet(message: bytes) -> dict[str, Any]:
     except SchemaVersionError as error:
         raise PacketFormatError(str(error)) from error
     return decode_body(schema, body)
+
+
+def decode_message(message: bytes) -> dict[str, Any]:
+    """The packet of a Kafka message, wire (`rubin`) or container (`ocf`); PacketFormatError for anything else."""
+    return decode_body_of_container(message) if message[:3] == b"Obj" else decode_packet(message)
+
+
+def decode_body_of_container(message: bytes) -> dict[str, Any]:
+    """The one packet of a container message; PacketFormatError if there is another number of them."""
+    packets = decode_container(message)
+    if len(packets) != 1:
+        raise PacketFormatError(f"a container message holds one packet, got {len(packets)}")
+    return packets[0]
 
 
 def decode_body(schema: PacketSchema, body: bytes) -> dict[str, Any]:
@@ -71,13 +84,13 @@ def packet_prefix(body: bytes) -> PacketPrefix:
         The body ends early, a union has no such branch, or the two diaSourceIds differ.
     """
     try:
-        alert_id, position = _read_long(body, 0)
+        alert_id, position = read_long(body, 0)
         for _ in ("observation_reason", "target_name"):
             length, position = _read_optional_long(body, position)
             position += _checked_length(length)
-        dia_source_id, position = _read_long(body, position)
-        visit, position = _read_long(body, position)
-        detector, position = _read_long(body, position)
+        dia_source_id, position = read_long(body, position)
+        visit, position = read_long(body, position)
+        detector, position = read_long(body, position)
         dia_object_id, position = _read_optional_long(body, position)
         ss_object_id, position = _read_optional_long(body, position)
     except IndexError:
@@ -114,26 +127,13 @@ def _plain(value: Any, cutout_sizes: bool) -> Any:
     return value
 
 
-def _read_long(body: bytes, position: int) -> tuple[int, int]:
-    value = shift = 0
-    while True:
-        byte = body[position]
-        position += 1
-        value |= (byte & 127) << shift
-        if byte < 128:
-            return (value >> 1) ^ -(value & 1), position
-        shift += 7
-        if shift > 63:
-            raise PacketFormatError(f"an integer of more than 64 bits at byte {position}")
-
-
 def _read_optional_long(body: bytes, position: int) -> tuple[int | None, int]:
-    branch, position = _read_long(body, position)
+    branch, position = read_long(body, position)
     if branch == 0:
         return None, position
     if branch != 1:
         raise PacketFormatError(f"branch {branch} of a union of two at byte {position}")
-    return _read_long(body, position)
+    return read_long(body, position)
 
 
 def _checked_length(length: int | None) -> int:

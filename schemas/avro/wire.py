@@ -1,4 +1,4 @@
-"""The five bytes in front of a packet on Kafka: 0, then the schema id as a big-endian 32-bit integer."""
+"""Bytes of packets: the header in front of one on Kafka (0, then the schema id, big endian), Avro's integers."""
 
 from __future__ import annotations
 
@@ -25,3 +25,25 @@ def unwrap(message: bytes) -> tuple[int, bytes]:
     if magic != 0:
         raise PacketFormatError(f"a wire message starts with byte 0, got {magic & 255}")
     return schema_id, message[HEADER_BYTES:]
+
+
+def read_long(data: bytes, position: int) -> tuple[int, int]:
+    """The zigzag varint at `position` and where it ends.
+
+    Raises
+    ------
+    IndexError
+        The data end within it.
+    PacketFormatError
+        It has more than 64 bits.
+    """
+    value = shift = 0
+    while True:
+        byte = data[position]
+        position += 1
+        value |= (byte & 127) << shift
+        if byte < 128:
+            return (value >> 1) ^ -(value & 1), position
+        shift += 7
+        if shift > 63:
+            raise PacketFormatError(f"an integer of more than 64 bits at byte {position}")

@@ -279,6 +279,16 @@ def test_moments_of_a_gaussian_are_its_covariance(axes: tuple[float, float, floa
     assert found.ixx_psf[0] == pytest.approx((4.7 / 2.3548) ** 2, rel=1e-3)
 
 
+def test_a_shape_with_a_fifth_of_its_light_masked_is_not_measured_but_its_flux_is() -> None:
+    difference, bad = np.zeros((61, 61)), np.zeros((61, 61), bool)
+    difference[18:43, 18:43] = 1e4 * gaussian(4.0)
+    bad[:, 32:] = True  # 1.5 pixels or 0.9 sigma from the centre
+    found = measure(difference, np.ones_like(difference), gaussian(4.0), detections_at([30], [30]), bad)
+    assert np.isnan([found.ixx[0], found.iyy[0], found.ixy[0], found.size_ratio[0]]).all()
+    assert found.psf_flux[0] == pytest.approx(1e4, rel=1e-4)
+    assert found.good_weight[0] < 1.0
+
+
 def test_moments_of_a_psf_image_do_not_depend_on_its_normalisation() -> None:
     assert psf_moments(gaussian(4.0)) == pytest.approx(psf_moments(7.0 * gaussian(4.0)), rel=1e-6)
 

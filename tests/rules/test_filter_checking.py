@@ -11,9 +11,9 @@ import pyarrow as pa
 import pytest
 
 from schemas.tables import alert_fields, alerts_arrow_schema, project_alerts_schema
-from transforms.filters import checking
-from transforms.filters.checking import CheckedFilter, FilterError, check_filter
-from transforms.filters.definition import MAX_SQL_CHARACTERS, FilterDefinition, load_filters
+from transforms.filters import vocabulary
+from transforms.filters.checking import CheckedFilter, check_filter
+from transforms.filters.definition import MAX_SQL_CHARACTERS, FilterDefinition, FilterError, load_filters
 from transforms.filters.engine import MACRO_REPEATS, MACROS, open_connection
 
 ROOT = Path(__file__).parents[2]
@@ -202,7 +202,7 @@ def test_what_reaches_beyond_the_alert_is_refused_with_the_reason(where: str, re
     ],
 )
 def test_select_takes_only_named_expressions(select: str, reason: str) -> None:
-    with pytest.raises(FilterError, match="filter demo.probe, select: ") as caught:
+    with pytest.raises(FilterError, match=r"filter demo\.probe, select: ") as caught:
         check(select=select)
     assert reason in caught.value.reason
 
@@ -220,7 +220,7 @@ def test_select_takes_only_named_expressions(select: str, reason: str) -> None:
     ],
 )
 def test_rank_by_takes_only_ordered_expressions(rank_by: str, reason: str) -> None:
-    with pytest.raises(FilterError, match="filter demo.probe, rank_by: ") as caught:
+    with pytest.raises(FilterError, match=r"filter demo\.probe, rank_by: ") as caught:
         check(rank_by=rank_by)
     assert reason in caught.value.reason
 
@@ -295,9 +295,7 @@ def test_misspelt_column_is_told_its_neighbour_and_the_place() -> None:
     with pytest.raises(FilterError) as caught:
         check("diaSource.snr > 5\n  AND diaSorce.reliability > 0.5")
     assert "Did you mean diaSource" in caught.value.reason
-    line, caret = next(
-        pair for pair in zip(caught.value.reason.splitlines(), caught.value.reason.splitlines()[1:]) if "^" in pair[1]
-    )
+    *_, line, caret, _ = caught.value.reason.splitlines()
     assert line[caret.index("^") :].startswith("diaSorce.reliability")
 
 
@@ -412,11 +410,11 @@ def test_every_allowed_function_exists_in_this_duckdb() -> None:
         rows = connection.execute("SELECT DISTINCT lower(function_name) FROM duckdb_functions()").fetchall()
     known = {name for (name,) in rows}
     listed = (
-        checking.OPERATORS
-        | checking.SCALAR_FUNCTIONS
-        | checking.LIST_FUNCTIONS
-        | checking.AGGREGATES
-        | checking.WINDOWS
+        vocabulary.OPERATORS
+        | vocabulary.SCALAR_FUNCTIONS
+        | vocabulary.LIST_FUNCTIONS
+        | vocabulary.AGGREGATES
+        | vocabulary.WINDOWS
     )
     assert listed - known == set()
 
@@ -424,7 +422,7 @@ def test_every_allowed_function_exists_in_this_duckdb() -> None:
 def test_the_page_for_authors_lists_every_allowed_function() -> None:
     page = (ROOT / "docs/filters.md").read_text(encoding="utf-8")
     words = set(re.findall(r"[a-z_0-9]+", page))
-    listed = checking.SCALAR_FUNCTIONS | checking.LIST_FUNCTIONS | checking.AGGREGATES | checking.WINDOWS
+    listed = vocabulary.SCALAR_FUNCTIONS | vocabulary.LIST_FUNCTIONS | vocabulary.AGGREGATES | vocabulary.WINDOWS
     assert listed - words == set()
 
 

@@ -86,9 +86,10 @@ def bright_new_oracle(rows: list[dict[str, Any]]) -> list[int]:
     scores = []
     for row in rows:
         source, object_ = row["diaSource"], row["diaObject"]
-        if source["snr"] is not None and source["snr"] > 10 and object_ is not None and object_["nDiaSources"] == 1:
-            if not source["isDipole"]:
-                scores.append((source["snr"], source["diaSourceId"]))
+        if source["snr"] is None or source["snr"] <= 10 or source["isDipole"]:
+            continue
+        if object_ is not None and object_["nDiaSources"] == 1:
+            scores.append((source["snr"], source["diaSourceId"]))
     return _ranked(scores)
 
 
@@ -328,7 +329,8 @@ def test_a_filter_without_end_is_stopped_and_the_next_one_runs() -> None:
 
 def test_a_filter_that_wants_too_much_memory_fails_alone() -> None:
     greedy = check(
-        "(SELECT count(DISTINCT x.snr * 1000 + y.snr) FROM unnest(prvDiaSources) AS a(x), unnest(prvDiaSources) AS b(y)) > 1"
+        "(SELECT count(DISTINCT x.snr * 1000 + y.snr)"
+        " FROM unnest(prvDiaSources) AS a(x), unnest(prvDiaSources) AS b(y)) > 1"
     )
     history = [{"diaSourceId": n, "snr": float(n)} for n in range(2500)]
     rows = [{"diaSource": {"diaSourceId": n, "snr": 1.0}, "prvDiaSources": history} for n in range(2)]

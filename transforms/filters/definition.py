@@ -61,6 +61,19 @@ class FilterDefinition:
         return f"{self.owner}.{self.name}"
 
 
+class FilterError(ValueError):
+    """A filter that may not or cannot run. `filter` is its full name, `key` the part at fault, `reason` why."""
+
+    def __init__(self, filter: str, key: str, reason: str) -> None:
+        super().__init__(filter, key, reason)
+        self.filter = filter
+        self.key = key
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"filter {self.filter}, {self.key}: {self.reason}"
+
+
 @dataclass(frozen=True)
 class FilterProblem:
     """Why a file holds no usable filter: the file's name, the key at fault (or None) and the reason."""
@@ -112,7 +125,7 @@ def _read_definition(path: Path) -> tuple[FilterDefinition | None, list[FilterPr
         raw = path.read_bytes()
         if len(raw) > MAX_FILE_BYTES:
             return one(f"{len(raw)} bytes, more than the {MAX_FILE_BYTES} allowed")
-        content = yaml.load(raw.decode("utf-8"), Loader=_UniqueKeyLoader)  # noqa: S506 (a SafeLoader)
+        content = yaml.load(raw.decode("utf-8"), Loader=_UniqueKeyLoader)  # a SafeLoader
     except OSError as error:
         return one(f"cannot be read: {error}")
     except UnicodeDecodeError as error:

@@ -1,7 +1,7 @@
 """The DuckDB connection that filters are checked and run on: closed to the outside, bounded in memory and time.
 
 DuckDB's own settings are one of three fences. The first is the list of what a filter may say
-(`transforms.filters.checking`); the third, a process that can be killed, is still to come: an interrupt
+(`transforms.filters.vocabulary`); the third, a process that can be killed, is still to come: an interrupt
 is not honoured inside one vectorised call, and the memory limit is overshot by some functions. Those
 functions are therefore not on the list.
 """
@@ -46,7 +46,7 @@ MACRO_REPEATS = 2  # no macro names a parameter more often
 _INTERRUPT_EVERY_S = 0.02
 
 
-class FilterTimeout(Exception):
+class FilterTimeoutError(Exception):
     """A filter ran longer than it may."""
 
 
@@ -67,7 +67,7 @@ def time_limit(connection: duckdb.DuckDBPyConnection, timeout_s: float) -> Itera
 
     Raises
     ------
-    FilterTimeout
+    FilterTimeoutError
         The block was interrupted.
     """
     done = threading.Event()
@@ -88,7 +88,7 @@ def time_limit(connection: duckdb.DuckDBPyConnection, timeout_s: float) -> Itera
     except duckdb.InterruptException as error:
         if not expired.is_set():
             raise
-        raise FilterTimeout(f"stopped after {timeout_s:g} s") from error
+        raise FilterTimeoutError(f"stopped after {timeout_s:g} s") from error
     finally:
         done.set()
         watcher.join()

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from scipy.spatial import cKDTree
 
-from transforms.numerics.warping import LANCZOS_ORDER, LANCZOS_TAPS, lanczos_weights
+from transforms.numerics.warping import HALF_TAPS, TAPS, sinc_weights
 
 MIN_PSF_STARS = 5
 _DETECTION_SIGMA = 5.0
@@ -126,7 +126,7 @@ def estimate_psf(
     """Stack bright, isolated, unsaturated stars to a mean PSF.
 
     Stars are the sources of the most frequent size (half-sample mode of the half-light radius). Each is centred
-    by a Gaussian-weighted centroid and a Lanczos-3 shift. Then, three times: flux by least squares with the
+    by a Gaussian-weighted centroid and a sub-pixel shift. Then, three times: flux by least squares with the
     current PSF, weighted mean of the normalised stamps with pixels beyond 4 sigma left out.
 
     Parameters
@@ -201,7 +201,7 @@ def _choose_stars(
     sources: DetectedSources, shape: tuple[int, ...], half_width_pix: int, min_snr: float, max_stars: int
 ) -> tuple[NDArray[np.intp], float]:
     """Indices of the stars, brightest first, and their half-light radius."""
-    margin = half_width_pix + LANCZOS_ORDER + 1
+    margin = half_width_pix + HALF_TAPS + 1
     inside = (np.minimum(sources.x, sources.y) >= margin) & (sources.x < shape[1] - margin)
     inside &= sources.y < shape[0] - margin
     round_enough = (sources.ellipticity < _MAX_ELLIPTICITY) & (sources.half_light_radius_pix > _MIN_HALF_LIGHT_PIX)
@@ -259,19 +259,19 @@ def _centred_stamps(
     """Stamps shifted so that stars are on the middle pixel, and inverse variances (0 for bad pixels); (n, k, k)."""
     first_x, first_y = np.floor(x).astype(np.intp), np.floor(y).astype(np.intp)
     side = 2 * half_width_pix + 1
-    # one tap more than Lanczos needs on the left: taps go from -2 to +3
-    offset = np.arange(-half_width_pix - LANCZOS_ORDER + 1, half_width_pix + LANCZOS_ORDER + 1)
+    # taps go from -3 to +4
+    offset = np.arange(-half_width_pix - HALF_TAPS + 1, half_width_pix + HALF_TAPS + 1)
     rows, columns = first_y[:, None, None] + offset[:, None], first_x[:, None, None] + offset[None, :]
     raw = pixels[rows, columns].astype(np.float64)
     unusable = bad[rows, columns]
-    weight_x, weight_y = lanczos_weights(x - first_x), lanczos_weights(y - first_y)
+    weight_x, weight_y = sinc_weights(x - first_x), sinc_weights(y - first_y)
     stamps = np.zeros((len(x), side, side))
-    for b in range(LANCZOS_TAPS):
-        for a in range(LANCZOS_TAPS):
+    for b in range(TAPS):
+        for a in range(TAPS):
             weight = (weight_y[:, b] * weight_x[:, a])[:, None, None]
             stamps += weight * raw[:, b : b + side, a : a + side]
-    near = slice(LANCZOS_ORDER - 1, LANCZOS_ORDER - 1 + side)
-    touched = ndimage.maximum_filter(unusable, size=(1, LANCZOS_TAPS, LANCZOS_TAPS))[:, near, near]
+    near = slice(HALF_TAPS - 1, HALF_TAPS - 1 + side)
+    touched = ndimage.maximum_filter(unusable, size=(1, TAPS, TAPS), origin=(0, -1, -1))[:, near, near]
     inverse_variance = 1.0 / np.where(touched, np.inf, variance[rows, columns][:, near, near])
     return stamps, inverse_variance
 

@@ -86,7 +86,7 @@ def interpolate_ephemerides(
     Notes
     -----
     Rows that are not finite are ignored; of rows of one object at one time the one with the lowest (ra, dec) is used.
-    With hourly rows a main-belt object is right to better than 1e-4 arcsec (tested on a circular arc of 1 deg/day
+    With hourly rows a main-belt object is right to better than 1e-3 arcsec (tested on a circular arc of 1 deg/day
     with a diurnal parallax of 8 arcsec). O(n log n).
     """
     ids, mjd = np.asarray(ss_object_id), np.asarray(mjd_tai, dtype=np.float64)

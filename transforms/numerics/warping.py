@@ -1,4 +1,8 @@
-"""Resampling of an exposure onto another pixel grid: Lanczos-3 with six fixed taps a direction.
+"""Resampling of an exposure onto another pixel grid: a sinc in a Kaiser window, eight fixed taps a direction.
+
+The window is Kaiser's and not Lanczos' because its ripple is smaller: a Moffat star of FWHM 4.5 pixels is kept to
+0.07 % of its peak, against 0.46 % with Lanczos-3 and 0.30 % with Lanczos-4. Ripple changes with the sub-pixel phase, so
+that no matching kernel can take it out.
 
 Coordinates come as a coarse grid (a WCS is called at its nodes only) and are interpolated linearly in between.
 """
@@ -13,8 +17,9 @@ from astropy.wcs import NoConvergence
 from numba import njit
 from numpy.typing import NDArray
 
-LANCZOS_ORDER = 3
-LANCZOS_TAPS = 2 * LANCZOS_ORDER
+HALF_TAPS = 4
+TAPS = 2 * HALF_TAPS
+_KAISER_BETA = 6.0  # best for FWHM of 2 to 5 pixels among 4.5, 6, 7, 8
 _TABLE_STEPS = 1024
 _FAST_MATH = {"contract", "reassoc", "nsz", "arcp"}
 
@@ -47,7 +52,7 @@ class WarpedExposure:
     image : (ny, nx) float32, flux per output pixel; NaN where `no_data`
     variance : (ny, nx) float32, square of the image's unit; infinite where `no_data`
     mask : (ny, nx) int32, bits of the input mask; 0 where `no_data`
-    no_data : (ny, nx) bool, True where any of the 36 taps has no data or lies outside the input
+    no_data : (ny, nx) bool, True where any of the 64 taps has no data or lies outside the input
     """
 
     image: NDArray[np.float32]
@@ -111,12 +116,12 @@ def warp_exposure(
     shape: tuple[int, int],
     no_data_bits: int = 0,
 ) -> WarpedExposure:
-    """Resample image, variance and mask with a Lanczos-3 window.
+    """Resample image, variance and mask with a windowed sinc.
 
     Images are flux per pixel, so the interpolated value is multiplied with the area of the output pixel in input
     pixels: ``out = |J| sum_t w_t in_t`` with ``sum_t w_t = 1``; the total flux of a star is kept. The variance is
     ``|J|^2 sum_t w_t^2 v_t``; covariance between neighbours, which interpolation creates, is ignored. Mask bits
-    are ORed over the nearest 4 x 4 pixels (beyond them each tap weighs less than 3 %).
+    are ORed over the nearest 4 x 4 pixels (beyond them a tap weighs at most 4 %).
 
     Parameters
     ----------
@@ -137,8 +142,8 @@ def warp_exposure(
 
     Notes
     -----
-    Stars of FWHM 3.5 pixels are kept to 1e-3 of their peak (tests/numerics/test_warping.py). A whole-pixel shift
-    is exact. About 0.04 CPU s per megapixel.
+    Moffat stars of FWHM 2.5, 3.5 and 5 pixels are kept to 0.4, 0.2 and 0.05 % of their peak
+    (tests/numerics/test_warping.py). A whole-pixel shift is exact. About 0.1 CPU s per megapixel.
     """
     image, variance, mask = np.asarray(image), np.asarray(variance), np.asarray(mask)
     if image.ndim != 2 or not image.shape == variance.shape == mask.shape:
@@ -155,7 +160,7 @@ def warp_exposure(
         mask=np.zeros(shape, dtype=np.int32),
         no_data=np.ones(shape, dtype=np.bool_),
     )
-    if min(image.shape) >= LANCZOS_TAPS:
+    if min(image.shape) >= TAPS:
         _resample(
             pixels,
             np.ascontiguousarray(variance, dtype=np.float32),
@@ -172,11 +177,11 @@ def warp_exposure(
     return out
 
 
-def lanczos_weights(fraction: NDArray[np.floating]) -> NDArray[np.float64]:
-    """Weights of the six pixels around a position, normalised to sum 1.
+def sinc_weights(fraction: NDArray[np.floating]) -> NDArray[np.float64]:
+    """Weights of the eight pixels around a position, normalised to sum 1.
 
-    ``w_t ~ sinc(d) sinc(d / 3)`` with ``d = fraction + 2 - t`` for the pixels ``t - 2`` of ``t = 0..5`` from the
-    pixel at or below the position.
+    ``w_t ~ sinc(d) I0(6 sqrt(1 - (d / 4)^2))`` with ``d = fraction + 3 - t`` for the pixels ``t - 3`` of
+    ``t = 0..7`` from the pixel at or below the position.
 
     Parameters
     ----------
@@ -184,16 +189,17 @@ def lanczos_weights(fraction: NDArray[np.floating]) -> NDArray[np.float64]:
 
     Returns
     -------
-    (n, 6) float64, rows sum to 1
+    (n, 8) float64, rows sum to 1
     """
-    distance = np.asarray(fraction, dtype=np.float64)[:, np.newaxis] + (LANCZOS_ORDER - 1) - np.arange(LANCZOS_TAPS)
-    weights = np.sinc(distance) * np.sinc(distance / LANCZOS_ORDER)
-    weights[np.abs(weights) < 1e-15] = 0.0  # sinc of whole numbers: whole-pixel shifts must be exact
+    distance = np.asarray(fraction, dtype=np.float64)[:, np.newaxis] + (HALF_TAPS - 1) - np.arange(TAPS)
+    window = np.i0(_KAISER_BETA * np.sqrt(np.maximum(1.0 - (distance / HALF_TAPS) ** 2, 0.0)))
+    weights = np.sinc(distance) * window
+    weights[np.abs(weights) < 1e-12] = 0.0  # sinc of whole numbers: whole-pixel shifts must be exact
     return np.asarray(weights / weights.sum(axis=1, keepdims=True))
 
 
 # linear interpolation between 1024 steps is good to (1/1024)^2 / 8 * max|w''| = 5e-7
-_WEIGHT_TABLE = lanczos_weights(np.minimum(np.arange(_TABLE_STEPS + 2) / _TABLE_STEPS, 1.0))
+_WEIGHT_TABLE = sinc_weights(np.minimum(np.arange(_TABLE_STEPS + 2) / _TABLE_STEPS, 1.0))
 
 
 @njit(cache=True, fastmath=_FAST_MATH)
@@ -213,8 +219,9 @@ def _resample(
     ny_in, nx_in = image.shape
     ny, nx = out_image.shape
     steps = table.shape[0] - 2
-    weight_x = np.empty(6)
-    weight_y = np.empty(6)
+    before = HALF_TAPS - 1
+    weight_x = np.empty(TAPS)
+    weight_y = np.empty(TAPS)
     for y in range(ny):
         j = min(y // step, grid_x.shape[0] - 2)
         v = (y - j * step) / step
@@ -228,22 +235,22 @@ def _resample(
             x_in = x_top + v * (x_low - x_top)
             y_in = y_top + v * (y_low - y_top)
             # written so that NaN coordinates fail it
-            if not (x_in >= 2.0 and y_in >= 2.0 and x_in < nx_in - 3.0 and y_in < ny_in - 3.0):
+            if not (x_in >= before and y_in >= before and x_in < nx_in - HALF_TAPS and y_in < ny_in - HALF_TAPS):
                 continue
-            x_first, y_first = int(x_in) - 2, int(y_in) - 2
+            x_first, y_first = int(x_in) - before, int(y_in) - before
             position_x = (x_in - int(x_in)) * steps
             position_y = (y_in - int(y_in)) * steps
             row_x, row_y = int(position_x), int(position_y)
             part_x, part_y = position_x - row_x, position_y - row_y
-            for t in range(6):
+            for t in range(TAPS):
                 weight_x[t] = table[row_x, t] + part_x * (table[row_x + 1, t] - table[row_x, t])
                 weight_y[t] = table[row_y, t] + part_y * (table[row_y + 1, t] - table[row_y, t])
             value = 0.0
             noise = 0.0
-            for b in range(6):
+            for b in range(TAPS):
                 row_value = 0.0
                 row_noise = 0.0
-                for a in range(6):
+                for a in range(TAPS):
                     weight = weight_x[a]
                     row_value += weight * image[y_first + b, x_first + a]
                     row_noise += weight * weight * variance[y_first + b, x_first + a]
@@ -252,8 +259,8 @@ def _resample(
             if np.isnan(value):
                 continue
             bits = 0
-            for b in range(1, 5):
-                for a in range(1, 5):
+            for b in range(HALF_TAPS - 2, HALF_TAPS + 2):
+                for a in range(HALF_TAPS - 2, HALF_TAPS + 2):
                     bits |= mask[y_first + b, x_first + a]
             dx_du = (1.0 - v) * (grid_x[j, i + 1] - grid_x[j, i]) + v * (grid_x[j + 1, i + 1] - grid_x[j + 1, i])
             dy_du = (1.0 - v) * (grid_y[j, i + 1] - grid_y[j, i]) + v * (grid_y[j + 1, i + 1] - grid_y[j + 1, i])

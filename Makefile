@@ -1,0 +1,58 @@
+# nightstream: `make help` lists what there is.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+NIGHTS := nights
+
+.DEFAULT_GOAL := help
+.PHONY: help setup night test check format bench lock clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-10s %s\n", $$1, $$2}'
+
+setup: $(VENV)/.warm ## make .venv from the lock file and compile the kernels
+
+$(VENV)/.installed: requirements-dev.txt pyproject.toml setup.py
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	touch $@
+
+# The first run compiles the numba kernels into the caches beside the sources.
+$(VENV)/.warm: $(VENV)/.installed
+	rm -rf $(NIGHTS)/.warm-up
+	$(BIN)/nightstream simulate --preset tiny --out $(NIGHTS)/.warm-up/night --quiet
+	$(BIN)/nightstream produce $(NIGHTS)/.warm-up/night --out $(NIGHTS)/.warm-up/out --quiet
+	rm -rf $(NIGHTS)/.warm-up
+	touch $@
+
+night: setup ## the main job: simulate a small night, produce and deliver its alerts
+	rm -rf $(NIGHTS)/demo $(NIGHTS)/demo-out
+	$(BIN)/nightstream simulate --preset demo --out $(NIGHTS)/demo
+	$(BIN)/nightstream produce $(NIGHTS)/demo --out $(NIGHTS)/demo-out --kafka embedded
+
+test: setup ## run the tests
+	$(BIN)/python -m pytest
+
+check: setup ## lint, formatting, types, import rules
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: setup ## format the sources and mend what ruff can mend
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: setup ## seconds per stage and detector, alerts per second
+	$(BIN)/python tests/benchmarks/bench_chain.py
+
+lock: $(VENV)/.installed ## write requirements.txt and requirements-dev.txt anew from pyproject.toml
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/uv pip compile --quiet --no-emit-index-url --no-annotate --no-header --python-version 3.11 \
+	  pyproject.toml -o requirements.txt
+	$(BIN)/uv pip compile --quiet --no-emit-index-url --no-annotate --no-header --python-version 3.11 \
+	  -c requirements.txt pyproject.toml requirements-dev.in -o requirements-dev.txt
+
+clean: ## remove the environment and everything produced
+	rm -rf $(VENV) $(NIGHTS) build *.egg-info

@@ -1,0 +1,378 @@
+"""The report page of a small made-up run: what is on it, and that it needs nothing else."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+from dataclasses import dataclass, field
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import fastavro
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from astropy.io import fits
+from PIL import Image
+
+from runners.report import Sources, cutout_cards, grey_stamp, light_curves, signed_stamp, sky_map, tai_text, write_report
+from runners.summary import read_table
+from schemas.avro.schema_versions import packet_schema
+
+DAY_OBS = 20261122
+FIRST_MJD = 61367.1
+# Ids of real size: beyond 2^53, where JavaScript numbers and floats lose the last digits.
+ID_BASE = 6_700_000_000_000_000_001
+SIDE = 30
+
+
+def stamp(seed: int, flux: float, *, sky: float = 0.0, missing_rows: int = 0) -> bytes:
+    """A cutout with a Gaussian source in the middle, as FITS bytes."""
+    rows, columns = np.mgrid[:SIDE, :SIDE] - (SIDE - 1) / 2
+    image = np.random.default_rng(seed).normal(sky, 10.0, (SIDE, SIDE))
+    image += flux / (2 * np.pi * 4.0) * np.exp(-(rows**2 + columns**2) / 8.0)
+    image[:missing_rows] = np.nan
+    stream = io.BytesIO()
+    fits.HDUList(
+        [fits.PrimaryHDU(image.astype(np.float32)), fits.ImageHDU(np.full_like(image, 100.0), name="UNCERT")]
+    ).writeto(stream)
+    return stream.getvalue()
+
+
+def packet(row: dict[str, Any], with_cutouts: bool) -> dict[str, Any]:
+    source = {
+        **row,
+        "x": 100.0,
+        "y": 100.0,
+        "psfNdata": 0,
+        "trailNdata": 0,
+        "dipoleNdata": 0,
+        "timeProcessedMjdTai": row["midpointMjdTai"],
+        "bboxSize": SIDE,
+    }
+    flux = row["psfFlux"]
+    seed = row["diaSourceId"] % 2**32
+    cutouts = {
+        "cutoutScience": stamp(seed, flux + 2000.0, sky=500.0),
+        "cutoutTemplate": stamp(seed + 1, 2000.0),
+        "cutoutDifference": stamp(seed + 2, flux, missing_rows=4 if seed % 5 == 0 else 0),
+    }
+    return {"diaSourceId": row["diaSourceId"], "diaSource": source, **(cutouts if with_cutouts else {})}
+
+
+@dataclass
+class MadeUpRun:
+    """An output folder with objects that are seen in every visit, and asteroids."""
+
+    out: Path
+    n_objects: int = 30
+    n_visits: int = 6
+    n_asteroids: int = 5
+    ra_deg: float = 150.1
+    with_cutouts: bool = True
+    sources: list[dict[str, Any]] = field(default_factory=list)
+
+    def write(self) -> MadeUpRun:
+        rng = np.random.default_rng(3)
+        flux = np.sort(rng.lognormal(8.5, 1.0, self.n_objects))[::-1]
+        ra = (self.ra_deg + rng.uniform(-0.1, 0.1, self.n_objects)) % 360.0
+        dec = 2.2 + rng.uniform(-0.1, 0.1, self.n_objects)
+        forced = []
+        for number in range(self.n_visits):
+            visit = DAY_OBS * 100_000 + number + 1
+            band = "gri"[number % 3]
+            mjd = FIRST_MJD + 0.02 * number
+            rows = []
+            for key in range(self.n_objects):
+                # A fainter object is seen in fewer visits; one in four fades below the template.
+                value = flux[key] * np.sin(np.pi * (number + 1) / (self.n_visits + 1)) * (-1 if key % 4 == 3 else 1)
+                error = 150.0
+                if abs(value) > 5 * error:
+                    rows.append(self._source(visit, number, key, band, mjd, ra[key], dec[key], value, error))
+                forced.append(
+                    {
+                        "diaForcedSourceId": len(forced),
+                        "diaObjectId": ID_BASE + key,
+                        "visit": visit,
+                        "midpointMjdTai": mjd,
+                        "psfFlux": value,
+                        "psfFluxErr": error,
+                        "band": band,
+                    }
+                )
+            for asteroid in range(self.n_asteroids):
+                row = self._source(
+                    visit, number, 900 + asteroid, band, mjd, self.ra_deg + 0.01 * number, 2.15 + 0.02 * asteroid, 9e3, 150
+                )
+                rows.append({**row, "diaObjectId": None, "ssObjectId": ID_BASE + 5_000_000 + asteroid})
+            self.sources += rows
+            self._write_visit(visit, number, band, mjd, rows)
+        self._write_tables(forced)
+        return self
+
+    def _source(
+        self, visit: int, number: int, key: int, band: str, mjd: float, ra: float, dec: float, flux: float, error: float
+    ) -> dict[str, Any]:
+        known = [row for row in self.sources if row["diaObjectId"] == ID_BASE + key]
+        return {
+            # The first source of an object bears its id.
+            "diaSourceId": ID_BASE + key + (1_000_000 * number if known or key >= 900 else 0),
+            "visit": visit,
+            "detector": 0,
+            "diaObjectId": ID_BASE + key,
+            "ssObjectId": None,
+            "midpointMjdTai": mjd,
+            "ra": float(ra),
+            "dec": float(dec),
+            "psfFlux": float(flux),
+            "psfFluxErr": float(error),
+            "snr": float(abs(flux) / error),
+            "band": band,
+            "reliability": 0.25 + 0.7 * (key % 10) / 10 if key != 3 else None,
+        }
+
+    def _write_visit(self, visit: int, number: int, band: str, mjd: float, rows: list[dict[str, Any]]) -> None:
+        container = self.out / "archive" / "alerts" / f"day_obs={DAY_OBS}" / f"{visit}.avro"
+        container.parent.mkdir(parents=True, exist_ok=True)
+        rows = sorted(rows, key=lambda row: row["diaSourceId"])
+        with container.open("wb") as stream:
+            fastavro.writer(stream, packet_schema("11.0").parsed, (packet(row, self.with_cutouts) for row in rows))
+        failed = 1 if number == 2 else 0
+        record = {
+            "visit": visit,
+            "day_obs": DAY_OBS,
+            "band": band,
+            "midpoint_mjd_tai": mjd,
+            "detectors": {"expected": 2, "processed": 2 - failed, "failed": failed},
+            "dia_sources": {
+                "detected": len(rows) + 9,
+                "selected": len(rows),
+                "rejected": {"reliability below 0.1": 6, "pixelFlags_saturated": 3},
+            },
+            "ss_matches": self.n_asteroids,
+            "objects": {"new": len(rows) if number == 0 else 1, "updated": 0 if number == 0 else len(rows) - 1},
+            "alerts": len(rows),
+            "streams": {"lsst-alerts-v11": {"sent": len(rows)}},
+            "delivered": {"antares": len(rows), "lasair": len(rows)},
+            "filters": {"demo.bright-new": {"seen": len(rows), "passed": 4, "capped": 2, "error": None}},
+            "forced_sources": self.n_objects,
+            "failures": failed,
+            "latency_s": 2.0 + 0.3 * number,
+            "seconds": {"subtraction": 2.1, "detection": 0.7, "association": 0.2, "packaging": 0.4},
+            "notes": ["the gain was estimated"],
+        }
+        write_text(self.out / "ledger" / f"{visit}.json", json.dumps(record))
+        if failed:
+            failure = {
+                "visit": visit,
+                "detector": 1,
+                "stage": "ingestion",
+                "error": "ExposureError",
+                "reason": "HDU <IMAGE> has no WCS & no pixels",
+                "lost": "the detector",
+            }
+            write_text(self.out / "failures" / f"{visit}.jsonl", json.dumps(failure) + "\n")
+
+    def _write_tables(self, forced: list[dict[str, Any]]) -> None:
+        night = f"day_obs={DAY_OBS}"
+        for name, rows in (("dia_sources", self.sources), ("dia_forced_sources", forced)):
+            path = self.out / "archive" / name / night / "all.parquet"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            pq.write_table(pa.Table.from_pylist(rows), path)
+
+
+def write_text(path: Path, content: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content, encoding="utf-8")
+
+
+class _Page(HTMLParser):
+    """Attributes by tag, the tags left open, and the texts outside scripts."""
+
+    VOID = frozenset({"meta", "link", "img", "br", "line", "path", "rect", "circle"})
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.attributes: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.attributes.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in self.VOID:
+            assert self.open.pop() == tag
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.attributes.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] not in ("script", "style"):
+            self.text += data
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> MadeUpRun:
+    return MadeUpRun(tmp_path_factory.mktemp("out")).write()
+
+
+@pytest.fixture(scope="module")
+def html(run: MadeUpRun) -> str:
+    return write_report(run.out, None).read_text(encoding="utf-8")
+
+
+def test_page_is_whole_and_asks_the_network_for_nothing(html: str) -> None:
+    page = _Page(html)
+    assert page.open == []
+    fetched = [
+        value
+        for tag, attributes in page.attributes
+        for name, value in attributes.items()
+        if name in ("src", "href", "srcset") and tag != "a"
+    ]
+    assert fetched and all(value is not None and value.startswith("data:") for value in fetched)
+    links = [attributes["href"] for tag, attributes in page.attributes if tag == "a"]
+    assert all(link is not None and link.startswith(("#", "../")) for link in links)
+    assert "@import" not in html and "url(http" not in html
+
+
+def test_links_of_the_page_lead_somewhere(run: MadeUpRun, html: str) -> None:
+    page = _Page(html)
+    links = [attributes["href"] or "" for tag, attributes in page.attributes if tag == "a"]
+    anchors = {attributes.get("id") for _, attributes in page.attributes}
+    assert all(link[1:] in anchors for link in links if link.startswith("#"))
+    files = [run.out / "report" / link for link in links if not link.startswith("#")]
+    assert len([path for path in files if path.suffix == ".avro"]) == run.n_visits
+    assert all(path.exists() for path in files)
+
+
+def test_numbers_of_the_ledger_stand_on_the_page(run: MadeUpRun, html: str) -> None:
+    text = _Page(html).text
+    assert f"{len(run.sources)} alerts from 6 visits" in text
+    assert "the gain was estimated (6 visits)" in text
+    for expected in ("2026-11-22", "11 of 12", "antares", "demo.bright-new", "reliability below 0.1", "lsst-alerts-v11"):
+        assert expected in text
+
+
+def test_text_from_outside_is_escaped(html: str) -> None:
+    assert "HDU &lt;IMAGE&gt; has no WCS &amp; no pixels" in html
+    assert "<IMAGE>" not in html
+
+
+def test_ids_beyond_2_53_stand_unrounded_on_page_and_map(run: MadeUpRun, html: str) -> None:
+    seen = {str(row["diaObjectId"]) for row in run.sources if row["diaObjectId"]}
+    assert len(seen) > 20
+    assert all(f'"{key}"' in html for key in seen)
+    # As text only: a bare number would be rounded by JavaScript.
+    assert not re.search(rf"[:,\[]{ID_BASE}[,\]}}]", html)
+
+
+def test_cutouts_are_of_the_brightest_new_objects_in_order(run: MadeUpRun) -> None:
+    cards = cutout_cards(run.out, Sources.read(run.out))
+    best: dict[int, float] = {}
+    for row in run.sources:
+        if row["diaObjectId"]:
+            best[row["diaObjectId"]] = max(best.get(row["diaObjectId"], 0.0), row["snr"])
+    expected = sorted(best, key=lambda key: -best[key])[:20]
+    assert [card.dia_object_id for card in cards] == [str(key) for key in expected]
+    for card in cards:
+        for uri in (card.science, card.template, card.difference):
+            assert uri is not None
+            image = Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2])))
+            assert image.size == (SIDE, SIDE)
+    assert cards[3].reliability is None
+
+
+def test_object_of_an_earlier_night_is_not_new(run: MadeUpRun, tmp_path: Path) -> None:
+    known = MadeUpRun(tmp_path, n_objects=2, n_visits=1, n_asteroids=0).write()
+    table = pa.Table.from_pylist([{**row, "diaSourceId": row["diaSourceId"] + 7_000_000} for row in known.sources])
+    pq.write_table(table, tmp_path / "archive" / "dia_sources" / f"day_obs={DAY_OBS}" / "all.parquet")
+    assert cutout_cards(tmp_path, Sources.read(tmp_path)) == []
+
+
+def test_broken_or_missing_cutouts_cost_only_their_picture(tmp_path: Path) -> None:
+    run = MadeUpRun(tmp_path, n_objects=3, n_visits=1, n_asteroids=0, with_cutouts=False).write()
+    cards = cutout_cards(run.out, Sources.read(run.out))
+    assert [card.science for card in cards] == [None] * len(run.sources)
+    assert "no cutout" in write_report(run.out, None).read_text(encoding="utf-8")
+
+
+def test_light_curves_show_every_detection_and_forced_points_elsewhere(run: MadeUpRun) -> None:
+    forced = read_table(run.out, "dia_forced_sources", ["diaObjectId", "visit", "midpointMjdTai", "psfFlux", "psfFluxErr", "band"])
+    curves = light_curves(Sources.read(run.out), forced)
+    assert len(curves) == 12
+    assert [curve.n_detections for curve in curves] == sorted((curve.n_detections for curve in curves), reverse=True)
+    for curve in curves:
+        detections = [row for row in run.sources if row["diaObjectId"] == int(curve.dia_object_id)]
+        assert curve.n_detections == len(detections)
+        assert curve.n_detections + curve.n_forced == len(curve.marks) == run.n_visits
+        # SVG counts downwards: brighter is higher, and one third of the visits lie between two ticks of x.
+        by_x = sorted(curve.marks, key=lambda mark: mark.x)
+        heights = [mark.y for mark in by_x if not mark.forced]
+        fluxes = [row["psfFlux"] for row in detections]
+        assert np.argsort(heights).tolist() == np.argsort([-flux for flux in fluxes]).tolist()
+        assert all(mark.high < mark.y < mark.low for mark in curve.marks)
+
+
+def test_map_of_a_field_across_ra_zero_is_not_torn_apart(tmp_path: Path) -> None:
+    run = MadeUpRun(tmp_path, n_objects=20, n_visits=1, n_asteroids=0, ra_deg=0.02, with_cutouts=False).write()
+    shown = sky_map(Sources.read(run.out))
+    assert shown is not None and shown.n_shown == len(run.sources)
+    ra = [row["ra"] for row in run.sources]
+    assert max(ra) > 359.0 and min(ra) < 1.0
+    start, end = (float(value) for value in re.findall(r'"Range1d".*?"start":([-\d.]+),"end":([-\d.]+)', shown.script)[0])
+    # Objects span 0.2 deg; frame 1060 x 640 with 5 percent of room.
+    assert abs(start - end) < 0.2 * 1.05 * 1060 / 640 + 1e-6
+
+
+def test_run_without_alerts_says_why(tmp_path: Path) -> None:
+    record = {
+        "visit": 1,
+        "day_obs": DAY_OBS,
+        "detectors": {"expected": 1, "processed": 0, "failed": 1},
+        "alerts": 0,
+        "midpoint_mjd_tai": None,
+        "band": None,
+    }
+    write_text(tmp_path / "ledger" / "1.json", json.dumps(record))
+    failure = {"visit": 1, "detector": 0, "stage": "ingestion", "error": "MissingFile", "reason": "no such file", "lost": "all"}
+    write_text(tmp_path / "failures" / "1.jsonl", json.dumps(failure))
+    text = _Page(write_report(tmp_path, None).read_text(encoding="utf-8")).text
+    assert "There are no alerts" in text
+    assert "0 of 1 detectors were processed, 1 failed." in text
+    assert "1 failures in ingestion: MissingFile: no such file" in text
+
+
+def test_empty_folder_gives_a_page_that_says_so(tmp_path: Path) -> None:
+    text = _Page(write_report(tmp_path, None).read_text(encoding="utf-8")).text
+    assert "The ledger holds no visit: none was processed to its end." in text
+
+
+def test_fainter_than_the_template_is_blue_and_brighter_is_red() -> None:
+    image = np.random.default_rng(5).normal(0.0, 1.0, (SIDE, SIDE))
+    image[10, 10], image[20, 20], image[0, 0] = 100.0, -100.0, np.nan
+    red, _, blue = np.moveaxis(signed_stamp(image).astype(int), 2, 0)
+    assert red[10, 10] > blue[10, 10] + 100
+    assert blue[20, 20] > red[20, 20] + 100
+    assert signed_stamp(image)[0, 0].tolist() == [214, 206, 230]
+    assert signed_stamp(-image)[10, 10].tolist() == signed_stamp(image)[20, 20].tolist()
+
+
+def test_grey_stamp_darkens_with_flux_and_survives_an_empty_image() -> None:
+    image = np.zeros((3, 3))
+    image[1] = [0.0, 10.0, 1000.0]
+    grey = grey_stamp(image, sigma=1.0, top=1000.0)[1, :, 0]
+    assert grey[0] > grey[1] > grey[2] == 15
+    assert grey_stamp(np.full((3, 3), np.nan), 1.0, 1.0).shape == (3, 3, 3)
+
+
+def test_mjd_reads_as_date_and_time() -> None:
+    assert tai_text(51544.5) == "2000-01-01 12:00:00"  # J2000.0 by definition
