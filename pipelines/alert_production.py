@@ -15,7 +15,7 @@ from transforms.cutouts import EncodeCutouts
 from transforms.detection import DetectDiaSources, DetectionConfig
 from transforms.distribution import AlertSink, BrokerConfig, DistributeAlerts, full_streams
 from transforms.failures import CollectFailures
-from transforms.filtering import FilterAlerts, GatherVisits, announcement_part, detector_part, failure_part
+from transforms.filtering import FilterAlerts, GatherVisits
 from transforms.filters.checking import CheckedFilter
 from transforms.ingestion import ReadVisits
 from transforms.packaging import PackageAlerts, PackagingConfig
@@ -47,6 +47,7 @@ class AlertProduction:
     history : output folders of earlier nights
     brokers, filters : who gets what
     sink : where Kafka streams go; None leaves them out
+    spread : spread detectors over workers, one Reshuffle behind the source; for runners with several
     """
 
     night: str
@@ -58,6 +59,7 @@ class AlertProduction:
     ephemerides: str | None = None
     history: tuple[str, ...] = ()
     sink: AlertSink | None = None
+    spread: bool = False
 
     def build(self, flow: beam.Pipeline) -> None:
         """Add the whole chain to a pipeline."""
@@ -68,16 +70,14 @@ class AlertProduction:
         deadline_s = config.packaging.delivery_deadline_s
 
         # Detector space: one element per detector of a visit; pixels stay on their worker.
-        visits = flow | "ReadVisits" >> ReadVisits(self.night)
+        visits = flow | "ReadVisits" >> ReadVisits(self.night, self.history, spread=self.spread)
         subtracted = visits.good | "SubtractTemplates" >> SubtractTemplates(config.subtraction, images)
         detected = subtracted.good | "DetectDiaSources" >> DetectDiaSources(config.detection)
         named = detected.good | "AssociateSsObjects" >> AssociateSsObjects(config.solar_system, self.ephemerides)
         stamped = named.good | "EncodeCutouts" >> EncodeCutouts(cutouts)
 
         # Sky space: keyed by sky cell, in event time; the only stage that remembers.
-        associated = stamped.good | "AssociateDiaSources" >> AssociateDiaSources(
-            config.association, images, self.history
-        )
+        associated = stamped.good | "AssociateDiaSources" >> AssociateDiaSources(config.association, images)
         packaged = associated.good | "PackageAlerts" >> PackageAlerts(
             config.packaging,
             cutout_folder=cutouts,
@@ -88,22 +88,7 @@ class AlertProduction:
         )
 
         # Visit space: keyed by visit; thin columns and locations of finished packets.
-        early_failures = (
-            visits.failed,
-            subtracted.failed,
-            detected.failed,
-            named.failed,
-            stamped.failed,
-            associated.failed,
-            packaged.failed,
-        ) | "JoinEarlyFailures" >> beam.Flatten()
-        parts = (
-            visits.visits | "AnnounceVisits" >> beam.Map(announcement_part).with_output_types(tuple[int, bytes]),
-            stamped.good | "AccountDetectors" >> beam.Map(detector_part).with_output_types(tuple[int, bytes]),
-            early_failures | "AccountFailures" >> beam.FlatMap(failure_part).with_output_types(tuple[int, bytes]),
-            packaged.good,
-        ) | "JoinVisitParts" >> beam.Flatten()
-        gathered = parts | "GatherVisits" >> GatherVisits(columns)
+        gathered = packaged.good | "GatherVisits" >> GatherVisits(columns)
         filtered = gathered | "FilterAlerts" >> FilterAlerts(self.filters)
         distributed = filtered.good | "DistributeAlerts" >> DistributeAlerts(
             self.brokers,
@@ -121,7 +106,13 @@ class AlertProduction:
             str(out / "ledger"), streams=streams, sink=self.sink, delivery_deadline_s=deadline_s
         )
         failures = (
-            early_failures,
+            visits.failed,
+            subtracted.failed,
+            detected.failed,
+            named.failed,
+            stamped.failed,
+            associated.failed,
+            packaged.failed,
             filtered.failed,
             distributed.failed,
             archived.failed,

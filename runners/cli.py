@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import sys
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -66,6 +67,8 @@ def main() -> None:
       nightstream produce night --out result --kafka embedded
       nightstream listen result/archive/alerts --limit 1
     """
+    # Libraries warn at import of what a person here can do nothing about; what matters comes as an exception.
+    logging.basicConfig(level=logging.ERROR)
 
 
 @main.command(cls=_ManyValuesCommand)
@@ -153,6 +156,9 @@ def produce(
         raise _Failure(str(error)) from error
     except RuntimeError as error:
         raise _Failure(f"the run failed: {_last_line(error)}; run the same command again to resume") from error
+    for name, receipt in result.receipts.items():
+        if receipt.first_problem is not None:
+            console.print(f"reader of {name}: {receipt.first_problem}", markup=False)
     received = {name: receipt.received for name, receipt in result.receipts.items()}
     _tell(night, out, result.seconds, received, as_json=as_json, quiet=quiet, console=console)
 

@@ -88,7 +88,8 @@ def check_broker_streams(brokers: tuple[BrokerConfig, ...], filters: tuple[Check
     for broker in brokers:
         if broker.stream not in known:
             raise ConfigurationError(
-                f"{name}: broker {broker.name} wants stream {broker.stream!r}, expected one of {', '.join(sorted(known))}"
+                f"{name}: broker {broker.name} wants stream {broker.stream!r}, "
+                f"expected one of {', '.join(sorted(known))}"
             )
 
 

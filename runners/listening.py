@@ -65,6 +65,7 @@ def listen_topic(
     from_beginning: bool = True,
     idle_timeout_s: float | None = None,
     limit: int | None = None,
+    answer_timeout_s: float = 10.0,
 ) -> Iterator[bytes]:
     """Yield message values as they come, in order within each partition.
 
@@ -81,6 +82,8 @@ def listen_topic(
         Stop when nothing came for so long, counted from when the group was joined; None never.
     limit : int or None
         Stop after so many messages; None for all.
+    answer_timeout_s : float
+        How long the Kafka broker may take to answer at first.
 
     Raises
     ------
@@ -91,10 +94,10 @@ def listen_topic(
     """
     from confluent_kafka import Consumer
 
-    check_kafka(bootstrap)
-    consumer = Consumer(
-        consumer_settings(bootstrap, group or f"listen-{uuid.uuid4().hex}", from_beginning=from_beginning)
-    )
+    check_kafka(bootstrap, answer_timeout_s)
+    settings = consumer_settings(bootstrap, group or f"listen-{uuid.uuid4().hex}", from_beginning=from_beginning)
+    # The embedded cluster forgets a member that left only after this time, and lets nobody join before.
+    consumer = Consumer({**settings, "session.timeout.ms": 6000})
     idle_s = math.inf if idle_timeout_s is None else idle_timeout_s
     deadline = time.monotonic() + idle_s + _JOIN_PATIENCE_S
 

@@ -98,7 +98,8 @@ def produce(
             _run(request, bootstrap)
         close_books(request)
         receipts = _stop_readers(request, readers)
-    shutil.rmtree(request.out / ".store", ignore_errors=True)
+    for folder in (".store", ".spool"):
+        shutil.rmtree(request.out / folder, ignore_errors=True)
     return ProduceResult(time.perf_counter() - started, receipts)
 
 

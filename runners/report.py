@@ -339,7 +339,7 @@ def _common_limits(images: Sequence[np.ndarray]) -> tuple[float, float]:
 
 
 def grey_stamp(image: np.ndarray, sigma: float, top: float) -> np.ndarray:
-    """An image as RGB bytes: sky white, sources dark, asinh stretch, missing pixels lilac.
+    """An image as RGB bytes: sky light, sources dark, asinh stretch, missing pixels lilac.
 
     Parameters
     ----------
@@ -353,7 +353,7 @@ def grey_stamp(image: np.ndarray, sigma: float, top: float) -> np.ndarray:
     (ny, nx, 3) uint8
     """
     centre, _ = _noise(image)
-    low = np.arcsinh(-1.0)  # the sky minus 2 sigma is white
+    low = np.arcsinh(-0.5)  # the sky minus 1 sigma is white
     level = (np.arcsinh((image - centre) / (2.0 * sigma)) - low) / (np.arcsinh(top / (2.0 * sigma)) - low)
     grey = 255.0 - 240.0 * np.clip(np.nan_to_num(level), 0.0, 1.0)
     return _mark_missing(np.repeat(grey[..., None], 3, axis=2), image)
@@ -525,7 +525,15 @@ def sky_map(sources: Sources) -> SkyMap | None:
                 legend_label=f"{name} ({len(data[name]['x']):,})",
             )
     plot.add_layout(plot.legend[0], "above")
-    plot.legend[0].update(orientation="horizontal", click_policy="hide", border_line_color=None, padding=4)
+    plot.legend[0].update(
+        orientation="horizontal",
+        location="left",
+        label_text_font_size="13px",
+        spacing=18,
+        click_policy="hide",
+        border_line_color=None,
+        padding=4,
+    )
     script, element = components(plot)
     library = Resources(mode="inline", components=["bokeh"]).render_js()
     return SkyMap(Markup(script), Markup(element), Markup(library), n_shown, n_marks)
@@ -578,7 +586,7 @@ def _map_figure(data: Mapping[str, Mapping[str, np.ndarray]]) -> Any:
     """An empty map, east to the left, one degree on the sky equally long both ways."""
     x = np.concatenate([marks["x"] for marks in data.values()])
     dec = np.concatenate([marks["dec"] for marks in data.values()])
-    width, height = 1060, 640
+    width, height = 1130, 640
     centre_x, centre_dec = (x.min() + x.max()) / 2, (dec.min() + dec.max()) / 2
     squeeze = max(math.cos(math.radians(centre_dec)), 0.05)
     half_dec = max(

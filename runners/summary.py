@@ -124,7 +124,7 @@ def summarise(out: Path) -> RunSummary:
         detectors_failed=_total(detectors, "failed"),
         dia_sources_detected=_total(sources, "detected"),
         dia_sources_selected=_total(sources, "selected"),
-        rejected=_descending(_added(_mapping(source, "rejected") for source in sources)),
+        rejected=_descending(+_added(_mapping(source, "rejected") for source in sources)),  # + drops the zeros
         ss_matches=_total(visits, "ss_matches"),
         objects_new=_total(objects, "new"),
         objects_updated=_total(objects, "updated"),

@@ -7,12 +7,14 @@ name and renamed; where it exists already it is left alone, as a second writing 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import struct
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import blosc2
 import numpy as np
@@ -58,23 +60,22 @@ class ImageStore:
         if path.exists():
             return
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = _partial(path)
         ny, nx = planes[0].shape
-        stored = blosc2.empty(
-            shape=(len(PLANES), ny, nx),
-            dtype=np.float32,
-            chunks=(1, min(ny, _CHUNK_PIX), min(nx, _CHUNK_PIX)),
-            urlpath=str(partial),
-            mode="w",
-            cparams=blosc2.CParams(codec=blosc2.Codec.LZ4, clevel=1, nthreads=1),
-        )
-        for index, plane in enumerate(planes):
-            stored[index] = plane
-        stored.schunk.vlmeta["wcs"] = wcs_text
-        stored.schunk.vlmeta["psf_size"] = int(psf.shape[0])
-        stored.schunk.vlmeta["psf"] = np.ascontiguousarray(psf, dtype=np.float64).tobytes()
-        del stored
-        partial.rename(path)
+        with _renamed_when_whole(path) as partial:
+            stored = blosc2.empty(
+                shape=(len(PLANES), ny, nx),
+                dtype=np.float32,
+                chunks=(1, min(ny, _CHUNK_PIX), min(nx, _CHUNK_PIX)),
+                urlpath=str(partial),
+                mode="w",
+                cparams=blosc2.CParams(codec=blosc2.Codec.LZ4, clevel=1, nthreads=1),
+            )
+            for index, plane in enumerate(planes):
+                stored[index] = plane
+            stored.schunk.vlmeta["wcs"] = wcs_text
+            stored.schunk.vlmeta["psf_size"] = int(psf.shape[0])
+            stored.schunk.vlmeta["psf"] = np.ascontiguousarray(psf, dtype=np.float64).tobytes()
+            del stored
 
     def open(self, visit: int, detector: int) -> StoredExposure:
         """Open one exposure for reading by window; ClaimCheckError when it is not there."""
@@ -104,17 +105,17 @@ def write_blobs(path: Path, keys: np.ndarray, rows: Sequence[Sequence[bytes]]) -
     """
     if path.exists():
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
+    if len(keys) != len(rows):
+        raise ValueError(f"{len(keys)} keys for {len(rows)} rows of blobs")
     width = len(rows[0]) if rows else 0
     lengths = np.array([[len(blob) for blob in row] for row in rows], dtype="<i8").reshape(len(rows), width)
-    partial = _partial(path)
-    with partial.open("wb") as stream:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _renamed_when_whole(path) as partial, partial.open("wb") as stream:
         stream.write(_MAGIC + _COUNT.pack(len(rows), width))
         stream.write(np.ascontiguousarray(keys, dtype="<i8").tobytes())
         stream.write(lengths.tobytes())
         for row in rows:
             stream.writelines(row)
-    partial.rename(path)
 
 
 def read_blobs(path: Path, keys: np.ndarray) -> list[tuple[bytes, ...]]:
@@ -127,28 +128,49 @@ def read_blobs(path: Path, keys: np.ndarray) -> list[tuple[bytes, ...]]:
     """
     try:
         with path.open("rb") as stream:
-            head = stream.read(len(_MAGIC) + _COUNT.size)
-            if head[: len(_MAGIC)] != _MAGIC:
-                raise ClaimCheckError(f"{path.name} is not an indexed blob file")
-            n_rows, width = _COUNT.unpack_from(head, len(_MAGIC))
-            stored = np.frombuffer(stream.read(8 * n_rows), dtype="<i8")
-            lengths = np.frombuffer(stream.read(8 * n_rows * width), dtype="<i8").reshape(n_rows, width)
-            start = stream.tell()
-            offsets = start + np.concatenate(([0], np.cumsum(lengths.ravel())))
+            stored, offsets = _blob_index(stream, path.name)
+            width = (len(offsets) - 1) // len(stored) if len(stored) else 0
             position = {int(key): row for row, key in enumerate(stored)}
             found = []
             for key in keys:
                 row = position.get(int(key))
                 if row is None:
                     raise ClaimCheckError(f"{path.name} does not hold {int(key)}")
-                stream.seek(int(offsets[row * width]))
-                found.append(tuple(stream.read(int(length)) for length in lengths[row]))
+                bounds = offsets[row * width : (row + 1) * width + 1]
+                stream.seek(int(bounds[0]))
+                found.append(tuple(stream.read(int(length)) for length in np.diff(bounds)))
             return found
     except FileNotFoundError as error:
         raise ClaimCheckError(f"{path.name} is missing") from error
-    except (struct.error, ValueError) as error:
-        raise ClaimCheckError(f"{path.name} is broken: {error}") from error
 
 
-def _partial(path: Path) -> Path:
-    return path.with_name(f".{os.getpid()}.{path.name}")
+def _blob_index(stream: BinaryIO, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Keys, and where each blob begins and the last one ends; ClaimCheckError unless the file is exactly that long."""
+    size = os.fstat(stream.fileno()).st_size
+    head = stream.read(len(_MAGIC) + _COUNT.size)
+    if len(head) != len(_MAGIC) + _COUNT.size or head[: len(_MAGIC)] != _MAGIC:
+        raise ClaimCheckError(f"{name} is not an indexed blob file")
+    n_rows, width = _COUNT.unpack_from(head, len(_MAGIC))
+    start = len(head) + 8 * n_rows * (1 + width)
+    if start > size:
+        raise ClaimCheckError(f"{name} is broken: {size} bytes cannot hold {n_rows} rows of {width}")
+    keys = np.frombuffer(stream.read(8 * n_rows), dtype="<i8")
+    lengths = np.frombuffer(stream.read(8 * n_rows * width), dtype="<i8")
+    # Each length is checked before they are summed: the sum of absurd ones may wrap around.
+    if len(lengths) and not (0 <= lengths.min() and lengths.max() <= size):
+        raise ClaimCheckError(f"{name} is broken: a blob of {lengths.min()} or {lengths.max()} bytes in {size}")
+    offsets = start + np.concatenate(([0], np.cumsum(lengths)))
+    if offsets[-1] != size:
+        raise ClaimCheckError(f"{name} is broken: {size} bytes, its index speaks of {offsets[-1]}")
+    return keys, offsets
+
+
+@contextlib.contextmanager
+def _renamed_when_whole(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path`, which it gets when the block ends well and loses when it does not."""
+    partial = path.with_name(f".{os.getpid()}.{threading.get_ident()}.{path.name}")
+    try:
+        yield partial
+        partial.rename(path)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -7,6 +7,7 @@ not something to be slow about.
 
 from __future__ import annotations
 
+import pickle
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,10 +16,14 @@ import numpy as np
 import pyarrow as pa
 from astropy.wcs import WCS
 
-from schemas.manifests import Visit
+from schemas.manifests import DetectorImages, Visit
 
 
-class FusedElement:
+class StageElement:
+    """What goes from stage to stage in detector and sky space; the type by which its coder is found."""
+
+
+class FusedElement(StageElement):
     """An element that must not cross a shuffle."""
 
     def nbytes(self) -> int:
@@ -36,6 +41,42 @@ class FailureRecord:
     error: str
     reason: str
     lost: str
+
+
+class PassingElement(StageElement):
+    """What every stage of detector space hands on as it is.
+
+    It travels with the detectors rather than beside them, because a Flatten in front of a stateful
+    stage would make the local runner hold everything back until the night is over.
+    """
+
+
+@dataclass(frozen=True)
+class VisitPart(PassingElement):
+    """Something to be known of a visit in visit space."""
+
+    visit: int
+    midpoint_mjd_tai: float
+    part: bytes
+
+
+@dataclass(frozen=True)
+class EarlierNights(PassingElement):
+    """Output folders whose tables sky space is to know before the first visit."""
+
+    folders: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class DetectorVisit(StageElement):
+    """One detector of one visit, to be read; paths resolved."""
+
+    visit: Visit
+    images: DetectorImages
+
+    @property
+    def detector(self) -> int:
+        return self.images.detector
 
 
 @dataclass(frozen=True)
@@ -153,32 +194,34 @@ class VisitAlerts(FusedElement):
         return self.alerts.nbytes + sum(records.nbytes for records in self.tables.values())
 
 
-class FusedCoder(beam.coders.coders.FastCoder):
-    """Coder of `FusedElement`: knows the size, refuses to encode."""
+class StageElementCoder(beam.coders.coders.FastCoder):
+    """Coder of `StageElement`: knows the size of a `FusedElement` and refuses to encode one."""
 
     def _create_impl(self) -> beam.coders.coder_impl.CoderImpl:
-        return _FusedCoderImpl()
+        return _StageElementCoderImpl()
 
     def is_deterministic(self) -> bool:
         return True
 
     def to_type_hint(self) -> type:
-        return FusedElement
+        return StageElement
 
 
-class _FusedCoderImpl(beam.coders.coder_impl.StreamCoderImpl):
-    def encode_to_stream(self, value: FusedElement, stream: Any, nested: bool) -> None:
-        raise TypeError(f"{type(value).__name__} must stay in one fused stage: it may not cross a shuffle")
+class _StageElementCoderImpl(beam.coders.coder_impl.StreamCoderImpl):
+    def encode_to_stream(self, value: StageElement, stream: Any, nested: bool) -> None:
+        if isinstance(value, FusedElement):
+            raise TypeError(f"{type(value).__name__} must stay in one fused stage: it may not cross a shuffle")
+        stream.write(pickle.dumps(value, protocol=5), nested)
 
-    def decode_from_stream(self, stream: Any, nested: bool) -> FusedElement:
-        raise TypeError("a fused element cannot be decoded")
+    def decode_from_stream(self, stream: Any, nested: bool) -> Any:
+        return pickle.loads(stream.read_all(nested))
 
-    def estimate_size(self, value: FusedElement, nested: bool = False) -> int:
-        return value.nbytes()
+    def estimate_size(self, value: StageElement, nested: bool = False) -> int:
+        return value.nbytes() if isinstance(value, FusedElement) else 1024
 
-    def get_estimated_size_and_observables(self, value: FusedElement, nested: bool = False) -> tuple[int, list[Any]]:
-        return value.nbytes(), []
+    def get_estimated_size_and_observables(self, value: StageElement, nested: bool = False) -> tuple[int, list[Any]]:
+        return self.estimate_size(value, nested), []
 
 
-for _element_class in (SubtractedExposure, DetectedSources, AlertBatch, VisitAlerts):
-    beam.coders.registry.register_coder(_element_class, FusedCoder)
+for _element_class in (StageElement, VisitAlerts):
+    beam.coders.registry.register_coder(_element_class, StageElementCoder)

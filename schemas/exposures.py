@@ -36,6 +36,11 @@ MASK_BITS = {
 }
 AB_ZERO_POINT_NJY = 31.4  # m_AB = 31.4 - 2.5 log10(flux / nJy)
 READ_NOISE_DEFAULT_E = 5.0
+MAX_STORED_BITS = 63
+J2000 = 2000.0
+MIN_SIDE_PIX = 32
+MIN_PSF_SIDE_PIX = 3
+MAX_ABS_MAG_ZERO = 60.0  # beyond, nJy no longer fit float32
 
 
 class ExposureError(ValueError):
@@ -85,18 +90,29 @@ def read_exposure(path: str | Path) -> Exposure:
     Raises
     ------
     ExposureError
-        Missing or broken file, no two-dimensional image, no celestial WCS, no way to nJy, planes
+        Missing or broken file, no two-dimensional image, no WCS in (ra, dec), no way to nJy, planes
         of another shape, no finite pixel, an even or non-square PSF.
+
+    Notes
+    -----
+    A file cut exactly between two of its extensions looks like one that never had the later ones: FITS
+    has no end mark. `notes` then says that there is no variance, or no mask.
     """
     path = Path(path)
     if not path.is_file():
         raise ExposureError(f"{path.name}: no such file: {path}")
     try:
         with warnings.catch_warnings():
-            # A short file is reported by astropy as a warning only; for us it is broken.
-            warnings.filterwarnings("error", message=".*truncated.*")
             warnings.filterwarnings("ignore", category=AstropyWarning)
-            with fits.open(path, memmap=False, lazy_load_hdus=False) as hdus:
+            # What astropy only warns of is a broken file for us: without its mask or variance, an
+            # image cut short would look like one that never had them. The last filter goes first.
+            warnings.filterwarnings("error", message=".*truncated")
+            warnings.filterwarnings("error", message="Error validating header")
+            # Values too large for float32 become infinite: pixels without data.
+            with (
+                np.errstate(over="ignore", invalid="ignore"),
+                fits.open(path, memmap=False, lazy_load_hdus=False) as hdus,
+            ):
                 return _exposure_from_hdus(hdus, path.name)
     except ExposureError:
         raise
@@ -116,13 +132,12 @@ def _exposure_from_hdus(hdus: fits.HDUList, name: str) -> Exposure:
     if image_hdu.data.ndim != 2:
         raise ExposureError(f"{name}: image must be two-dimensional, got shape {image_hdu.data.shape}")
     header = image_hdu.header
-    wcs = WCS(header)
-    if not wcs.has_celestial:
-        raise ExposureError(f"{name}: no celestial WCS in the image header")
-    wcs = wcs.celestial
+    wcs = _read_wcs(header, image_hdu.data.shape, name)
     image = np.array(image_hdu.data, dtype=np.float32)
-    if min(image.shape) < 32:
-        raise ExposureError(f"{name}: image of shape {image.shape} is too small, at least 32 x 32 pixels")
+    if min(image.shape) < MIN_SIDE_PIX:
+        raise ExposureError(
+            f"{name}: image of shape {image.shape} is too small, at least {MIN_SIDE_PIX} x {MIN_SIDE_PIX} pixels"
+        )
     finite = np.isfinite(image)
     if not finite.any():
         raise ExposureError(f"{name}: no finite pixel in the image")
@@ -140,6 +155,28 @@ def _exposure_from_hdus(hdus: fits.HDUList, name: str) -> Exposure:
     return Exposure(image, variance, mask, wcs, _read_psf(planes.get("PSF"), name), tuple(notes))
 
 
+def _read_wcs(header: fits.Header, shape: tuple[int, int], name: str) -> WCS:
+    """The WCS, if it gives (ra, dec) in degrees: everything behind takes its two numbers for that."""
+    try:
+        wcs = WCS(header)
+    except Exception as error:  # wcslib raises many kinds
+        raise ExposureError(f"{name}: unusable WCS: {type(error).__name__}: {error}") from error
+    if not wcs.has_celestial:
+        raise ExposureError(f"{name}: no celestial WCS in the image header")
+    wcs = wcs.celestial
+    axes = tuple(axis[:4].rstrip("-") for axis in wcs.wcs.ctype)
+    if axes != ("RA", "DEC"):
+        raise ExposureError(f"{name}: the WCS must have axes RA, DEC, got {', '.join(wcs.wcs.ctype)}")
+    frame = wcs.wcs.radesys.strip().upper()
+    if frame not in ("", "ICRS", "FK5") or (frame == "FK5" and wcs.wcs.equinox != J2000):
+        raise ExposureError(f"{name}: the WCS must be ICRS or FK5 of J2000, got {frame} of {wcs.wcs.equinox}")
+    ny, nx = shape
+    corners = wcs.all_pix2world([0, nx - 1, 0, nx - 1], [0, 0, ny - 1, ny - 1], 0)
+    if not np.isfinite(corners).all():
+        raise ExposureError(f"{name}: the WCS gives no position on the sky for the corners of the image")
+    return wcs
+
+
 def _is_image(hdu: fits.hdu.base.ExtensionHDU) -> bool:
     return bool(hdu.is_image and hdu.header.get("NAXIS", 0) > 0)
 
@@ -150,8 +187,10 @@ def _njy_per_unit(header: fits.Header, name: str) -> float:
         return 1.0
     if unit in ("adu", "count", "counts", "dn"):
         zero_point = header.get("MAGZERO")
-        if not isinstance(zero_point, (int, float)) or not np.isfinite(zero_point):
+        if isinstance(zero_point, bool) or not isinstance(zero_point, (int, float)) or not np.isfinite(zero_point):
             raise ExposureError(f"{name}: BUNIT is {unit} but there is no finite MAGZERO card")
+        if abs(zero_point) > MAX_ABS_MAG_ZERO:
+            raise ExposureError(f"{name}: MAGZERO {zero_point} is no zero point in magnitudes")
         return float(10.0 ** (0.4 * (AB_ZERO_POINT_NJY - zero_point)))
     raise ExposureError(f"{name}: BUNIT {header.get('BUNIT')!r} is unknown, expected nJy, or adu with MAGZERO")
 
@@ -163,13 +202,17 @@ def _read_mask(hdu: fits.ImageHDU | None, shape: tuple[int, ...], name: str, not
         return mask
     if hdu.data.shape != shape:
         raise ExposureError(f"{name}: MASK has shape {hdu.data.shape}, the image {shape}")
+    if not np.issubdtype(hdu.data.dtype, np.integer):
+        raise ExposureError(f"{name}: MASK must hold integers, got {hdu.data.dtype}")
     stored = np.asarray(hdu.data).astype(np.int64)
-    planes = {card[3:].upper(): int(bit) for card, bit in hdu.header.items() if card.upper().startswith("MP_")}
+    planes = {card[3:].upper(): bit for card, bit in hdu.header.items() if card.upper().startswith("MP_")}
     if not planes:
         notes.append("mask without MP_ cards: every set pixel taken as BAD")
         mask[stored != 0] = mask_bits("BAD")
         return mask
     for plane, bit in planes.items():
+        if isinstance(bit, bool) or not isinstance(bit, int) or not 0 <= bit < MAX_STORED_BITS:
+            raise ExposureError(f"{name}: MP_{plane} must be a bit number in [0, {MAX_STORED_BITS}), got {bit!r}")
         if plane in MASK_BITS:
             mask[(stored >> bit) & 1 == 1] |= np.int32(1 << MASK_BITS[plane])
     return mask
@@ -191,7 +234,9 @@ def _read_variance(
     gain = header.get("GAIN")
     in_adu = str(header.get("BUNIT", "adu")).strip().lower() != "njy"
     if in_adu and isinstance(gain, (int, float)) and gain > 0:
-        read_noise_e = float(header.get("RDNOISE", READ_NOISE_DEFAULT_E))
+        read_noise_e = header.get("RDNOISE", READ_NOISE_DEFAULT_E)
+        if isinstance(read_noise_e, bool) or not isinstance(read_noise_e, (int, float)) or read_noise_e < 0:
+            raise ExposureError(f"{name}: RDNOISE must be electrons, not negative, got {read_noise_e!r}")
         notes.append("no variance: from GAIN and RDNOISE")
         electrons = np.maximum(np.where(finite, image, 0.0), 0.0) * gain
         return ((electrons + read_noise_e**2) / gain**2).astype(np.float32)
@@ -205,8 +250,11 @@ def _read_psf(hdu: fits.ImageHDU | None, name: str) -> np.ndarray | None:
     if hdu is None or hdu.data is None:
         return None
     psf = np.array(hdu.data, dtype=np.float64)
-    if psf.ndim != 2 or psf.shape[0] != psf.shape[1] or psf.shape[0] % 2 == 0:
-        raise ExposureError(f"{name}: PSF must be an odd square image, got shape {psf.shape}")
+    if psf.ndim != 2 or psf.shape[0] != psf.shape[1] or psf.shape[0] % 2 == 0 or psf.shape[0] < MIN_PSF_SIDE_PIX:
+        raise ExposureError(
+            f"{name}: PSF must be an odd square image of at least {MIN_PSF_SIDE_PIX} pixels a side, "
+            f"got shape {psf.shape}"
+        )
     total = psf.sum()
     if not np.isfinite(total) or total <= 0:
         raise ExposureError(f"{name}: PSF must have a positive sum, got {total}")

@@ -9,12 +9,18 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict, dataclass, field
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 BANDS = ("u", "g", "r", "i", "z", "y")
+MAX_VISIT = 2**63 - 1
 MAX_DETECTOR = 255
 MAX_SEQ_NUM = 32767
+FIRST_DAY_OBS, LAST_DAY_OBS = 20100101, 20541231  # what the ids have bits for
+FIRST_MIDPOINT_MJD, LAST_MIDPOINT_MJD = 55_196.0, 71_635.0  # those days, and one beyond at either end
+MAX_EXPOSURE_TIME_S = 86_400.0
+MAX_READOUT_DELAY_D = 1.0
 
 
 @dataclass(frozen=True)
@@ -49,18 +55,6 @@ class Visit:
     def event_time_s(self) -> float:
         """Event time of the flow: seconds since MJD 40587 (TAI), floored to the millisecond."""
         return event_time_s(self.midpoint_mjd_tai)
-
-
-@dataclass(frozen=True)
-class DetectorVisit:
-    """One element of detector space: one detector of one visit, paths resolved."""
-
-    visit: Visit
-    images: DetectorImages
-
-    @property
-    def detector(self) -> int:
-        return self.images.detector
 
 
 @dataclass(frozen=True)
@@ -111,13 +105,8 @@ def read_manifest(night: Path) -> Manifest:
     ManifestError
         No manifest there, it is not text, or it holds two instruments.
     """
-    path = night if night.is_file() else night / "visits.jsonl"
-    if not path.is_file():
-        raise ManifestError(f"no visits.jsonl in {night}: is it a night folder?")
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise ManifestError(f"{path} is not UTF-8 text: {error}") from error
+    path = manifest_path(night)
+    lines = manifest_lines(night)
     visits: dict[int, Visit] = {}
     exposures: dict[tuple[int, int], int] = {}
     problems: list[ManifestProblem] = []
@@ -126,15 +115,14 @@ def read_manifest(night: Path) -> Manifest:
             continue
         try:
             record = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:  # also numbers of too many digits, endless nesting
             problems.append(ManifestProblem(number, None, None, "BrokenLine", f"line {number} is not JSON: {error}"))
             continue
-        visit_id = record.get("visit") if isinstance(record, dict) else None
-        visit_id = visit_id if isinstance(visit_id, int) and not isinstance(visit_id, bool) else None
         try:
             visit = parse_visit(record, path.parent)
         except ValueError as error:
-            problems.append(ManifestProblem(number, visit_id, None, "InvalidVisit", f"line {number}: {error}"))
+            reason = f"line {number}: {error}"
+            problems.append(ManifestProblem(number, _usable_visit_id(record), None, "InvalidVisit", reason))
             continue
         first = visits.get(visit.visit)
         if first is not None:
@@ -157,6 +145,30 @@ def read_manifest(night: Path) -> Manifest:
         raise ManifestError(f"{path} mixes instruments {', '.join(instruments)}: one night folder holds one")
     ordered = tuple(sorted(visits.values(), key=lambda visit: (visit.midpoint_mjd_tai, visit.visit)))
     return Manifest(ordered, tuple(problems))
+
+
+def manifest_path(night: Path) -> Path:
+    """The manifest of a night folder; a file stands for itself."""
+    return night if night.is_file() else night / "visits.jsonl"
+
+
+def night_folder(night: Path) -> Path:
+    """The folder that paths in a manifest, and what lies beside it, start from."""
+    return manifest_path(night).parent
+
+
+def manifest_lines(night: Path) -> list[str]:
+    """The lines of a manifest, unchecked. ManifestError if there is none or it is not text."""
+    path = manifest_path(night)
+    if not path.is_file():
+        raise ManifestError(f"no visits.jsonl in {night}: is it a night folder?")
+    try:
+        # Not splitlines(): a text in JSON may hold U+2028 and its like.
+        return path.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise ManifestError(f"{path} is not UTF-8 text: {error}") from error
+    except OSError as error:
+        raise ManifestError(f"{path} cannot be read: {error}") from error
 
 
 def write_manifest(night: Path, visits: list[Visit]) -> Path:
@@ -184,19 +196,22 @@ def parse_visit(record: Any, folder: Path) -> Visit:
     if band not in BANDS:
         raise ValueError(f"unknown band {band!r}, expected one of {', '.join(BANDS)}")
     midpoint = _number(record, "midpoint_mjd_tai")
+    if not FIRST_MIDPOINT_MJD <= midpoint <= LAST_MIDPOINT_MJD:
+        raise ValueError(f"midpoint_mjd_tai {midpoint} is outside [{FIRST_MIDPOINT_MJD:.0f}, {LAST_MIDPOINT_MJD:.0f}]")
     exposure_time_s = _number(record, "exposure_time_s")
-    if exposure_time_s <= 0:
-        raise ValueError(f"exposure_time_s must be positive, got {exposure_time_s}")
+    if not 0 < exposure_time_s <= MAX_EXPOSURE_TIME_S:
+        raise ValueError(f"exposure_time_s must be in (0, {MAX_EXPOSURE_TIME_S:.0f}], got {exposure_time_s}")
     readout_end = _number(record, "readout_end_mjd_tai")
-    if readout_end < midpoint:
-        raise ValueError("readout_end_mjd_tai lies before midpoint_mjd_tai")
+    if not midpoint <= readout_end <= midpoint + MAX_READOUT_DELAY_D:
+        raise ValueError(
+            f"readout_end_mjd_tai {readout_end} must lie within a day after midpoint_mjd_tai {midpoint}, not before it"
+        )
     declination = _number(record, "boresight_dec_deg")
     if not -90 <= declination <= 90:
         raise ValueError(f"boresight_dec_deg {declination} is outside [-90, 90]")
-    day_obs = _integer(record, "day_obs", 20100101, 20541231)
     return Visit(
-        visit=_integer(record, "visit", 1, 2**63 - 1),
-        day_obs=day_obs,
+        visit=_integer(record, "visit", 1, MAX_VISIT),
+        day_obs=_day_obs(record),
         seq_num=_integer(record, "seq_num", 0, MAX_SEQ_NUM),
         instrument=_text(record, "instrument"),
         band=band,
@@ -232,6 +247,23 @@ def _detectors(record: dict[str, Any], folder: Path) -> tuple[DetectorImages, ..
     return tuple(found[detector] for detector in sorted(found))
 
 
+def _usable_visit_id(record: Any) -> int | None:
+    """The visit that a rejected record speaks of, where it is one that anything can be filed under."""
+    try:
+        return _integer(record, "visit", 1, MAX_VISIT) if isinstance(record, dict) else None
+    except ValueError:
+        return None
+
+
+def _day_obs(record: dict[str, Any]) -> int:
+    day_obs = _integer(record, "day_obs", FIRST_DAY_OBS, LAST_DAY_OBS)
+    try:
+        date(day_obs // 10000, day_obs // 100 % 100, day_obs % 100)
+    except ValueError as error:
+        raise ValueError(f"day_obs {day_obs} is no date: {error}") from error
+    return day_obs
+
+
 def _require(record: dict[str, Any], key: str) -> Any:
     if key not in record:
         raise ValueError(f"{key} is missing")
@@ -242,7 +274,7 @@ def _text(record: dict[str, Any], key: str) -> str:
     value = _require(record, key)
     if not isinstance(value, str) or not value:
         raise ValueError(f"{key} must be a non-empty text, got {value!r}")
-    return value
+    return _encodable(key, value)
 
 
 def _optional_text(record: dict[str, Any], key: str) -> str | None:
@@ -251,21 +283,43 @@ def _optional_text(record: dict[str, Any], key: str) -> str | None:
         return None
     if not isinstance(value, str):
         raise ValueError(f"{key} must be a text or null, got {value!r}")
+    return _encodable(key, value)
+
+
+def _encodable(key: str, value: str) -> str:
+    """JSON can spell halves of characters, and zeros: neither a packet nor a file name can hold them."""
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{key} {value!r} is not valid Unicode") from error
+    if "\0" in value:
+        raise ValueError(f"{key} {value!r} holds a zero character")
     return value
 
 
 def _number(record: dict[str, Any], key: str) -> float:
     value = _require(record, key)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ValueError(f"{key} must be a finite number, got {value!r}")
-    return float(value)
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise ValueError(f"{key} must be a finite number, got {_shortened(value)}")
+    return number
 
 
 def _integer(record: dict[str, Any], key: str, low: int, high: int) -> int:
     value = _require(record, key)
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise ValueError(f"{key} must be an integer in [{low}, {high}], got {value!r}")
+        raise ValueError(f"{key} must be an integer in [{low}, {high}], got {_shortened(value)}")
     return value
+
+
+def _shortened(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else text[:40] + "..."
 
 
 def _relative_to(path: str, folder: Path) -> str:

@@ -45,9 +45,9 @@ class ArchiveAlerts(beam.PTransform):
         self.archive = _ArchiveFn(folder, schema_version, packet_folder)
 
     def expand(self, visits: beam.PCollection) -> ArchiveResult:
-        outputs = visits | "WriteArchive" >> beam.ParDo(self.archive).with_outputs(
+        outputs = visits | "WriteArchive" >> beam.ParDo(self.archive).with_output_types(VisitAlerts).with_outputs(
             FAILED, main="good"
-        ).with_output_types(VisitAlerts)
+        )
         return ArchiveResult(outputs.good, outputs[FAILED])
 
 

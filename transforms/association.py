@@ -21,9 +21,9 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from schemas.claim_check import ImageStore, StoredExposure
-from schemas.elements import AlertBatch, DetectedSources, FailureRecord
+from schemas.elements import DetectedSources, EarlierNights, FailureRecord, StageElement, VisitPart
 from schemas.framing import pack, unpack
-from schemas.manifests import Visit, event_time_s
+from schemas.manifests import event_time_s
 from schemas.records import (
     DIA_FORCED_SOURCE,
     DIA_OBJECT,
@@ -36,7 +36,8 @@ from schemas.records import (
     records_to_bytes,
     take_records,
 )
-from transforms.failures import FAILED, failure_of
+from transforms.failures import FAILED, failure_of, failure_part
+from transforms.ingestion import visit_context
 from transforms.numerics.forced_photometry import forced_psf_flux
 from transforms.sky_cells import (
     AssociationRules,
@@ -75,7 +76,7 @@ class AssociationConfig:
 
 
 class AssociationResult(NamedTuple):
-    """`good`: AlertBatch per sky cell and visit; `failed`: FailureRecord."""
+    """`good`: AlertBatch per sky cell and visit, VisitParts as they came; `failed`: FailureRecord."""
 
     good: beam.PCollection
     failed: beam.PCollection
@@ -84,50 +85,42 @@ class AssociationResult(NamedTuple):
 class AssociateDiaSources(beam.PTransform):
     """Tie diaSources to diaObjects and give every source with an object its history.
 
-    Input: DetectedSources, and optionally the history of earlier nights as (cell, bytes). Output
-    `good`: AlertBatch per (cell, visit) at the visit's event time; `failed`: forced photometry that
-    could not be done. Key: HEALPix cell; a source goes to its own cell and to those whose halo it
-    lies in. Order: per cell by (midpoint, visit), whole visits, when the watermark has passed them; a
-    detector that comes later is processed when it comes, with the history that precedes it. A
-    detector delivered twice changes nothing. State per cell: what waits for the watermark, the
+    Input: DetectedSources, VisitParts, and EarlierNights before them. Output `good`: AlertBatch per
+    (cell, visit), VisitParts when their visit is due, all at the visit's event time; `failed`: forced
+    photometry that could not be done. Key: HEALPix cell; a source goes to its own cell and to those
+    whose halo it lies in. Order: per cell by (midpoint, visit), whole visits, when the watermark has
+    passed them; a detector that comes later is processed when it comes, with the history that precedes
+    it. A detector delivered twice changes nothing. State per cell: what waits for the watermark, the
     objects and the detectors seen, the history (older than `history_months` is dropped).
     """
 
-    def __init__(self, config: AssociationConfig, image_store: ImageStore, history: tuple[str, ...] = ()) -> None:
+    def __init__(self, config: AssociationConfig, image_store: ImageStore) -> None:
         super().__init__()
         self.config = config
         self.image_store = image_store
-        self.history = history
 
     def expand(self, detected: beam.PCollection) -> AssociationResult:
-        keyed = detected | "SendToSkyCells" >> beam.FlatMap(sky_cell_messages, self.config).with_output_types(
-            tuple[int, bytes]
+        outputs = (
+            detected
+            | "SendToSkyCells" >> beam.FlatMap(sky_messages, self.config).with_output_types(tuple[int, bytes])
+            | "AssociateInCells"
+            >> beam.ParDo(_AssociateInCellsFn(self.config, self.image_store))
+            .with_output_types(StageElement)
+            .with_outputs(FAILED, main="good")
         )
-        if self.history:
-            earlier = (
-                detected.pipeline
-                | "NameHistory" >> beam.Create([self.history])
-                | "ReadHistory" >> beam.FlatMap(history_messages, self.config).with_output_types(tuple[int, bytes])
-            )
-            keyed = (keyed, earlier) | "JoinHistory" >> beam.Flatten()
-        outputs = keyed | "AssociateInCells" >> beam.ParDo(
-            _AssociateInCellsFn(self.config, self.image_store)
-        ).with_outputs(FAILED, main="good").with_output_types(AlertBatch)
         return AssociationResult(outputs.good, outputs[FAILED])
 
 
-def visit_context(visit: Visit) -> dict[str, Any]:
-    """What sky space and packets need to know of a visit; JSON types only."""
-    return {
-        "visit": visit.visit,
-        "day_obs": visit.day_obs,
-        "band": visit.band,
-        "midpoint_mjd_tai": visit.midpoint_mjd_tai,
-        "readout_end_mjd_tai": visit.readout_end_mjd_tai,
-        "rotation_deg": visit.rotation_deg,
-        "observation_reason": visit.observation_reason,
-        "target_name": visit.target_name,
-    }
+def sky_messages(element: StageElement, config: AssociationConfig) -> Iterator[Any]:
+    """The messages of one element to the sky cells that need it."""
+    if isinstance(element, DetectedSources):
+        yield from sky_cell_messages(element, config)
+    elif isinstance(element, EarlierNights):
+        yield from history_messages(element.folders, config)
+    elif isinstance(element, VisitPart):
+        # No cell has a negative number: parts of a visit wait there for the same timer as its sources.
+        context = {"visit": element.visit, "midpoint_mjd_tai": element.midpoint_mjd_tai}
+        yield -element.visit, pack({"kind": "part", "context": context}, (element.part,))
 
 
 def sky_cell_messages(detected: DetectedSources, config: AssociationConfig) -> Iterator[tuple[int, bytes]]:
@@ -165,10 +158,7 @@ def _unwrapped(corner: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.nd
 
 
 def history_messages(folders: tuple[str, ...], config: AssociationConfig) -> Iterator[Any]:
-    """The archive tables of earlier nights as messages to the cells that need them.
-
-    The element's event time is the earliest possible, so a cell knows its history before the first visit.
-    """
+    """The archive tables of earlier nights as messages to the cells that need them."""
     knowledge = read_history(folders)
     source_cells = cells_with_halo(
         knowledge.sources["ra"], knowledge.sources["dec"], config.cell_order, config.halo_arcsec
@@ -182,7 +172,7 @@ def history_messages(folders: tuple[str, ...], config: AssociationConfig) -> Ite
         objects = take_records(knowledge.objects, here)
         forced = take_records(knowledge.forced, np.isin(knowledge.forced["diaObjectId"], objects["diaObjectId"]))
         buffers = tuple(records_to_bytes(rows) for rows in (objects, sources, forced))
-        yield TimestampedValue((int(cell), pack({"kind": "history"}, buffers)), Timestamp(0))
+        yield int(cell), pack({"kind": "history"}, buffers)
 
 
 def read_history(folders: tuple[str, ...]) -> CellKnowledge:
@@ -226,7 +216,7 @@ class _AssociateInCellsFn(beam.DoFn):
     PENDING = BagStateSpec("pending", BytesCoder())
     INDEX = ReadModifyWriteStateSpec("index", BytesCoder())
     HISTORY = BagStateSpec("history", BytesCoder())
-    DUE = TimerSpec("due", TimeDomain.WATERMARK)
+    DUE = TimerSpec("cell_due", TimeDomain.WATERMARK)
 
     def __init__(self, config: AssociationConfig, image_store: ImageStore) -> None:
         self.config = config
@@ -244,7 +234,7 @@ class _AssociateInCellsFn(beam.DoFn):
     ) -> None:
         pending.add(element[1])
         header, _ = unpack(element[1])
-        if header["kind"] == "visit":
+        if header["kind"] != "history":
             due.set(timestamp, dynamic_timer_tag=str(header["context"]["visit"]))
 
     @on_timer(DUE)
@@ -264,6 +254,9 @@ class _AssociateInCellsFn(beam.DoFn):
         pending.clear()
         for message in rest:
             pending.add(message)
+        if cell < 0:
+            yield from _visit_parts(arrived)
+            return
         seen, objects = _read_index(index.read())
         blocks = [bytes(block) for block in history.read()]
         for message in earlier:
@@ -292,6 +285,8 @@ class _AssociateInCellsFn(beam.DoFn):
             event_time = Timestamp(event_time_s(visit.context["midpoint_mjd_tai"]))
             for failure in self.forced.take_failures():
                 yield beam.pvalue.TaggedOutput(FAILED, TimestampedValue(failure, event_time))
+                part = VisitPart(visit.context["visit"], visit.context["midpoint_mjd_tai"], failure_part(failure))
+                yield TimestampedValue(part, event_time)
             outcome.batch.counts["association_us"] = int(1e6 * (time.perf_counter() - started))
             yield TimestampedValue(outcome.batch, event_time)
         index.write(_index_bytes(seen, objects))
@@ -318,6 +313,13 @@ class _AssociateInCellsFn(beam.DoFn):
             history.clear()
             for block in kept:
                 history.add(block)
+
+
+def _visit_parts(messages: list[bytes]) -> Iterator[TimestampedValue]:
+    for message in sorted(messages):
+        header, buffers = unpack(message)
+        visit, midpoint = header["context"]["visit"], header["context"]["midpoint_mjd_tai"]
+        yield TimestampedValue(VisitPart(visit, midpoint, bytes(buffers[0])), Timestamp(event_time_s(midpoint)))
 
 
 def _split_due(waiting: list[bytes], fired_at: Timestamp) -> tuple[list[bytes], list[bytes], list[bytes]]:

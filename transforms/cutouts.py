@@ -10,9 +10,10 @@ import apache_beam as beam
 
 from schemas.claim_check import write_blobs
 from schemas.cutouts import cutout_bytes, cutout_side, local_tangents
-from schemas.elements import DetectedSources
+from schemas.elements import DetectedSources, StageElement, VisitPart
 from schemas.exposures import MASK_BITS
-from transforms.failures import FAILED, failure_of
+from schemas.framing import pack
+from transforms.failures import FAILED, StageFn, failed_in, failure_of
 from transforms.packaging import cutout_file
 
 STAGE = "cutouts"
@@ -28,8 +29,8 @@ class CutoutResult(NamedTuple):
 class EncodeCutouts(beam.PTransform):
     """Write the cutouts of an exposure's sources to the cutout store, where packaging finds them.
 
-    Input and output `good`: DetectedSources; `failed`: exposures whose cutouts could not be made
-    (their alerts go without). Order: as it comes; a duplicate writes nothing new. No state.
+    Input and output `good`: DetectedSources, and after each the part that says it was processed;
+    `failed`: exposures whose cutouts could not be made (their alerts go without). Order: as it comes; a duplicate writes nothing new. No state.
     """
 
     def __init__(self, folder: str) -> None:
@@ -37,17 +38,17 @@ class EncodeCutouts(beam.PTransform):
         self.folder = folder
 
     def expand(self, detected: beam.PCollection) -> CutoutResult:
-        outputs = detected | "WriteCutouts" >> beam.ParDo(_WriteCutoutsFn(self.folder)).with_outputs(
-            FAILED, main="good"
-        ).with_output_types(DetectedSources)
+        outputs = detected | "WriteCutouts" >> beam.ParDo(_WriteCutoutsFn(self.folder)).with_output_types(
+            StageElement
+        ).with_outputs(FAILED, main="good")
         return CutoutResult(outputs.good, outputs[FAILED])
 
 
-class _WriteCutoutsFn(beam.DoFn):
+class _WriteCutoutsFn(StageFn):
     def __init__(self, folder: str) -> None:
         self.folder = folder
 
-    def process(self, detected: DetectedSources) -> Iterator[Any]:
+    def work(self, detected: DetectedSources) -> Iterator[Any]:
         started = time.perf_counter()
         exposure = detected.exposure
         try:
@@ -56,9 +57,27 @@ class _WriteCutoutsFn(beam.DoFn):
         except Exception as error:  # an alert without cutouts is better than none
             lost = f"cutouts of {len(detected.dia_sources)} alerts"
             failure = failure_of(error, STAGE, exposure.visit.visit, exposure.detector, lost=lost)
-            yield beam.pvalue.TaggedOutput(FAILED, failure)
+            yield from failed_in(exposure.visit, failure)
         detected.seconds["cutouts"] = time.perf_counter() - started
         yield detected
+        yield VisitPart(exposure.visit.visit, exposure.visit.midpoint_mjd_tai, detector_part(detected))
+
+
+def detector_part(detected: DetectedSources) -> bytes:
+    """The part that says a detector was processed."""
+    exposure = detected.exposure
+    header = {
+        "kind": "detector",
+        "detector": exposure.detector,
+        "detected": detected.n_detected,
+        "selected": len(detected.dia_sources),
+        "rejected": detected.rejected,
+        "ss_matches": len(detected.ss_sources),
+        "seconds": detected.seconds,
+        "started_at": exposure.started_at,
+        "notes": list(exposure.notes),
+    }
+    return pack(header)
 
 
 def encode_cutouts(detected: DetectedSources) -> list[tuple[bytes, bytes, bytes]]:

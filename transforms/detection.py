@@ -11,11 +11,11 @@ import numpy as np
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from schemas.elements import DetectedSources, FailureRecord, SubtractedExposure
+from schemas.elements import DetectedSources, FailureRecord, StageElement, SubtractedExposure
 from schemas.exposures import MASK_BITS, mask_bits
 from schemas.identifiers import MAX_COUNTER, dia_source_ids
 from schemas.records import DIA_SOURCE, SS_SOURCE, empty_records, take_records
-from transforms.failures import FAILED, failure_of
+from transforms.failures import FAILED, StageFn, failed_in, failure_of
 from transforms.numerics.detection import Detections, find_peaks, lobe_distance, significance_map
 from transforms.numerics.measurement import MaskFlags, Measurements, mask_flags, measure_sources
 from transforms.numerics.reliability import RELIABILITY_VERSION, score
@@ -110,23 +110,23 @@ class DetectDiaSources(beam.PTransform):
         self.config = config
 
     def expand(self, exposures: beam.PCollection) -> DetectionResult:
-        outputs = exposures | "DetectInDifference" >> beam.ParDo(_DetectFn(self.config)).with_outputs(
-            FAILED, main="good"
-        ).with_output_types(DetectedSources)
+        outputs = exposures | "DetectInDifference" >> beam.ParDo(_DetectFn(self.config)).with_output_types(
+            StageElement
+        ).with_outputs(FAILED, main="good")
         return DetectionResult(outputs.good, outputs[FAILED])
 
 
-class _DetectFn(beam.DoFn):
+class _DetectFn(StageFn):
     def __init__(self, config: DetectionConfig) -> None:
         self.config = config
 
-    def process(self, exposure: SubtractedExposure) -> Iterator[Any]:
+    def work(self, exposure: SubtractedExposure) -> Iterator[Any]:
         started = time.perf_counter()
         try:
             detected = detect_sources(exposure, self.config)
         except Exception as error:  # whatever one detector's pixels do must not stop the others
             failure = _failure(error, exposure)
-            yield beam.pvalue.TaggedOutput(FAILED, failure)
+            yield from failed_in(exposure.visit, failure)
             return
         detected.seconds["detection"] = time.perf_counter() - started
         yield detected

@@ -149,9 +149,9 @@ class DistributeAlerts(beam.PTransform):
         )
 
     def expand(self, visits: beam.PCollection) -> DistributionResult:
-        outputs = visits | "ServeBrokers" >> beam.ParDo(self.distribute).with_outputs(
+        outputs = visits | "ServeBrokers" >> beam.ParDo(self.distribute).with_output_types(VisitAlerts).with_outputs(
             FAILED, main="good"
-        ).with_output_types(VisitAlerts)
+        )
         return DistributionResult(outputs.good, outputs[FAILED])
 
 

@@ -7,13 +7,16 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import apache_beam as beam
 from apache_beam.coders import BytesCoder
 from apache_beam.transforms.timeutil import TimeDomain
 from apache_beam.transforms.userstate import BagStateSpec, TimerSpec, on_timer
 
-from schemas.elements import FailureRecord
+from schemas.elements import FailureRecord, PassingElement, VisitPart
+from schemas.framing import pack
+from schemas.manifests import Visit
 
 FAILED = "failed"
 NO_VISIT = 0
@@ -35,6 +38,31 @@ def failure_line(record: FailureRecord) -> bytes:
 def failure_from_line(line: bytes) -> FailureRecord:
     """The record of a line that `failure_line` wrote."""
     return FailureRecord(**json.loads(line))
+
+
+class StageFn(beam.DoFn):
+    """A DoFn of detector space: works on its own elements and hands on every `PassingElement`."""
+
+    def process(self, element: Any) -> Iterator[Any]:
+        if isinstance(element, PassingElement):
+            yield element
+        else:
+            yield from self.work(element)
+
+    def work(self, element: Any) -> Iterator[Any]:
+        """What the stage does with one element."""
+        raise NotImplementedError
+
+
+def failed_in(visit: Visit, record: FailureRecord) -> Iterator[Any]:
+    """A failure on the way to visit space: to the stage's failed output, and as a part of its visit."""
+    yield beam.pvalue.TaggedOutput(FAILED, record)
+    yield VisitPart(visit.visit, visit.midpoint_mjd_tai, failure_part(record))
+
+
+def failure_part(record: FailureRecord) -> bytes:
+    """The part that says something of a visit failed."""
+    return pack({"kind": "failure", "record": asdict(record)})
 
 
 class CollectFailures(beam.PTransform):
@@ -63,7 +91,7 @@ def _keyed_line(record: FailureRecord) -> tuple[int, bytes]:
 
 class _WriteFailuresFn(beam.DoFn):
     LINES = BagStateSpec("lines", BytesCoder())
-    DUE = TimerSpec("due", TimeDomain.WATERMARK)
+    DUE = TimerSpec("failures_due", TimeDomain.WATERMARK)
 
     def __init__(self, folder: str) -> None:
         self.folder = folder

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import apache_beam as beam
@@ -15,9 +15,8 @@ from apache_beam.transforms.userstate import BagStateSpec, ReadModifyWriteStateS
 from apache_beam.transforms.window import TimestampedValue
 from apache_beam.utils.timestamp import Duration, Timestamp
 
-from schemas.elements import DetectedSources, FailureRecord, VisitAlerts
+from schemas.elements import FailureRecord, VisitAlerts
 from schemas.framing import pack, unpack
-from schemas.manifests import Visit
 from schemas.records import (
     DIA_FORCED_SOURCE,
     DIA_OBJECT,
@@ -28,7 +27,6 @@ from schemas.records import (
     take_records,
 )
 from transforms.alert_columns import thin_schema
-from transforms.association import visit_context
 from transforms.failures import FAILED
 from transforms.filters.checking import CheckedFilter
 from transforms.filters.execution import FilterOutcome, run_filters
@@ -47,8 +45,8 @@ _TABLES = (
 class GatherVisits(beam.PTransform):
     """Bring all parts of a visit together when the watermark has passed it.
 
-    Input: (visit, bytes) parts made by `announcement_part`, `detector_part`, `failure_part` and
-    `transforms.packaging.visit_part`. Output: VisitAlerts at the visit's event time. Key: visit. A
+    Input: (visit, bytes) parts: the announcement (ingestion), processed detectors (cutouts), failures and
+    batches of alerts (packaging). Output: VisitAlerts at the visit's event time. Key: visit. A
     part that comes later makes a further revision with everything known by then; a repeated part
     changes nothing. State: the parts of a visit, dropped `VISIT_MEMORY_S` after it.
     """
@@ -61,40 +59,12 @@ class GatherVisits(beam.PTransform):
         return parts | "GatherParts" >> beam.ParDo(_GatherPartsFn(self.filter_columns)).with_output_types(VisitAlerts)
 
 
-def announcement_part(visit: Visit) -> tuple[int, bytes]:
-    """The part that says a visit exists."""
-    header = {"kind": "visit", "context": visit_context(visit), "expected": [one.detector for one in visit.detectors]}
-    return visit.visit, pack(header)
-
-
-def detector_part(detected: DetectedSources) -> tuple[int, bytes]:
-    """The part that says a detector was processed."""
-    exposure = detected.exposure
-    header = {
-        "kind": "detector",
-        "detector": exposure.detector,
-        "detected": detected.n_detected,
-        "selected": len(detected.dia_sources),
-        "rejected": detected.rejected,
-        "ss_matches": len(detected.ss_sources),
-        "seconds": detected.seconds,
-        "started_at": exposure.started_at,
-        "notes": list(exposure.notes),
-    }
-    return exposure.visit.visit, pack(header)
-
-
-def failure_part(record: FailureRecord) -> list[tuple[int, bytes]]:
-    """The part that says something of a visit failed; none for failures without a visit."""
-    return [] if record.visit is None else [(record.visit, pack({"kind": "failure", "record": asdict(record)}))]
-
-
 class _GatherPartsFn(beam.DoFn):
     FRESH = BagStateSpec("fresh", BytesCoder())
     SETTLED = BagStateSpec("settled", BytesCoder())
     REVISIONS = ReadModifyWriteStateSpec("revisions", VarIntCoder())
-    DUE = TimerSpec("due", TimeDomain.WATERMARK)
-    FORGET = TimerSpec("forget", TimeDomain.WATERMARK)
+    DUE = TimerSpec("visit_due", TimeDomain.WATERMARK)
+    FORGET = TimerSpec("visit_forget", TimeDomain.WATERMARK)
 
     def __init__(self, filter_columns: frozenset[str]) -> None:
         self.filter_columns = filter_columns
@@ -262,9 +232,9 @@ class FilterAlerts(beam.PTransform):
         self.filters = filters
 
     def expand(self, visits: beam.PCollection) -> FilterResult:
-        outputs = visits | "RunFilters" >> beam.ParDo(_RunFiltersFn(self.filters)).with_outputs(
-            FAILED, main="good"
-        ).with_output_types(VisitAlerts)
+        outputs = visits | "RunFilters" >> beam.ParDo(_RunFiltersFn(self.filters)).with_output_types(
+            VisitAlerts
+        ).with_outputs(FAILED, main="good")
         return FilterResult(outputs.good, outputs[FAILED])
 
 

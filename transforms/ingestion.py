@@ -13,8 +13,9 @@ from apache_beam.transforms.core import WatermarkEstimatorProvider
 from apache_beam.transforms.window import TimestampedValue
 from apache_beam.utils.timestamp import Duration, Timestamp
 
-from schemas.elements import FailureRecord
-from schemas.manifests import DetectorVisit, Manifest, Visit, read_manifest
+from schemas.elements import DetectorVisit, EarlierNights, FailureRecord, StageElement, VisitPart
+from schemas.framing import pack
+from schemas.manifests import Manifest, Visit, read_manifest
 from transforms.failures import FAILED
 
 STAGE = "ingestion"
@@ -22,38 +23,78 @@ STAGE = "ingestion"
 WATERMARK_LEAD_S = 2.0
 
 
+# A turn with the visits, and an empty one in which the timers of sky space fire; with the next come those of
+# visit space, which sky space has set. Otherwise a visit would be closed only after the next was worked on.
+_TURNS_PER_SLICE = 2
+
+
 class IngestionResult(NamedTuple):
-    """`good`: DetectorVisit per detector to process; `visits`: each Visit; `failed`: FailureRecord."""
+    """`good`: DetectorVisit per detector to process, and the announcement of each visit; `failed`: FailureRecord."""
 
     good: beam.PCollection
-    visits: beam.PCollection
     failed: beam.PCollection
 
 
 class ReadVisits(beam.PTransform):
     """Read the manifest of a night folder.
 
-    Output `good`: one DetectorVisit per announced detector, `visits`: one Visit each, both with the
-    visit's midpoint as event time; `failed`: what in the manifest cannot be used. Order: (midpoint,
-    visit), whole visits at a time; after each the watermark moves `WATERMARK_LEAD_S` past it, so
-    nobody waits for the next visit. Duplicates in the manifest are failures. No state.
+    Output `good`: EarlierNights if there is a history; then for each visit a VisitPart that announces it,
+    and one DetectorVisit per detector, with the visit's midpoint as event time; `failed`: what in the
+    manifest cannot be used. Order: (midpoint, visit), whole visits at a time; after each the watermark
+    moves `WATERMARK_LEAD_S` past it, so nobody waits for the next visit. Duplicates in the manifest are
+    failures. No state.
+
+    `spread` puts a Reshuffle behind the detectors, so that they go to all workers; the local runner,
+    which then would no longer go visit by visit, does without.
     """
 
-    def __init__(self, night: str) -> None:
+    def __init__(self, night: str, history: tuple[str, ...] = (), *, spread: bool = False) -> None:
         super().__init__()
         self.night = night
+        self.history = history
+        self.spread = spread
 
     def expand(self, begin: beam.pvalue.PBegin) -> IngestionResult:
         read = (
             begin
             | "StartNight" >> beam.Create([self.night])
-            | "EmitVisits" >> beam.ParDo(_EmitVisitsFn()).with_outputs(FAILED, main="visits").with_output_types(Visit)
+            | "EmitVisits"
+            >> beam.ParDo(_EmitVisitsFn()).with_output_types(Visit | None).with_outputs(FAILED, main="visits")
         )
-        detectors = read.visits | "SplitDetectors" >> beam.FlatMap(_detectors_of).with_output_types(DetectorVisit)
-        return IngestionResult(detectors, read.visits, read[FAILED])
+        elements = read.visits | "SplitDetectors" >> beam.FlatMap(_announced, self.history).with_output_types(
+            StageElement
+        )
+        if self.spread:
+            elements = elements | "SpreadDetectors" >> beam.Reshuffle().with_output_types(StageElement)
+        return IngestionResult(elements, read[FAILED])
 
 
-def _detectors_of(visit: Visit) -> Iterator[DetectorVisit]:
+def visit_context(visit: Visit) -> dict[str, Any]:
+    """What sky space and packets need to know of a visit; JSON types only."""
+    return {
+        "visit": visit.visit,
+        "day_obs": visit.day_obs,
+        "band": visit.band,
+        "midpoint_mjd_tai": visit.midpoint_mjd_tai,
+        "readout_end_mjd_tai": visit.readout_end_mjd_tai,
+        "rotation_deg": visit.rotation_deg,
+        "observation_reason": visit.observation_reason,
+        "target_name": visit.target_name,
+    }
+
+
+def announcement_part(visit: Visit) -> bytes:
+    """The part that says a visit exists."""
+    expected = [one.detector for one in visit.detectors]
+    return pack({"kind": "visit", "context": visit_context(visit), "expected": expected})
+
+
+def _announced(visit: Visit | None, history: tuple[str, ...]) -> Iterator[StageElement]:
+    if visit is None:
+        if history:
+            yield EarlierNights(history)
+        return
+    yield VisitPart(visit.visit, visit.midpoint_mjd_tai, announcement_part(visit))
     for images in visit.detectors:
         yield DetectorVisit(visit, images)
 
@@ -70,10 +111,10 @@ def slices_of(manifest: Manifest) -> list[tuple[Visit, ...]]:
 
 
 class _SliceTrackerProvider(beam.RestrictionProvider):
-    """One offset per slice of the manifest, offset 0 for its problems."""
+    """Offset 0 for the manifest's problems, then `_TURNS_PER_SLICE` for each slice."""
 
     def initial_restriction(self, element: str) -> OffsetRange:
-        return OffsetRange(0, 1 + len(slices_of(read_manifest(Path(element)))))
+        return OffsetRange(0, 1 + _TURNS_PER_SLICE * len(slices_of(read_manifest(Path(element)))))
 
     def create_tracker(self, restriction: OffsetRange) -> OffsetRestrictionTracker:
         return OffsetRestrictionTracker(restriction)
@@ -117,9 +158,10 @@ class _EmitVisitsFn(beam.DoFn):
                     "the visit as announced there",
                 )
                 yield beam.pvalue.TaggedOutput(FAILED, TimestampedValue(record, first))
+            yield TimestampedValue(None, first)  # the night begins: what earlier nights left comes first
             watermark.set_watermark(first)
-        else:
-            group = slices[position - 1]
+        elif (position - 1) % _TURNS_PER_SLICE == 0:
+            group = slices[(position - 1) // _TURNS_PER_SLICE]
             for visit in group:
                 yield TimestampedValue(visit, Timestamp(visit.event_time_s))
             watermark.set_watermark(Timestamp(group[-1].event_time_s + WATERMARK_LEAD_S))

@@ -11,19 +11,18 @@ from typing import Any, NamedTuple
 import apache_beam as beam
 import numpy as np
 import pyarrow as pa
-from apache_beam.utils.timestamp import Timestamp
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from schemas.avro.encoding import AlertColumns, encode_packets
 from schemas.avro.schema_versions import packet_schema
 from schemas.claim_check import ClaimCheckError, read_blobs, write_blobs
-from schemas.elements import AlertBatch
+from schemas.elements import AlertBatch, VisitPart
 from schemas.framing import pack
 from schemas.records import DIA_SOURCE, concatenate_records, records_to_bytes
 from transforms.alert_columns import thin_alerts
 from transforms.distribution import AlertSink, FullStream, alert_key, stream_message
-from transforms.failures import FAILED, failure_of
+from transforms.failures import FAILED, failure_of, failure_part
 
 STAGE = "packaging"
 Cutouts = tuple[list[bytes | None], list[bytes | None], list[bytes | None]]  # difference, science, template
@@ -47,7 +46,8 @@ class PackagingResult(NamedTuple):
 class PackageAlerts(beam.PTransform):
     """Make packets, keep them in the packet store, send them on every full stream.
 
-    Input: AlertBatch. Output `good`: (visit, bytes), the thin columns and locations of a batch;
+    Input: AlertBatch, VisitPart. Output `good`: (visit, bytes), the thin columns and locations of a batch,
+    or the part as it came;
     `failed`: cutouts that could not be read (the alert goes without them). Order: as it comes; a
     duplicate gives the same packets again. Everything sent is acknowledged before the bundle ends;
     what is not raises, so that nothing downstream counts it. No state.
@@ -67,9 +67,9 @@ class PackageAlerts(beam.PTransform):
         self.package = _PackageAlertsFn(config, cutout_folder, packet_folder, streams, sink, filter_columns)
 
     def expand(self, batches: beam.PCollection) -> PackagingResult:
-        outputs = batches | "EncodePackets" >> beam.ParDo(self.package).with_outputs(
-            FAILED, main="good"
-        ).with_output_types(tuple[int, bytes])
+        outputs = batches | "EncodePackets" >> beam.ParDo(self.package).with_output_types(
+            tuple[int, bytes]
+        ).with_outputs(FAILED, main="good")
         return PackagingResult(outputs.good, outputs[FAILED])
 
 
@@ -99,10 +99,18 @@ class _PackageAlertsFn(beam.DoFn):
         if self.sink is not None:
             self.sink.close()
 
-    def process(self, batch: AlertBatch, timestamp: Timestamp = beam.DoFn.TimestampParam) -> Iterator[Any]:
+    def process(self, element: AlertBatch | VisitPart) -> Iterator[Any]:
+        if isinstance(element, VisitPart):
+            yield element.visit, element.part
+        else:
+            yield from self._package(element)
+
+    def _package(self, batch: AlertBatch) -> Iterator[Any]:
         started = time.perf_counter()
         cutouts, failures = self._cutouts(batch)
-        yield from (beam.pvalue.TaggedOutput(FAILED, failure) for failure in failures)
+        for failure in failures:
+            yield beam.pvalue.TaggedOutput(FAILED, failure)
+            yield batch.context["visit"], failure_part(failure)
         bodies = encode_packets(self.schema, _alert_columns(batch, cutouts))
         file_name = packet_file(batch)
         ids = batch.dia_sources["diaSourceId"]

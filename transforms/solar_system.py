@@ -15,9 +15,9 @@ import pyarrow.parquet as pq
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from schemas.elements import DetectedSources
+from schemas.elements import DetectedSources, StageElement
 from schemas.records import SS_SOURCE, empty_records
-from transforms.failures import FAILED, failure_of
+from transforms.failures import FAILED, StageFn, failed_in, failure_of
 from transforms.numerics.solar_system_matching import (
     ephemeris_offsets,
     interpolate_ephemerides,
@@ -63,11 +63,11 @@ class AssociateSsObjects(beam.PTransform):
     def expand(self, detected: beam.PCollection) -> SolarSystemResult:
         outputs = detected | "MatchEphemerides" >> beam.ParDo(
             _MatchEphemeridesFn(self.config, self.ephemerides)
-        ).with_outputs(FAILED, main="good").with_output_types(DetectedSources)
+        ).with_output_types(StageElement).with_outputs(FAILED, main="good")
         return SolarSystemResult(outputs.good, outputs[FAILED])
 
 
-class _MatchEphemeridesFn(beam.DoFn):
+class _MatchEphemeridesFn(StageFn):
     def __init__(self, config: SolarSystemConfig, ephemerides: str | None) -> None:
         self.config = config
         self.ephemerides = ephemerides
@@ -75,7 +75,7 @@ class _MatchEphemeridesFn(beam.DoFn):
     def setup(self) -> None:
         self.table = None if self.ephemerides is None else read_ephemerides(self.ephemerides)
 
-    def process(self, detected: DetectedSources) -> Iterator[Any]:
+    def work(self, detected: DetectedSources) -> Iterator[Any]:
         started = time.perf_counter()
         if self.table is not None and len(detected.dia_sources):
             try:
@@ -84,7 +84,7 @@ class _MatchEphemeridesFn(beam.DoFn):
                 exposure = detected.exposure
                 lost = "solar-system association of the detector"
                 failure = failure_of(error, STAGE, exposure.visit.visit, exposure.detector, lost=lost)
-                yield beam.pvalue.TaggedOutput(FAILED, failure)
+                yield from failed_in(exposure.visit, failure)
         detected.seconds["solar_system"] = time.perf_counter() - started
         yield detected
 

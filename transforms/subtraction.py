@@ -13,10 +13,9 @@ from pydantic.dataclasses import dataclass
 from threadpoolctl import threadpool_limits
 
 from schemas.claim_check import ImageStore
-from schemas.elements import SubtractedExposure
+from schemas.elements import DetectorVisit, StageElement, SubtractedExposure
 from schemas.exposures import MASK_BITS, Exposure, mask_bits, read_exposure
-from schemas.manifests import DetectorVisit
-from transforms.failures import FAILED, failure_of
+from transforms.failures import FAILED, StageFn, failed_in, failure_of
 from transforms.numerics.differencing import ImagePlanes, SubtractionParameters, subtract
 from transforms.numerics.warping import warp_exposure, wcs_coordinate_grid
 
@@ -75,11 +74,11 @@ class SubtractTemplates(beam.PTransform):
     def expand(self, detectors: beam.PCollection) -> SubtractionResult:
         outputs = detectors | "SubtractDetector" >> beam.ParDo(
             _SubtractDetectorFn(self.config, self.image_store)
-        ).with_outputs(FAILED, main="good").with_output_types(SubtractedExposure)
+        ).with_output_types(StageElement).with_outputs(FAILED, main="good")
         return SubtractionResult(outputs.good, outputs[FAILED])
 
 
-class _SubtractDetectorFn(beam.DoFn):
+class _SubtractDetectorFn(StageFn):
     def __init__(self, config: SubtractionConfig, image_store: ImageStore) -> None:
         self.config = config
         self.image_store = image_store
@@ -87,7 +86,7 @@ class _SubtractDetectorFn(beam.DoFn):
     def setup(self) -> None:
         threadpool_limits(1)  # one BLAS thread: sums must run in the same order everywhere
 
-    def process(self, element: DetectorVisit) -> Iterator[Any]:
+    def work(self, element: DetectorVisit) -> Iterator[Any]:
         started_at, started = time.time(), time.perf_counter()
         try:
             exposure = subtract_detector(element, self.config, started_at)
@@ -95,7 +94,7 @@ class _SubtractDetectorFn(beam.DoFn):
         except Exception as error:  # whatever one detector's pixels do must not stop the others
             lost = "all alerts of the detector"
             failure = failure_of(error, STAGE, element.visit.visit, element.detector, lost=lost)
-            yield beam.pvalue.TaggedOutput(FAILED, failure)
+            yield from failed_in(element.visit, failure)
             return
         exposure.seconds["subtraction"] = time.perf_counter() - started
         yield exposure

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-
 from simulated_pair import expose, random_stars, render
+
 from transforms.numerics.background import BackgroundError, subtract_background
 
 SHAPE = (384, 448)

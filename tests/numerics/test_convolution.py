@@ -91,7 +91,8 @@ def test_block_centres_are_the_means_of_the_blocks_pixels() -> None:
 
 
 @pytest.mark.parametrize(
-    ("image_shape", "kernel_shape"), [((9, 9), (4, 4)), ((9, 9), (3, 5)), ((9, 9), (3,)), ((0, 9), (3, 3)), ((9,), (3, 3))]
+    ("image_shape", "kernel_shape"),
+    [((9, 9), (4, 4)), ((9, 9), (3, 5)), ((9, 9), (3,)), ((0, 9), (3, 3)), ((9,), (3, 3))],
 )
 def test_misshapen_input_is_refused(image_shape: tuple[int, ...], kernel_shape: tuple[int, ...]) -> None:
     with pytest.raises(KernelShapeError, match="shape"):

@@ -38,7 +38,11 @@ def detections_at(peak_y: list[int], peak_x: list[int], sign: float = 1.0) -> De
     negative = np.full(n, sign < 0.0)
     none = np.zeros(n, bool)
     snr = np.full(n, 10.0 * sign, np.float32)
-    return Detections(y, x, snr, negative, none, np.zeros(n, np.float32), y - 2, y + 3, x - 2, x + 3, np.full(n, 25), 0)
+    box, moments = (
+        (y - 2, y + 3, x - 2, x + 3),
+        (x.astype(float), y.astype(float), *np.array([2.0, 2.0, 0.0])[:, None] + np.zeros(n)),
+    )
+    return Detections(y, x, snr, negative, none, np.zeros(n, np.float32), *box, np.full(n, 25), *moments, 0)
 
 
 def measure(

@@ -8,8 +8,8 @@ from astropy.wcs import WCS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
-
 from simulated_pair import moffat
+
 from transforms.numerics.warping import (
     CoordinateGrid,
     WarpedExposure,
@@ -92,8 +92,8 @@ def test_star_keeps_profile_and_flux(fwhm_pix: float) -> None:
     result = warp(star, affine_grid(9.43, 8.71))
     y_out, x_out = np.mgrid[: SHAPE[0], : SHAPE[1]].astype(float)
     expected = moffat(x_out - (80.3 - 9.43), y_out - (70.6 - 8.71), fwhm_pix)
-    # 1.2 times the error of the bare weights on this profile at the worst of three phases
-    relative_error = 1.2 * {2.5: 4.1e-3, 3.5: 1.7e-3, 5.0: 0.5e-3}[fwhm_pix]
+    # error of the bare weights on this profile at the worst of random phases of star and shift, rounded up
+    relative_error = {2.5: 3.5e-2, 3.5: 5e-3, 5.0: 7e-4}[fwhm_pix]
     assert np.nanmax(np.abs(result.image - expected)) < relative_error * expected.max()
     box = (slice(62 - 25, 62 + 26), slice(71 - 25, 71 + 26))
     assert result.image[box].sum(dtype=float) == pytest.approx(expected[box].sum(), rel=2e-3)

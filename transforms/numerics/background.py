@@ -63,13 +63,13 @@ def subtract_background(
             f"no box of {box_pix} pixels is half usable: {np.count_nonzero(left_out)} of {left_out.size} pixels are "
             "masked or not finite"
         )
-    pixels = np.where(left_out, 0.0, image).astype(np.float32)
-    estimate = sep.Background(pixels, mask=left_out, bw=box_pix, bh=box_pix)
+    pixels = np.where(left_out, 0.0, image).astype(np.float32, order="C")
+    estimate = sep.Background(pixels, mask=np.ascontiguousarray(left_out), bw=box_pix, bh=box_pix)
     background = estimate.back(dtype=np.float32)
     return BackgroundSubtraction(
-        image=image.astype(np.float32) - background,
+        image=image.astype(np.float32, order="C") - background,
         background=background,
-        level=float(estimate.globalback),
+        level=float(background.mean(dtype=np.float64)),
         rms=float(estimate.globalrms),
     )
 

@@ -39,6 +39,8 @@ class Detections(NamedTuple):
         the lobe distance of it, whether or not it passes the threshold
     y0, y1, x0, x1 : int64, bounding box of the footprint, upper ends exclusive
     n_pixels : int64, pixels in the footprint
+    mean_x, mean_y : float64 pixels, first moments of the footprint with |significance| as weight
+    spread_xx, spread_yy, spread_xy : float64 pixels^2, its second moments about them
     n_rejected : int, footprints dropped because their peak lay on a rejected pixel
     """
 
@@ -53,6 +55,11 @@ class Detections(NamedTuple):
     x0: NDArray[np.int64]
     x1: NDArray[np.int64]
     n_pixels: NDArray[np.int64]
+    mean_x: NDArray[np.float64]
+    mean_y: NDArray[np.float64]
+    spread_xx: NDArray[np.float64]
+    spread_yy: NDArray[np.float64]
+    spread_xy: NDArray[np.float64]
     n_rejected: int
 
 
@@ -127,10 +134,11 @@ def find_peaks(
 ) -> Detections:
     """Find one source per footprint in a significance map.
 
-    Footprints are the 8-connected sets of pixels with S > threshold, and of those with S < -threshold; sets of
-    opposite sign that come within `lobe_distance_pix` of each other are one footprint. The source sits at the
-    footprint's largest |S|; when that pixel is on `reject` the footprint is dropped and counted. There is no limit on
-    the number: that is the caller's.
+    Footprints are the 8-connected sets of pixels with S > threshold, and of those with S < -threshold. Two peaks of
+    such a set are two footprints when the lower one stands `threshold` above the saddle between them: noise seldom
+    does that (3.5 sigma of a difference), a star next to a cosmic ray does. Footprints of opposite sign that come
+    within `lobe_distance_pix` of each other are one. The source sits at the footprint's largest |S|; when that pixel
+    is on `reject` the footprint is dropped and counted. There is no limit on the number: that is the caller's.
 
     Parameters
     ----------
@@ -165,9 +173,11 @@ def find_peaks(
     rows, columns = np.nonzero(np.abs(significance) > np.float32(threshold))
     parent = np.arange(rows.size, dtype=np.int64)
     opposite = np.zeros(rows.size, dtype=np.float32)
-    _link_pixels(significance, rows, columns, lobe_distance_pix, parent, opposite)
-    first_pixel, footprint = np.unique(parent, return_inverse=True)
-    whole = _summarise_footprints(significance, rows, columns, footprint, opposite, first_pixel.size)
+    descending = np.argsort(-np.abs(significance[rows, columns]), kind="stable")
+    _grow_basins(significance, rows, columns, descending, threshold, parent)
+    _join_lobes(significance, rows, columns, lobe_distance_pix, parent, opposite)
+    roots, footprint = np.unique(parent, return_inverse=True)
+    whole = _summarise_footprints(significance, rows, columns, footprint, opposite, roots.size)
     return _without_rejected(whole, rejected)
 
 
@@ -261,7 +271,49 @@ def _root(parent: NDArray[np.int64], pixel: int) -> int:
 
 
 @njit(cache=True)
-def _link_pixels(
+def _grow_basins(
+    significance: NDArray[np.float32],
+    rows: NDArray[np.int64],
+    columns: NDArray[np.int64],
+    descending: NDArray[np.int64],
+    prominence: float,
+    parent: NDArray[np.int64],
+) -> None:
+    """Union-find from the strongest pixel down: a pixel joins the basin of its strongest neighbour of its own sign.
+
+    Basins that meet in a pixel become one unless the lower peak stands `prominence` above that pixel. The root of a
+    basin is its peak.
+    """
+    ny, nx = significance.shape
+    rank = np.empty(rows.size, dtype=np.int64)
+    rank[descending] = np.arange(rows.size)
+    number = _pixel_numbers(significance.shape, rows, columns)
+    met = np.empty(8, dtype=np.int64)
+    for pixel in descending:
+        y, x = rows[pixel], columns[pixel]
+        saddle = abs(significance[y, x])
+        uphill, n_met = -1, 0
+        for v in range(max(0, y - 1), min(ny, y + 2)):
+            for u in range(max(0, x - 1), min(nx, x + 2)):
+                other = number[v, u] - 1
+                if other < 0 or rank[other] >= rank[pixel] or (significance[v, u] > 0.0) != (significance[y, x] > 0.0):
+                    continue
+                met[n_met] = _root(parent, other)
+                n_met += 1
+                if uphill < 0 or rank[other] < rank[uphill]:
+                    uphill = other
+        if uphill < 0:
+            continue
+        parent[pixel] = _root(parent, uphill)
+        for one in met[:n_met]:
+            mine, theirs = _root(parent, pixel), _root(parent, one)
+            higher, lower = (mine, theirs) if rank[mine] < rank[theirs] else (theirs, mine)
+            if higher != lower and abs(significance[rows[lower], columns[lower]]) - saddle < prominence:
+                parent[lower] = higher
+
+
+@njit(cache=True)
+def _join_lobes(
     significance: NDArray[np.float32],
     rows: NDArray[np.int64],
     columns: NDArray[np.int64],
@@ -269,31 +321,36 @@ def _link_pixels(
     parent: NDArray[np.int64],
     opposite: NDArray[np.float32],
 ) -> None:
-    """Union-find over the pixels above the threshold; each parent ends as the footprint's first pixel in raster order.
+    """Unite basins of opposite sign within reach; each parent ends as the root of its footprint.
 
     `opposite` becomes, for each pixel, the largest significance of the other sign within reach.
     """
     ny, nx = significance.shape
-    number = np.zeros((ny, nx), dtype=np.int32)
-    for pixel in range(rows.size):
-        number[rows[pixel], columns[pixel]] = pixel + 1
+    number = _pixel_numbers(significance.shape, rows, columns)
     for pixel in range(rows.size):
         y, x = rows[pixel], columns[pixel]
         positive = significance[y, x] > 0.0
         for v in range(max(0, y - reach), min(ny, y + reach + 1)):
             for u in range(max(0, x - reach), min(nx, x + reach + 1)):
                 value = significance[v, u]
-                same_sign = positive == (value > 0.0)
-                if not same_sign and abs(value) > opposite[pixel]:
-                    opposite[pixel] = abs(value)
-                other = number[v, u] - 1
-                if other < 0 or other >= pixel:
+                if positive == (value > 0.0):
                     continue
-                if not same_sign or (abs(v - y) <= 1 and abs(u - x) <= 1):
-                    mine, theirs = _root(parent, pixel), _root(parent, other)
+                if abs(value) > opposite[pixel]:
+                    opposite[pixel] = abs(value)
+                if number[v, u] > 0:
+                    mine, theirs = _root(parent, pixel), _root(parent, number[v, u] - 1)
                     parent[max(mine, theirs)] = min(mine, theirs)
     for pixel in range(rows.size):
         parent[pixel] = _root(parent, pixel)
+
+
+@njit(cache=True)
+def _pixel_numbers(shape: tuple[int, int], rows: NDArray[np.int64], columns: NDArray[np.int64]) -> NDArray[np.int32]:
+    """(ny, nx) place in the list of each listed pixel, counted from 1; 0 elsewhere."""
+    number = np.zeros(shape, dtype=np.int32)
+    for pixel in range(rows.size):
+        number[rows[pixel], columns[pixel]] = pixel + 1
+    return number
 
 
 def _summarise_footprints(
@@ -336,8 +393,31 @@ def _summarise_footprints(
         x0=starts[1],
         x1=stops[1],
         n_pixels=n_pixels,
+        **_moments_of_footprints(rows, columns, strength.astype(np.float64), footprint, n_footprints),
         n_rejected=0,
     )
+
+
+def _moments_of_footprints(
+    rows: NDArray[np.int64],
+    columns: NDArray[np.int64],
+    weight: NDArray[np.float64],
+    footprint: NDArray[np.intp],
+    n_footprints: int,
+) -> dict[str, NDArray[np.float64]]:
+    def weighted_mean(values: NDArray[np.float64]) -> NDArray[np.float64]:
+        return np.bincount(footprint, weights=weight * values, minlength=n_footprints) / total
+
+    total = np.bincount(footprint, weights=weight, minlength=n_footprints)
+    mean_x, mean_y = weighted_mean(columns), weighted_mean(rows)
+    u, v = columns - mean_x[footprint], rows - mean_y[footprint]
+    return {
+        "mean_x": mean_x,
+        "mean_y": mean_y,
+        "spread_xx": weighted_mean(u * u),
+        "spread_yy": weighted_mean(v * v),
+        "spread_xy": weighted_mean(u * v),
+    }
 
 
 def _without_rejected(whole: Detections, rejected: NDArray[np.bool_]) -> Detections:
@@ -356,5 +436,10 @@ def _without_rejected(whole: Detections, rejected: NDArray[np.bool_]) -> Detecti
         x0=whole.x0[order],
         x1=whole.x1[order],
         n_pixels=whole.n_pixels[order],
+        mean_x=whole.mean_x[order],
+        mean_y=whole.mean_y[order],
+        spread_xx=whole.spread_xx[order],
+        spread_yy=whole.spread_yy[order],
+        spread_xy=whole.spread_xy[order],
         n_rejected=int(whole.peak_y.size - kept.size),
     )

@@ -175,9 +175,7 @@ def _group_labels(pair_source: np.ndarray, pair_object: np.ndarray, n_sources: i
     return labels[pair_source]
 
 
-def _width_arcsec(
-    sources: Positions, objects: Positions, pair_source: np.ndarray, pair_object: np.ndarray
-) -> float:
+def _width_arcsec(sources: Positions, objects: Positions, pair_source: np.ndarray, pair_object: np.ndarray) -> float:
     """Extent of a group: twice the largest distance of a member from the group's first source."""
     first = int(pair_source[0])
     vectors = np.concatenate(

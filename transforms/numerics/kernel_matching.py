@@ -226,7 +226,7 @@ def fit_matching_kernel(
     -----
     Cost O(n_stars stamp^2 n_basis^2), about 0.3 ms a star.
     """
-    ratio, kept = _flux_ratio(science, template, star_x, star_y)
+    ratio, kept = _flux_ratio(science, template, science_bad | template_bad, star_x, star_y)
     _require_stars(len(kept), len(star_x), "with like flux ratios")
     x, y = np.rint(star_x[kept]).astype(np.intp), np.rint(star_y[kept]).astype(np.intp)
     order = _affordable_order(spatial_order, len(x))
@@ -285,16 +285,21 @@ def _affordable_order(spatial_order: int, n_stars: int) -> int:
 
 
 def _flux_ratio(
-    science: NDArray[np.floating], template: NDArray[np.floating], x: NDArray[np.floating], y: NDArray[np.floating]
+    science: NDArray[np.floating],
+    template: NDArray[np.floating],
+    bad: NDArray[np.bool_],
+    x: NDArray[np.floating],
+    y: NDArray[np.floating],
 ) -> tuple[float, NDArray[np.intp]]:
-    """Median ratio of the stars' fluxes in 11 x 11 pixels, and the stars that have about that ratio."""
+    """Median ratio of the stars' fluxes in the good ones of 11 x 11 pixels, and the stars of about that ratio."""
     if len(x) == 0:
         return 1.0, np.zeros(0, dtype=np.intp)
     offset = np.arange(-5, 6)
     rows = np.rint(y).astype(np.intp)[:, None, None] + offset[:, None]
     columns = np.rint(x).astype(np.intp)[:, None, None] + offset[None, :]
-    science_flux = science[rows, columns].sum(axis=(1, 2), dtype=np.float64)
-    template_flux = template[rows, columns].sum(axis=(1, 2), dtype=np.float64)
+    good = ~bad[rows, columns]
+    science_flux = np.where(good, science[rows, columns], 0.0).sum(axis=(1, 2), dtype=np.float64)
+    template_flux = np.where(good, template[rows, columns], 0.0).sum(axis=(1, 2), dtype=np.float64)
     positive = np.flatnonzero((science_flux > 0) & (template_flux > 0))
     if len(positive) == 0:
         return 1.0, positive

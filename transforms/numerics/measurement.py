@@ -38,6 +38,11 @@ _SHAPE_HALF_WIDTH_PIX = 18
 _SHAPE_REACH_SIGMA = 5.0  # the weight there is 4e-6: pixels that enter or leave the window do not stir the iteration
 _SHAPE_ITERATIONS = 60
 _SHAPE_TOLERANCE = 1e-4
+_ELONGATED_AXIS_RATIO2 = 2.25  # of a footprint's second moments: axes 1.5 to 1
+_ELONGATED_SPREAD_PSF = 4.0  # in PSF sigma^2; the footprint of a point source has 2, that of a 3 FWHM trail 4
+_TRAIL_HALF_WIDTH_PIX = 40  # 62.5 pixels of trail (10 deg / day, 30 s, 0.2 arcsec) and the PSF's wings
+_TRAIL_STEP_MAX_PIX = 2.0
+_TRAIL_TOLERANCE_PIX = 1e-3
 _SHAPE_GOOD_WEIGHT_MIN = 0.95  # a mask that cuts a fifth off one side halves the moment across it
 _PEAK_NOISE_ALLOWANCE = 3.0  # sigma; the largest of 9 pure-noise pixels passes it in 1 % of sources
 
@@ -47,8 +52,8 @@ class Measurements(NamedTuple):
 
     Attributes
     ----------
-    x, y : centroid in pixels, 0-based, always finite: the peak's pixel where `centroid_flag`
-    x_err, y_err : standard errors in pixels from the fit's covariance; NaN where `centroid_flag`
+    x, y : centroid in pixels, 0-based, always finite: the middle of a trail, the peak's pixel where `centroid_flag`
+    x_err, y_err : standard errors in pixels from the noise of the pixels; NaN where `centroid_flag`
     x_y_cov : covariance of x and y in pixels^2; NaN where `centroid_flag`
     centroid_flag : the fit was singular, did not settle, or left the peak by more than 5 pixels
     snr : |significance| at the peak
@@ -180,16 +185,18 @@ def measure_sources(
     template_pixels, template_pixel_variance, _ = checked_planes(matched_template, template_variance, masked)
     spline = psf_spline(psf)
     science_spline = spline if science_psf is None else psf_spline(science_psf)
-    centroids = fit_centroids(pixels, pixel_variance, masked, spline, detections.peak_x, detections.peak_y)
+    peak_fits = fit_centroids(pixels, pixel_variance, masked, spline, detections.peak_x, detections.peak_y)
+    sign = np.where(detections.peak_snr < 0.0, -1.0, 1.0)
+    centroids, trail_shapes = _centre_elongated(pixels, pixel_variance, masked, psf, detections, sign, peak_fits)
     x, y = centroids.x, centroids.y
     fit = linear_psf_fit(pixels, pixel_variance, spline, x, y, masked)
     on_science = linear_psf_fit(science_pixels, science_pixel_variance, science_spline, x, y, masked)
     on_template = linear_psf_fit(template_pixels, template_pixel_variance, science_spline, x, y, masked)
     ap_flux, ap_flux_err, truncated = _aperture_fluxes(pixels, pixel_variance, masked, x, y)
-    sign = np.where(detections.peak_snr < 0.0, -1.0, 1.0)
     psf_shape = psf_moments(psf)
     shapes = np.full((4, x.size), np.nan)
     _adaptive_moments(pixels, pixel_variance, masked, x, y, sign, np.array(psf_shape), shapes)
+    shapes[:3] = np.where(np.isnan(trail_shapes), shapes[:3], trail_shapes)
     core, core_n_pixels = _core_features(
         pixels, pixel_variance, masked, science_pixels, template_pixels, spline, x, y, sign, fit.flux
     )
@@ -274,6 +281,47 @@ def fit_centroids(
         pixels, pixel_variance, masked, spline.coefficients, spline.half_width, start_x, start_y, fitted, flag
     )
     return Centroids(fitted[0], fitted[1], fitted[2], fitted[3], fitted[4], flag)
+
+
+def _centre_elongated(
+    pixels: NDArray[np.float32],
+    variance: NDArray[np.float32],
+    masked: NDArray[np.bool_],
+    psf: ArrayLike,
+    detections: Detections,
+    sign: NDArray[np.float64],
+    peak_fits: Centroids,
+) -> tuple[Centroids, NDArray[np.float64]]:
+    """Centroids with those of trails at their middle, and the (3, n) second moments of the trails, NaN for the others.
+
+    A PSF fitted to a trail settles on a bump of noise anywhere along it. So a footprint of one sign that is longer
+    than a PSF makes gets the self-weighting elliptical Gaussian with a free centre, which is unbiased for anything
+    symmetric. Where that does not settle within the footprint's box, the PSF fit stands.
+    """
+    image = checked_psf(psf)
+    sigma2 = float(image.sum()) ** 2 / (4.0 * math.pi * float((image * image).sum()))
+    xx, yy, xy = detections.spread_xx, detections.spread_yy, detections.spread_xy
+    half_trace, half_split = 0.5 * (xx + yy), np.hypot(0.5 * (xx - yy), xy)
+    major, minor = half_trace + half_split, half_trace - half_split
+    chosen = np.flatnonzero(
+        ~detections.has_both_signs & (major > _ELONGATED_SPREAD_PSF * sigma2) & (major > _ELONGATED_AXIS_RATIO2 * minor)
+    )
+    start = np.stack([xx, yy, xy])[:, chosen] + np.array([[1.0], [1.0], [0.0]])  # never narrower than a pixel
+    centred = np.full((8, chosen.size), np.nan)
+    _centre_moments(
+        pixels, variance, masked, detections.mean_x[chosen], detections.mean_y[chosen], sign[chosen], start, centred
+    )
+    with np.errstate(invalid="ignore"):
+        inside = (centred[0] >= detections.x0[chosen]) & (centred[0] < detections.x1[chosen])
+        inside &= (centred[1] >= detections.y0[chosen]) & (centred[1] < detections.y1[chosen])
+    moved = chosen[inside]
+    columns = [column.copy() for column in peak_fits]
+    for column, values in zip(columns[:5], centred[:5, inside], strict=True):
+        column[moved] = values
+    columns[5][moved] = False
+    trail_shapes = np.full((3, xx.size), np.nan)
+    trail_shapes[:, moved] = centred[5:, inside]
+    return Centroids(*columns), trail_shapes
 
 
 def psf_moments(psf: ArrayLike) -> tuple[float, float, float]:
@@ -491,6 +539,85 @@ def _fit_positions(
 
 
 @njit(cache=True)
+def _weighted_sums(
+    image: NDArray[np.float32],
+    variance: NDArray[np.float32],
+    bad: NDArray[np.bool_],
+    x: float,
+    y: float,
+    sign: float,
+    xx: float,
+    yy: float,
+    xy: float,
+    half_width: float,
+    sums: NDArray[np.float64],
+) -> None:
+    """Sums under a Gaussian weight w of covariance (xx, yy, xy), cut at 5 sigma and at `half_width`, about (x, y).
+
+    With b = w * sign * image, V the variance and (u, v) the offsets, `sums` becomes those of
+    b, b u, b v, b u^2, b v^2, b u v; of w and of w on usable pixels; of w^2 V u^2, w^2 V v^2, w^2 V u v.
+    """
+    ny, nx = image.shape
+    sums[:] = 0.0
+    determinant = xx * yy - xy * xy
+    reach_x = min(_SHAPE_REACH_SIGMA * math.sqrt(xx), half_width)
+    reach_y = min(_SHAPE_REACH_SIGMA * math.sqrt(yy), half_width)
+    for j in range(math.ceil(y - reach_y), math.floor(y + reach_y) + 1):
+        v = j - y
+        for i in range(math.ceil(x - reach_x), math.floor(x + reach_x) + 1):
+            u = i - x
+            distance2 = (yy * u * u - 2.0 * xy * u * v + xx * v * v) / determinant
+            if distance2 > _SHAPE_REACH_SIGMA * _SHAPE_REACH_SIGMA:
+                continue
+            w = math.exp(-0.5 * distance2)
+            sums[6] += w
+            if not (0 <= j < ny and 0 <= i < nx):
+                continue
+            value = np.float64(image[j, i])
+            weight = pixel_weight(value, variance[j, i], bad[j, i])
+            if weight <= 0.0:
+                continue
+            sums[7] += w
+            brightness = w * sign * value
+            sums[0] += brightness
+            sums[1] += brightness * u
+            sums[2] += brightness * v
+            sums[3] += brightness * u * u
+            sums[4] += brightness * v * v
+            sums[5] += brightness * u * v
+            noise = w * w / weight
+            sums[8] += noise * u * u
+            sums[9] += noise * v * v
+            sums[10] += noise * u * v
+
+
+@njit(cache=True)
+def _next_weight(
+    xx: float, yy: float, xy: float, cxx: float, cyy: float, cxy: float
+) -> tuple[bool, float, float, float, float]:
+    """Move a weight W towards (C^-1 - W^-1)^-1, where C is what was measured under it.
+
+    Returns whether that is a covariance at all, the new (xx, yy, xy), and the largest change before it was limited.
+    """
+    measured = cxx * cyy - cxy * cxy
+    if not (measured > 0.0 and cxx > 0.0):
+        return False, xx, yy, xy, 0.0
+    determinant = xx * yy - xy * xy
+    # Entries of C^-1 - W^-1, to be inverted.
+    axx = cyy / measured - yy / determinant
+    ayy = cxx / measured - xx / determinant
+    axy = xy / determinant - cxy / measured
+    inverse = axx * ayy - axy * axy
+    if not (inverse > 0.0 and axx > 0.0):
+        return False, xx, yy, xy, 0.0
+    new_xx, new_yy, new_xy = ayy / inverse, axx / inverse, -axy / inverse
+    change = max(abs(new_xx - xx), abs(new_yy - yy), abs(new_xy - xy))
+    # Move by at most a factor of two in size: noise can make one estimate nearly infinite.
+    factor = min(1.0, (xx + yy) / (new_xx + new_yy - xx - yy)) if new_xx + new_yy > xx + yy else 1.0
+    return True, xx + factor * (new_xx - xx), yy + factor * (new_yy - yy), xy + factor * (new_xy - xy), change
+
+
+@njit(cache=True)
 def _adaptive_moments(
     image: NDArray[np.float32],
     variance: NDArray[np.float32],
@@ -507,58 +634,79 @@ def _adaptive_moments(
     W = (C^-1 - W^-1)^-1, whose fixed point for a Gaussian source is its own covariance. The centre stays at (x, y).
     The size ratio is 2 trace(C) / trace(W) under the starting weight: 1 for an image whose own moments start it.
     """
-    ny, nx = image.shape
+    sums = np.empty(11)
     for source in range(x.size):
         xx, yy, xy = start[0], start[1], start[2]
         for iteration in range(_SHAPE_ITERATIONS):
-            determinant = xx * yy - xy * xy
-            if not (determinant > 1e-4 and xx > 0.0 and xx + yy < _SHAPE_HALF_WIDTH_PIX**2):
+            if not _is_weight(xx, yy, xy, _SHAPE_HALF_WIDTH_PIX):
                 break
-            reach_x = min(_SHAPE_REACH_SIGMA * math.sqrt(xx), float(_SHAPE_HALF_WIDTH_PIX))
-            reach_y = min(_SHAPE_REACH_SIGMA * math.sqrt(yy), float(_SHAPE_HALF_WIDTH_PIX))
-            total, sum_xx, sum_yy, sum_xy, window, usable = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
-            for j in range(math.ceil(y[source] - reach_y), math.floor(y[source] + reach_y) + 1):
-                v = j - y[source]
-                for i in range(math.ceil(x[source] - reach_x), math.floor(x[source] + reach_x) + 1):
-                    u = i - x[source]
-                    distance2 = (yy * u * u - 2.0 * xy * u * v + xx * v * v) / determinant
-                    if distance2 > _SHAPE_REACH_SIGMA * _SHAPE_REACH_SIGMA:
-                        continue
-                    w = math.exp(-0.5 * distance2)
-                    window += w
-                    if not (0 <= j < ny and 0 <= i < nx):
-                        continue
-                    value = np.float64(image[j, i])
-                    if pixel_weight(value, variance[j, i], bad[j, i]) <= 0.0:
-                        continue
-                    usable += w
-                    brightness = w * sign[source] * value
-                    total += brightness
-                    sum_xx += brightness * u * u
-                    sum_yy += brightness * v * v
-                    sum_xy += brightness * u * v
-            if not (total > 0.0 and usable >= _SHAPE_GOOD_WEIGHT_MIN * window):
+            _weighted_sums(
+                image, variance, bad, x[source], y[source], sign[source], xx, yy, xy, _SHAPE_HALF_WIDTH_PIX, sums
+            )
+            total = sums[0]
+            if not (total > 0.0 and sums[7] >= _SHAPE_GOOD_WEIGHT_MIN * sums[6]):
                 break
-            cxx, cyy, cxy = sum_xx / total, sum_yy / total, sum_xy / total
+            cxx, cyy, cxy = sums[3] / total, sums[4] / total, sums[5] / total
             if iteration == 0:
                 moments[3, source] = 2.0 * (cxx + cyy) / (xx + yy)
-            measured = cxx * cyy - cxy * cxy
-            if not (measured > 0.0 and cxx > 0.0):
+            valid, xx, yy, xy, change = _next_weight(xx, yy, xy, cxx, cyy, cxy)
+            if not valid:
                 break
-            # Entries of C^-1 - W^-1, to be inverted.
-            axx = cyy / measured - yy / determinant
-            ayy = cxx / measured - xx / determinant
-            axy = xy / determinant - cxy / measured
-            inverse = axx * ayy - axy * axy
-            if not (inverse > 0.0 and axx > 0.0):
-                break
-            new_xx, new_yy, new_xy = ayy / inverse, axx / inverse, -axy / inverse
-            change = max(abs(new_xx - xx), abs(new_yy - yy), abs(new_xy - xy))
-            # Move by at most a factor of two in size: noise can make one estimate nearly infinite.
-            factor = min(1.0, (xx + yy) / (new_xx + new_yy - xx - yy)) if new_xx + new_yy > xx + yy else 1.0
-            xx, yy, xy = xx + factor * (new_xx - xx), yy + factor * (new_yy - yy), xy + factor * (new_xy - xy)
             if change <= _SHAPE_TOLERANCE * (xx + yy):
                 moments[0, source], moments[1, source], moments[2, source] = xx, yy, xy
+                break
+
+
+@njit(cache=True)
+def _is_weight(xx: float, yy: float, xy: float, half_width: float) -> bool:
+    """Whether a covariance is that of a weight wider than a point and narrower than the window."""
+    return bool(xx * yy - xy * xy > 1e-4 and xx > 0.0 and xx + yy < half_width * half_width)
+
+
+@njit(cache=True)
+def _centre_moments(
+    image: NDArray[np.float32],
+    variance: NDArray[np.float32],
+    bad: NDArray[np.bool_],
+    x: NDArray[np.float64],
+    y: NDArray[np.float64],
+    sign: NDArray[np.float64],
+    start: NDArray[np.float64],
+    centred: NDArray[np.float64],
+) -> None:
+    """Fill `centred` (x, y, x_err, y_err, x_y_cov, ixx, iyy, ixy): as `_adaptive_moments`, but the centre moves too.
+
+    Under a weight like the source itself the first moment shows half of an offset, so a step is twice the moment and
+    its error 2 sqrt(sum(w^2 V u^2)) / sum(w f). `start` is (3, n).
+    """
+    sums = np.empty(11)
+    for source in range(x.size):
+        centre_x, centre_y = x[source], y[source]
+        xx, yy, xy = start[0, source], start[1, source], start[2, source]
+        for _ in range(_SHAPE_ITERATIONS):
+            if not _is_weight(xx, yy, xy, _TRAIL_HALF_WIDTH_PIX):
+                break
+            _weighted_sums(
+                image, variance, bad, centre_x, centre_y, sign[source], xx, yy, xy, _TRAIL_HALF_WIDTH_PIX, sums
+            )
+            total = sums[0]
+            if not (total > 0.0 and sums[7] >= _SHAPE_GOOD_WEIGHT_MIN * sums[6]):
+                break
+            mean_x, mean_y = sums[1] / total, sums[2] / total
+            cxx, cyy = sums[3] / total - mean_x * mean_x, sums[4] / total - mean_y * mean_y
+            valid, xx, yy, xy, change = _next_weight(xx, yy, xy, cxx, cyy, sums[5] / total - mean_x * mean_y)
+            if not valid:
+                break
+            step = 2.0 * math.hypot(mean_x, mean_y)
+            scale = min(1.0, _TRAIL_STEP_MAX_PIX / step) if step > 0.0 else 1.0
+            centre_x += scale * 2.0 * mean_x
+            centre_y += scale * 2.0 * mean_y
+            if change <= _SHAPE_TOLERANCE * (xx + yy) and step <= _TRAIL_TOLERANCE_PIX:
+                centred[0, source], centred[1, source] = centre_x, centre_y
+                centred[2, source] = 2.0 * math.sqrt(sums[8]) / total
+                centred[3, source] = 2.0 * math.sqrt(sums[9]) / total
+                centred[4, source] = 4.0 * sums[10] / (total * total)
+                centred[5, source], centred[6, source], centred[7, source] = xx, yy, xy
                 break
 
 

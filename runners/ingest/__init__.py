@@ -1,0 +1,1 @@
+"""Ingest: images of precursor surveys into night folders, one file per survey."""

@@ -1,0 +1,240 @@
+"""GatherVisits, FilterAlerts and DistributeAlerts on hand-made batches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import apache_beam as beam
+import fastavro
+import numpy as np
+import pytest
+from apache_beam.runners.portability.fn_api_runner import FnApiRunner
+from apache_beam.testing import test_stream
+from apache_beam.testing.util import assert_that, equal_to
+from apache_beam.transforms.window import TimestampedValue
+
+from schemas.avro.encoding import encode_packets
+from schemas.avro.schema_versions import packet_schema
+from schemas.claim_check import write_blobs
+from schemas.elements import AlertBatch, FailureRecord, VisitAlerts
+from schemas.framing import unpack
+from schemas.records import (
+    DIA_FORCED_SOURCE,
+    DIA_OBJECT,
+    DIA_SOURCE,
+    SS_SOURCE,
+    empty_records,
+)
+from transforms.distribution import BrokerConfig, DistributeAlerts, full_streams
+from transforms.failures import failure_part
+from transforms.filtering import FilterAlerts, GatherVisits, visit_alerts
+from transforms.filters.checking import CheckedFilter, check_filter
+from transforms.filters.definition import FilterDefinition
+from transforms.packaging import _alert_columns, packet_file, visit_part
+
+VISIT = 2026112200001
+MIDPOINT = 61367.1
+
+
+@pytest.fixture
+def bright() -> CheckedFilter:
+    return check_filter(FilterDefinition(name="bright", owner="demo", where="diaSource.snr > 10", max_per_visit=3))
+
+
+def _batch(first_id: int, n: int, cell: int = 7) -> AlertBatch:
+    sources = empty_records(DIA_SOURCE, n)
+    sources["diaSourceId"] = first_id + np.arange(n)
+    sources["diaObjectId"] = sources["diaSourceId"]
+    sources["visit"], sources["midpointMjdTai"], sources["band"] = VISIT, MIDPOINT, b"r"
+    sources["snr"] = 5.0 + 3.0 * np.arange(n)
+    objects = empty_records(DIA_OBJECT, n)
+    objects["diaObjectId"], objects["nDiaSources"] = sources["diaObjectId"], 1
+    nothing = np.zeros(n + 1, dtype=np.int64)
+    context = {
+        "visit": VISIT,
+        "cell": cell,
+        "day_obs": 20261122,
+        "band": "r",
+        "midpoint_mjd_tai": MIDPOINT,
+        "readout_end_mjd_tai": MIDPOINT + 2e-4,
+        "observation_reason": None,
+        "target_name": None,
+        "detectors": [0],
+    }
+    return AlertBatch(
+        context=context,
+        dia_sources=sources,
+        prv_dia_sources=empty_records(DIA_SOURCE, 0),
+        prv_offsets=nothing,
+        prv_forced_sources=empty_records(DIA_FORCED_SOURCE, 0),
+        forced_offsets=nothing,
+        dia_objects=objects,
+        ss_sources=empty_records(SS_SOURCE, n),
+        object_states=objects,
+        unassociated=empty_records(DIA_SOURCE, 0),
+        forced_sources=empty_records(DIA_FORCED_SOURCE, 0),
+        counts={"objects_new": n, "objects_updated": 0, "sources_without_object": 0, "association_us": 5},
+    )
+
+
+def _part(batch: AlertBatch, columns: frozenset[str], packets: Path | None = None) -> bytes:
+    n = len(batch.dia_sources)
+    bodies = encode_packets(packet_schema("11.0"), _alert_columns(batch, ([None] * n, [None] * n, [None] * n)))
+    if packets is not None:
+        write_blobs(packets / packet_file(batch), batch.dia_sources["diaSourceId"], [(body,) for body in bodies])
+    return visit_part(batch, packet_file(batch), bodies, columns, 0.01)
+
+
+def _ids(visit: VisitAlerts) -> list[int]:
+    return visit.alerts["diaSourceId"].to_pylist()
+
+
+def test_visit_is_the_same_whatever_the_order_of_its_parts(bright: CheckedFilter) -> None:
+    parts = [_part(_batch(first, 4, cell), bright.columns) for first, cell in ((100, 1), (200, 2), (300, 3))]
+    one = visit_alerts(VISIT, 0, {0: set(parts)}, bright.columns)
+    other = visit_alerts(VISIT, 0, {0: set(reversed(parts))}, bright.columns)
+    assert one.alerts.equals(other.alerts)
+    assert one.tables["dia_sources"].tobytes() == other.tables["dia_sources"].tobytes()
+    assert _ids(one) == sorted(_ids(one))
+    assert len(one.alerts) == 12
+
+
+def test_alert_that_arrives_in_two_parts_counts_once(bright: CheckedFilter) -> None:
+    whole, repeat = _part(_batch(100, 4), bright.columns), _part(_batch(102, 2), bright.columns)
+    visit = visit_alerts(VISIT, 1, {0: {whole}, 1: {repeat}}, bright.columns)
+    assert _ids(visit) == [100, 101, 102, 103]
+    assert visit.alerts["revision"].to_pylist() == [0, 0, 0, 0]
+
+
+def test_repeated_parts_of_a_visit_are_gathered_once(bright: CheckedFilter) -> None:
+    part = (VISIT, _part(_batch(100, 3), bright.columns))
+    failure = (VISIT, failure_part(FailureRecord(VISIT, 1, "subtraction", "NoTemplateError", "none", "all")))
+    elements = [TimestampedValue(element, 1000.0) for element in (part, part, failure, part)]
+    with beam.Pipeline(runner=FnApiRunner()) as flow:
+        told = (
+            flow
+            | beam.Create(elements)
+            | "Stamp" >> beam.Map(lambda element: element).with_output_types(tuple[int, bytes])
+            | GatherVisits(bright.columns)
+            | "Tell" >> beam.Map(lambda visit: (visit.visit, visit.revision, _ids(visit), len(visit.failures)))
+        )
+        assert_that(told, equal_to([(VISIT, 0, [100, 101, 102], 1)]))
+
+
+def test_late_part_makes_a_revision_that_knows_both(bright: CheckedFilter) -> None:
+    early, late = (VISIT, _part(_batch(100, 2, 1), bright.columns)), (VISIT, _part(_batch(200, 2, 2), bright.columns))
+    stream = (
+        test_stream.TestStream()
+        .advance_watermark_to(0)
+        .add_elements([TimestampedValue(early, 1000.0)])
+        .advance_watermark_to(2000)
+        .add_elements([TimestampedValue(late, 1000.0)])
+        .advance_watermark_to(3000)
+        .advance_watermark_to_infinity()
+    )
+    options = beam.options.pipeline_options.PipelineOptions([], streaming=True)
+    with beam.Pipeline(runner="BundleBasedDirectRunner", options=options) as flow:
+        told = (
+            flow
+            | stream.with_output_types(tuple[int, bytes])
+            | GatherVisits(bright.columns)
+            | beam.Map(lambda visit: (visit.revision, _ids(visit), visit.alerts["revision"].to_pylist()))
+        )
+        assert_that(told, equal_to([(0, [100, 101], [0, 0]), (1, [100, 101, 200, 201], [0, 0, 1, 1])]))
+
+
+def _check_visit(visit: VisitAlerts, transform: beam.PTransform, tell: Any, expected: Any) -> None:
+    """Run one visit through a stage and compare what `tell` says of the result."""
+    with beam.Pipeline(runner=FnApiRunner()) as flow:
+        made = flow | beam.Create([0]) | "Make" >> beam.Map(lambda _: visit).with_output_types(VisitAlerts)
+        result = made | transform
+        assert_that(result.good | "Tell" >> beam.Map(tell), equal_to([expected]))
+
+
+def test_cap_holds_over_revisions(bright: CheckedFilter) -> None:
+    # S/N 5, 8, 11, 14: two of four pass in each part; the cap of three leaves room for one late alert.
+    parts = {0: {_part(_batch(100, 4, 1), bright.columns)}, 1: {_part(_batch(200, 4, 2), bright.columns)}}
+    visit = visit_alerts(VISIT, 1, parts, bright.columns)
+    expected = ([103, 102, 203], {"demo.bright": {"seen": 8, "passed": 3, "capped": 1, "error": None}})
+    _check_visit(
+        visit, FilterAlerts((bright,)), lambda v: (v.passed["demo.bright"].tolist(), v.summary["filters"]), expected
+    )
+
+
+@dataclass(frozen=True)
+class _FileSink:
+    """Writes what it is given as lines of a file, as sinks are pickled."""
+
+    path: str
+
+    def open(self) -> None: ...
+
+    def close(self) -> None: ...
+
+    def flush(self, deadline_s: float) -> None: ...
+
+    def send(self, topic: str, key: bytes | None, value: bytes, headers: list[tuple[str, bytes]]) -> None:
+        with Path(self.path).open("a") as stream:
+            stream.write(f"{topic} {(key or b'').decode()} {dict(headers)['dia_source_id'].decode()}\n")
+
+
+def test_filtered_topic_is_sent_once_and_files_hold_the_same_packets(bright: CheckedFilter, tmp_path: Path) -> None:
+    part = _part(_batch(100, 4), bright.columns, tmp_path / "packets")
+    visit = visit_alerts(VISIT, 0, {0: {part}}, bright.columns)
+    visit.passed["demo.bright"] = np.array([103, 102])
+    brokers = (
+        BrokerConfig(name="a", stream="demo.bright", topic="t"),
+        BrokerConfig(name="b", stream="demo.bright", topic="t"),
+        BrokerConfig(name="c", sink="files"),
+    )
+    distribute = DistributeAlerts(
+        brokers,
+        schema_version="11.0",
+        packet_folder=str(tmp_path / "packets"),
+        broker_folder=str(tmp_path / "brokers"),
+        filter_folder=str(tmp_path / "filters"),
+        sink=_FileSink(str(tmp_path / "sent")),
+        delivery_deadline_s=1.0,
+    )
+    _check_visit(visit, distribute, lambda v: v.summary["delivered"], {"a": 2, "b": 2, "c": 4})
+    assert (tmp_path / "sent").read_text().splitlines() == ["t 103 103", "t 102 102"]
+    for folder, ids in (("filters/demo.bright", [102, 103]), ("brokers/c", [100, 101, 102, 103])):
+        with (tmp_path / folder / f"{VISIT}.avro").open("rb") as stream:
+            assert [packet["diaSourceId"] for packet in fastavro.reader(stream)] == ids
+
+
+def test_missing_packet_file_is_a_failure_of_that_broker_only(bright: CheckedFilter, tmp_path: Path) -> None:
+    visit = visit_alerts(VISIT, 0, {0: {_part(_batch(100, 4), bright.columns)}}, bright.columns)
+    distribute = DistributeAlerts(
+        (BrokerConfig(name="c", sink="files"), BrokerConfig(name="k", topic="t")),
+        schema_version="11.0",
+        packet_folder=str(tmp_path / "nowhere"),
+        broker_folder=str(tmp_path / "brokers"),
+        filter_folder=str(tmp_path / "filters"),
+        sink=_FileSink(str(tmp_path / "sent")),
+        delivery_deadline_s=1.0,
+    )
+    expected = ({"c": 0, "k": 4}, [("distribution", "4 packets to c")])
+    _check_visit(
+        visit, distribute, lambda v: (v.summary["delivered"], [(one.stage, one.lost) for one in v.failures]), expected
+    )
+
+
+def test_topic_in_two_encodings_is_refused() -> None:
+    brokers = (BrokerConfig(name="a", topic="t"), BrokerConfig(name="b", topic="t", encoding="ocf"))
+    with pytest.raises(ValueError, match="a topic holds one stream in one encoding"):
+        full_streams(brokers)
+
+
+def test_brokers_with_one_topic_share_one_stream() -> None:
+    brokers = (BrokerConfig(name="a", topic="t"), BrokerConfig(name="b", topic="t"), BrokerConfig(name="c", topic="u"))
+    assert [stream.topic for stream in full_streams(brokers)] == ["t", "u"]
+
+
+def test_part_of_a_batch_holds_no_packet_bytes(bright: CheckedFilter) -> None:
+    part = _part(_batch(100, 3), bright.columns)
+    header, buffers = unpack(part)
+    assert header["counts"] == {"objects_new": 3, "objects_updated": 0, "sources_without_object": 0}
+    assert len(buffers) == 5
