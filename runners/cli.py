@@ -112,13 +112,14 @@ def produce(
     """
     from runners.configuration import (
         ConfigurationError,
+        brokers_with_streams,
         check_broker_streams,
         load_brokers,
         load_checked_filters,
         load_production_config,
     )
     from runners.kafka import KafkaUnreachableError
-    from runners.local import OutputFolderError, ProduceRequest
+    from runners.local import BeamOptionsError, HistoryError, OutputFolderError, ProduceRequest
     from runners.local import produce as run_produce
     from runners.progress import VisitProgress
     from schemas.manifests import ManifestError
@@ -129,12 +130,16 @@ def produce(
     try:
         checked, problems = load_checked_filters(filters)
         chosen = load_brokers(brokers)
-        check_broker_streams(chosen, checked, str(brokers or "shipped brokers.yaml"))
+        if brokers is not None and not problems:
+            check_broker_streams(chosen, checked, str(brokers))
+        # A filter that cannot run costs its own readers their stream, nobody else anything; nor must other
+        # filters than the shipped ones keep the shipped brokers from theirs.
+        served = brokers_with_streams(chosen, checked)
         request = ProduceRequest(
             night=night,
             out=out,
             config=load_production_config(config),
-            brokers=chosen,
+            brokers=served,
             filters=checked,
             filter_problems=problems,
             history=history,
@@ -145,12 +150,15 @@ def produce(
         raise _BadUsage(str(error)) from error
     for problem in problems:
         console.print(f"filter left out: {problem.file}: {problem.key or 'file'}: {problem.reason}", markup=False)
-    unserved = [broker.name for broker in chosen if broker.sink == "kafka"]
+    for broker in chosen:
+        if broker not in served:
+            console.print(f"broker left out: {broker.name}: there is no stream {broker.stream}", markup=False)
+    unserved = [broker.name for broker in served if broker.sink == "kafka"]
     if kafka == "none" and unserved and not quiet:
         console.print(f"--kafka is none: nothing is sent to {', '.join(unserved)}", markup=False)
     try:
         result = run_produce(request, lambda n_visits: VisitProgress(out, n_visits, quiet=quiet))
-    except (OutputFolderError, FileNotFoundError) as error:
+    except (OutputFolderError, HistoryError, BeamOptionsError) as error:
         raise _BadUsage(str(error)) from error
     except (ManifestError, KafkaUnreachableError) as error:
         raise _Failure(str(error)) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import typing
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -28,8 +29,7 @@ def load_production_config(path: Path | None) -> AlertProductionConfig:
     if path is not None:
         name = str(path)
         for block, keys in _mapping(_read_yaml(path), name).items():
-            if block not in values:
-                raise ConfigurationError(f"{name}: unknown key {block!r}, expected one of {', '.join(sorted(values))}")
+            _refuse_unknown_keys({block: keys}, tuple(values), name)
             values[block] = {**values[block], **_mapping(keys, f"{name}: {block}")}
     blocks = {}
     for field in dataclasses.fields(AlertProductionConfig):
@@ -46,9 +46,7 @@ def load_brokers(path: Path | None) -> tuple[BrokerConfig, ...]:
     else:
         content, name = _read_yaml(path), str(path)
     listed = _mapping(content, name)
-    unknown = sorted(set(listed) - {"brokers"})
-    if unknown:
-        raise ConfigurationError(f"{name}: unknown key {unknown[0]!r}, expected brokers")
+    _refuse_unknown_keys(listed, ("brokers",), name)
     entries = listed.get("brokers") or []
     if not isinstance(entries, list):
         raise ConfigurationError(f"{name}: brokers must be a list, got {type(entries).__name__}")
@@ -82,9 +80,21 @@ def load_checked_filters(folder: Path | None) -> tuple[tuple[CheckedFilter, ...]
     return tuple(checked), tuple(problems)
 
 
+def brokers_with_streams(
+    brokers: tuple[BrokerConfig, ...], filters: tuple[CheckedFilter, ...]
+) -> tuple[BrokerConfig, ...]:
+    """The brokers whose stream there is."""
+    known = _streams(filters)
+    return tuple(broker for broker in brokers if broker.stream in known)
+
+
+def _streams(filters: tuple[CheckedFilter, ...]) -> set[str]:
+    return {FULL_STREAM, *(one.definition.full_name for one in filters)}
+
+
 def check_broker_streams(brokers: tuple[BrokerConfig, ...], filters: tuple[CheckedFilter, ...], name: str) -> None:
     """ConfigurationError where a broker asks for a filtered stream that no installed filter makes."""
-    known = {FULL_STREAM, *(one.definition.full_name for one in filters)}
+    known = _streams(filters)
     for broker in brokers:
         if broker.stream not in known:
             raise ConfigurationError(
@@ -94,17 +104,29 @@ def check_broker_streams(brokers: tuple[BrokerConfig, ...], filters: tuple[Check
 
 
 def _validated(kind: type, values: Any, where: str) -> Any:
-    allowed = {field.name: field for field in dataclasses.fields(kind)}
     mapping = _mapping(values, where)
-    unknown = sorted(set(mapping) - set(allowed))
-    if unknown:
-        raise ConfigurationError(f"{where}: unknown key {unknown[0]!r}, expected one of {', '.join(sorted(allowed))}")
+    _refuse_unknown_fields(kind, mapping, where)
     try:
         return TypeAdapter(kind).validate_python(mapping)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"]) or "value"
         raise ConfigurationError(f"{where}: {key}: {first['msg']} (got {first['input']!r})") from error
+
+
+def _refuse_unknown_fields(kind: type, mapping: dict[str, Any], where: str) -> None:
+    """Unknown keys here and in the blocks within: pydantic passes over them, or does not say which are known."""
+    types = typing.get_type_hints(kind)
+    _refuse_unknown_keys(mapping, tuple(field.name for field in dataclasses.fields(kind)), where)
+    for name, value in mapping.items():
+        if dataclasses.is_dataclass(types[name]):
+            _refuse_unknown_fields(types[name], _mapping(value, f"{where}: {name}"), f"{where}: {name}")
+
+
+def _refuse_unknown_keys(mapping: dict[str, Any], allowed: tuple[str, ...], where: str) -> None:
+    for key in mapping:
+        if key not in allowed:
+            raise ConfigurationError(f"{where}: unknown key {key!r}, expected one of {', '.join(sorted(allowed))}")
 
 
 def _mapping(content: Any, where: str) -> dict[str, Any]:

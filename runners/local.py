@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
 import logging
 import shutil
@@ -24,23 +25,33 @@ from schemas.avro.encodings import body_of_message
 from schemas.avro.reading import packet_prefix
 from schemas.avro.schema_versions import PacketSchema, packet_schema
 from schemas.elements import FailureRecord
-from schemas.manifests import ManifestError, read_manifest
+from schemas.manifests import Manifest, ManifestError, manifest_lines, night_folder, read_manifest
 from transforms.accounting import finish_ledger
 from transforms.archiving import finish_object_tables
 from transforms.association import read_history
 from transforms.distribution import BrokerConfig
-from transforms.failures import failure_line, write_bytes, write_lines
+from transforms.failures import failure_line, failure_of, write_bytes, write_lines
 from transforms.filters.checking import CheckedFilter
 from transforms.filters.definition import FilterProblem
+from transforms.solar_system import EphemeridesError, read_ephemerides
 
 EMBEDDED = "embedded"
 NO_KAFKA = "none"
 CLAIM = ".nightstream.json"
 _READER_PATIENCE_S = 60.0
+_HEAD_BYTES = 32_768
 
 
 class OutputFolderError(ValueError):
-    """The output folder belongs to something else."""
+    """The output folder belongs to something else, or cannot be written."""
+
+
+class HistoryError(ValueError):
+    """A folder given as history that is none."""
+
+
+class BeamOptionsError(ValueError):
+    """Options behind `--` that Apache Beam does not know."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +90,7 @@ def produce(
 
     Raises
     ------
-    ManifestError, OutputFolderError, FileNotFoundError, KafkaUnreachableError
+    ManifestError, OutputFolderError, HistoryError, BeamOptionsError, KafkaUnreachableError
         Before anything is written.
     RuntimeError
         The flow as a whole failed. The output folder can be given again: what was written stays good.
@@ -88,68 +99,147 @@ def produce(
     manifest = read_manifest(request.night)
     if not manifest.visits and not manifest.problems:
         raise ManifestError(f"{request.night}: visits.jsonl announces no visit")
-    read_history(tuple(str(folder) for folder in request.history))
-    claim_output(request)
+    check_history(request)
+    options = beam_options(request.beam_options)
     with contextlib.ExitStack() as stack:
         stack.enter_context(threadpool_limits(1))
         bootstrap = _bootstrap(request, stack)
+        claim_output(request, manifest)
+        ephemerides, problem = usable_ephemerides(request.night)
         readers = _start_readers(request, bootstrap, stack) if request.kafka == EMBEDDED else {}
         with progress(len(manifest.visits)):
-            _run(request, bootstrap)
-        close_books(request)
+            _run(request, bootstrap, ephemerides, options)
+        close_books(request, () if problem is None else (problem,))
         receipts = _stop_readers(request, readers)
     for folder in (".store", ".spool"):
         shutil.rmtree(request.out / folder, ignore_errors=True)
     return ProduceResult(time.perf_counter() - started, receipts)
 
 
-def claim_output(request: ProduceRequest) -> None:
-    """Mark the output folder as this input's; OutputFolderError if it is another's."""
+def check_history(request: ProduceRequest) -> None:
+    """HistoryError unless every folder of the history is the output of another run."""
+    for folder in request.history:
+        if folder.resolve() == request.out.resolve():
+            raise HistoryError(f"--history {folder} is the output folder of this run")
+    try:
+        read_history(tuple(str(folder) for folder in request.history))
+    except (OSError, ValueError, KeyError) as error:
+        raise HistoryError(f"--history {', '.join(str(folder) for folder in request.history)}: {error}") from error
+
+
+def beam_options(arguments: tuple[str, ...]) -> PipelineOptions:
+    """The options behind `--`; BeamOptionsError names those that no part of Beam knows."""
+    stray = [argument for argument in arguments[:1] if not argument.startswith("-")]
+    with _quiet_beam(), contextlib.redirect_stderr(io.StringIO()) as said:
+        try:
+            options = PipelineOptions(list(arguments))
+            unknown = options.get_all_options(retain_unknown_options=True).keys() - options.get_all_options().keys()
+        except SystemExit as error:  # argparse ends the program
+            raise BeamOptionsError(f"Apache Beam: {said.getvalue().rpartition('error: ')[2].strip()}") from error
+    if unknown or stray:
+        named = ", ".join([*stray, *sorted(unknown)])
+        raise BeamOptionsError(f"unexpected {named}: only options of Apache Beam follow `--`")
+    return options
+
+
+def usable_ephemerides(night: Path) -> tuple[str | None, FailureRecord | None]:
+    """The night's ephemerides; without them, or with broken ones, the night goes on."""
+    path = night_folder(night) / "ephemerides.parquet"
+    if not path.is_file():
+        return None, None
+    try:
+        read_ephemerides(str(path))
+    except EphemeridesError as error:
+        return None, failure_of(error, "solar_system", None, lost="solar-system association of the night")
+    return str(path), None
+
+
+def claim_output(request: ProduceRequest, manifest: Manifest) -> None:
+    """Mark the output folder as this input's; OutputFolderError if it is another's or cannot be written.
+
+    Failure records of an earlier attempt go: this one writes its own.
+    """
     out = request.out
-    claim = {"input": input_digest(request), "night": str(request.night)}
+    claim = {"input": input_digest(request, manifest), "night": str(request.night)}
     path = out / CLAIM
-    if path.is_file():
-        known = json.loads(path.read_text(encoding="utf-8"))
-        if known["input"] != claim["input"]:
+    try:
+        if path.is_file():
+            known = _read_claim(path)
+            if known["input"] != claim["input"]:
+                raise OutputFolderError(
+                    f"{out} holds the output of another input ({known['night']}): choose an empty folder"
+                )
+        elif out.exists() and any(out.iterdir()):
             raise OutputFolderError(
-                f"{out} holds the output of another input ({known['night']}): choose an empty folder"
+                f"{out} is not empty and not an output folder of nightstream: choose an empty folder"
             )
-        return
-    if out.exists() and any(out.iterdir()):
-        raise OutputFolderError(f"{out} is not empty and not an output folder of nightstream: choose an empty folder")
-    write_bytes(path, json.dumps(claim, sort_keys=True).encode())
+        write_bytes(path, json.dumps(claim, sort_keys=True).encode())
+        shutil.rmtree(out / "failures", ignore_errors=True)
+    except OSError as error:
+        raise OutputFolderError(f"{out} cannot be written: {error}") from error
 
 
-def input_digest(request: ProduceRequest) -> str:
-    """SHA-256 over everything that decides what comes out; the order of manifest lines does not."""
-    path = request.night if request.night.is_file() else request.night / "visits.jsonl"
+def _read_claim(path: Path) -> dict[str, str]:
+    try:
+        claim = json.loads(path.read_text(encoding="utf-8"))
+        return {"input": str(claim["input"]), "night": str(claim["night"])}
+    except (ValueError, KeyError, TypeError) as error:
+        raise OutputFolderError(f"{path} is broken ({error}): choose an empty folder") from error
+
+
+def input_digest(request: ProduceRequest, manifest: Manifest) -> str:
+    """SHA-256 over everything that decides what comes out.
+
+    The order of manifest lines does not, unless some cannot be used: of two that contradict each other
+    the first stands. Of images the size and the beginning count: to read all of a night twice is too dear.
+    """
+    lines = manifest_lines(request.night)
+    folder = night_folder(request.night)
+    images = {path for visit in manifest.visits for one in visit.detectors for path in (one.science, one.template)}
+    beside = [str(folder / "ephemerides.parquet")]
     parts = [
-        sorted(path.read_text(encoding="utf-8").splitlines()),
+        lines if manifest.problems else sorted(lines),
+        [_fingerprint(Path(path)) for path in sorted(path for path in images if path is not None) + beside],
         asdict(request.config),
         [asdict(broker) for broker in request.brokers],
         [asdict(one.definition) for one in request.filters],
-        [str(folder.resolve()) for folder in request.history],
+        [_history_digest(folder) for folder in request.history],
     ]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def close_books(request: ProduceRequest) -> None:
-    """What can only be written when the flow has ended."""
+def _fingerprint(path: Path) -> str | None:
+    try:
+        with path.open("rb") as stream:
+            return f"{path.stat().st_size}-{hashlib.sha256(stream.read(_HEAD_BYTES)).hexdigest()}"
+    except OSError:
+        return None
+
+
+def _history_digest(folder: Path) -> str:
+    """What the folder was made from, or its name where it does not say."""
+    path = folder / CLAIM
+    return _read_claim(path)["input"] if path.is_file() else str(folder.resolve())
+
+
+def close_books(request: ProduceRequest, problems: tuple[FailureRecord, ...] = ()) -> None:
+    """What can only be written when the flow has ended; `problems` are those of the night as a whole."""
     finish_object_tables(request.out / "archive")
     finish_ledger(request.out / "ledger")
-    if request.filter_problems:
-        records = [
-            FailureRecord(
-                None,
-                None,
-                "filtering",
-                "InvalidFilter",
-                f"{problem.file}: {problem.key or 'file'}: {problem.reason}",
-                "everything this filter would have passed",
-            )
-            for problem in request.filter_problems
-        ]
-        write_lines(request.out / "failures" / "filters.jsonl", [failure_line(record) for record in records])
+    left_out = tuple(
+        FailureRecord(
+            None,
+            None,
+            "filtering",
+            "InvalidFilter",
+            f"{problem.file}: {problem.key or 'file'}: {problem.reason}",
+            "everything this filter would have passed",
+        )
+        for problem in request.filter_problems
+    )
+    for name, records in (("filters", left_out), ("night", problems)):
+        if records:
+            write_lines(request.out / "failures" / f"{name}.jsonl", [failure_line(record) for record in records])
 
 
 def _bootstrap(request: ProduceRequest, stack: contextlib.ExitStack) -> str | None:
@@ -161,8 +251,7 @@ def _bootstrap(request: ProduceRequest, stack: contextlib.ExitStack) -> str | No
     return request.kafka
 
 
-def _run(request: ProduceRequest, bootstrap: str | None) -> None:
-    ephemerides = request.night / "ephemerides.parquet"
+def _run(request: ProduceRequest, bootstrap: str | None, ephemerides: str | None, options: PipelineOptions) -> None:
     production = AlertProduction(
         night=str(request.night),
         out=str(request.out),
@@ -170,11 +259,10 @@ def _run(request: ProduceRequest, bootstrap: str | None) -> None:
         config=request.config,
         brokers=request.brokers,
         filters=request.filters,
-        ephemerides=str(ephemerides) if ephemerides.is_file() else None,
+        ephemerides=ephemerides,
         history=tuple(str(folder) for folder in request.history),
         sink=None if bootstrap is None else KafkaAlertSink(bootstrap),
     )
-    options = PipelineOptions(list(request.beam_options))
     with _quiet_beam():
         flow = beam.Pipeline(runner=FnApiRunner(), options=options)
         production.build(flow)

@@ -157,7 +157,7 @@ def _blob_index(stream: BinaryIO, name: str) -> tuple[np.ndarray, np.ndarray]:
     keys = np.frombuffer(stream.read(8 * n_rows), dtype="<i8")
     lengths = np.frombuffer(stream.read(8 * n_rows * width), dtype="<i8")
     # Each length is checked before they are summed: the sum of absurd ones may wrap around.
-    if len(lengths) and not (0 <= lengths.min() and lengths.max() <= size):
+    if len(lengths) and not (lengths.min() >= 0 and lengths.max() <= size):
         raise ClaimCheckError(f"{name} is broken: a blob of {lengths.min()} or {lengths.max()} bytes in {size}")
     offsets = start + np.concatenate(([0], np.cumsum(lengths)))
     if offsets[-1] != size:

@@ -111,7 +111,8 @@ def read_exposure(path: str | Path) -> Exposure:
             # Values too large for float32 become infinite: pixels without data.
             with (
                 np.errstate(over="ignore", invalid="ignore"),
-                fits.open(path, memmap=False, lazy_load_hdus=False) as hdus,
+                path.open("rb") as stream,  # astropy leaves it open when it fails half-way
+                fits.open(stream, memmap=False, lazy_load_hdus=False) as hdus,
             ):
                 return _exposure_from_hdus(hdus, path.name)
     except ExposureError:

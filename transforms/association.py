@@ -17,7 +17,7 @@ from apache_beam.transforms.timeutil import TimeDomain
 from apache_beam.transforms.userstate import BagStateSpec, ReadModifyWriteStateSpec, TimerSpec, on_timer
 from apache_beam.transforms.window import TimestampedValue
 from apache_beam.utils.timestamp import Timestamp
-from pydantic import Field
+from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
 from schemas.claim_check import ImageStore, StoredExposure
@@ -44,7 +44,7 @@ from transforms.sky_cells import (
     CellKnowledge,
     CellVisit,
     ForcedFluxes,
-    cells_of,
+    cells_overlapping,
     cells_with_halo,
     process_visit,
 )
@@ -52,6 +52,8 @@ from transforms.sky_cells import (
 STAGE = "association"
 STATE_VERSION = 1
 _OPEN_EXPOSURES = 8
+_HALO_PER_RADIUS = 6.0
+_CELL_ARCSEC_AT_ORDER_0 = 58.6 * 3600.0
 _KNOWLEDGE_DTYPES = (DIA_OBJECT, DIA_SOURCE, DIA_FORCED_SOURCE)
 
 
@@ -69,6 +71,22 @@ class AssociationConfig:
     forced_min_sources: int = Field(default=2, ge=1)
     forced_min_reliability: float = Field(default=0.5, ge=0, le=1)
     forced_max_trail_arcsec: float = Field(default=1.4, gt=0)
+
+    @model_validator(mode="after")
+    def _check_halo(self) -> AssociationConfig:
+        # A matched group (half a halo) and its objects' own sources must lie where the halo is complete.
+        if self.halo_arcsec < _HALO_PER_RADIUS * self.radius_arcsec:
+            raise ValueError(
+                f"halo_arcsec {self.halo_arcsec} must be at least {_HALO_PER_RADIUS:g} times "
+                f"radius_arcsec {self.radius_arcsec}"
+            )
+        half_cell_arcsec = _CELL_ARCSEC_AT_ORDER_0 / (1 << self.cell_order) / 2.0
+        if self.halo_arcsec > half_cell_arcsec:
+            raise ValueError(
+                f"halo_arcsec {self.halo_arcsec} exceeds half a cell of cell_order {self.cell_order}, "
+                f"{half_cell_arcsec:.1f} arcsec"
+            )
+        return self
 
     def rules(self) -> AssociationRules:
         names = AssociationRules.__dataclass_fields__
@@ -138,18 +156,16 @@ def sky_cell_messages(detected: DetectedSources, config: AssociationConfig) -> I
 
 
 def _covered_cells(wcs: Any, shape: tuple[int, ...], config: AssociationConfig) -> np.ndarray:
-    """Cells whose area or halo the detector may overlap, from a grid finer than half a cell."""
+    """Cells whose area or halo the detector overlaps."""
     ny, nx = shape
     corner = wcs.pixel_to_world_values([0, nx - 1], [0, ny - 1])
     diagonal_arcsec = 3600.0 * float(np.hypot(*(np.ptp(axis) for axis in _unwrapped(corner))))
     pixel_arcsec = max(diagonal_arcsec / np.hypot(nx, ny), 1e-3)
-    cell_arcsec = 3600.0 * 58.6 / (1 << config.cell_order)
-    margin = config.halo_arcsec / pixel_arcsec
-    n_steps = int(np.ceil(2.0 * (max(nx, ny) + 2 * margin) * pixel_arcsec / cell_arcsec)) + 2
-    x, y = np.meshgrid(np.linspace(-margin, nx - 1 + margin, n_steps), np.linspace(-margin, ny - 1 + margin, n_steps))
-    ra, dec = wcs.pixel_to_world_values(x.ravel(), y.ravel())
-    good = np.isfinite(ra) & np.isfinite(dec)
-    return np.unique(cells_of(ra[good] % 360.0, dec[good], config.cell_order))
+    # A little more than the halo, for sides that a distortion bends outwards.
+    margin = 1.2 * config.halo_arcsec / pixel_arcsec
+    left, right, low, high = -margin, nx - 1 + margin, -margin, ny - 1 + margin
+    ra, dec = wcs.pixel_to_world_values([left, right, right, left], [low, low, high, high])
+    return cells_overlapping(np.asarray(ra), np.asarray(dec), config.cell_order)
 
 
 def _unwrapped(corner: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
@@ -189,7 +205,9 @@ def read_history(folders: tuple[str, ...]) -> CellKnowledge:
     sources = _read_tables(folders, "dia_sources", DIA_SOURCE)
     sources = take_records(sources, sources["diaObjectId"] != 0)
     objects = _read_tables(folders, "dia_objects", DIA_OBJECT)
-    objects = take_records(objects, np.lexsort((objects["validityStartMjdTai"], objects["diaObjectId"])))
+    # Two states of one time: a late visit has put another source into the second.
+    age = (objects["nDiaSources"], objects["validityStartMjdTai"], objects["diaObjectId"])
+    objects = take_records(objects, np.lexsort(age))
     latest = np.append(np.diff(objects["diaObjectId"]) != 0, True) if len(objects) else np.zeros(0, dtype=bool)
     forced = _read_tables(folders, "dia_forced_sources", DIA_FORCED_SOURCE)
     return CellKnowledge(

@@ -18,11 +18,13 @@ from schemas.records import DIA_SOURCE, SS_SOURCE, empty_records, take_records
 from transforms.failures import FAILED, StageFn, failed_in, failure_of
 from transforms.numerics.detection import Detections, find_peaks, lobe_distance, significance_map
 from transforms.numerics.measurement import MaskFlags, Measurements, mask_flags, measure_sources
+from transforms.numerics.psf_modelling import psf_fwhm_pix
 from transforms.numerics.reliability import RELIABILITY_VERSION, score
 from transforms.subtraction import UNUSABLE_PLANES
 
 STAGE = "detection"
 REJECTED_PLANES = ("NO_DATA", "BAD", "SAT", "EDGE")
+SATURATED_PLANES = ("SAT", "SAT_TEMPLATE")
 _FLAG_PLANES = {
     "pixelFlags_bad": ("BAD", False),
     "pixelFlags_cr": ("CR", False),
@@ -164,7 +166,7 @@ def detect_sources(exposure: SubtractedExposure, config: DetectionConfig) -> Det
         found,
     )
     flags = mask_flags(exposure.mask, MASK_BITS, measured.x, measured.y, found)
-    records = _records(exposure, measured, flags, noise_ratio, config)
+    records = _records(exposure, measured, flags, _near_saturated(exposure, measured, found), noise_ratio, config)
     kept, rejected = _select(records, config)
     rejected["on rejected pixels"] = int(found.n_rejected)
     return DetectedSources(
@@ -177,10 +179,19 @@ def detect_sources(exposure: SubtractedExposure, config: DetectionConfig) -> Det
     )
 
 
+def _near_saturated(exposure: SubtractedExposure, measured: Measurements, found: Detections) -> np.ndarray:
+    """(n,) whether a pixel saturated in science or template lies within two FWHM of each source."""
+    radius_pix = round(2.0 * psf_fwhm_pix(exposure.psf))
+    bits = {plane: MASK_BITS[plane] for plane in SATURATED_PLANES}
+    flags = mask_flags(exposure.mask, bits, measured.x, measured.y, found, radius_pix)
+    return np.any([flags.anywhere[plane] for plane in SATURATED_PLANES], axis=0)
+
+
 def _records(
     exposure: SubtractedExposure,
     measured: Measurements,
     flags: MaskFlags,
+    near_saturated: np.ndarray,
     noise_ratio: float,
     config: DetectionConfig,
 ) -> np.ndarray:
@@ -211,6 +222,7 @@ def _records(
         opposite_snr=measured.opposite_snr,
         good_weight=measured.good_weight,
         star_flux=measured.star_flux,
+        near_saturated=near_saturated,
         noise_ratio=noise_ratio,
     )
     records["reliabilityVersion"] = RELIABILITY_VERSION.encode()
@@ -244,7 +256,7 @@ def _fill_sky(records: np.ndarray, exposure: SubtractedExposure, measured: Measu
 
 def _local_jacobian(exposure: SubtractedExposure, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """(n, 2, 2) derivatives of (ra cos dec, dec) in degrees by (x, y) in pixels."""
-    ra, dec = exposure.wcs.all_pix2world(x, y, 0)
+    _, dec = exposure.wcs.all_pix2world(x, y, 0)
     columns = []
     for dx, dy in ((0.5, 0.0), (0.0, 0.5)):
         ra_up, dec_up = exposure.wcs.all_pix2world(x + dx, y + dy, 0)

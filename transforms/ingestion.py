@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ from apache_beam.utils.timestamp import Duration, Timestamp
 
 from schemas.elements import DetectorVisit, EarlierNights, FailureRecord, StageElement, VisitPart
 from schemas.framing import pack
-from schemas.manifests import Manifest, Visit, read_manifest
+from schemas.manifests import Manifest, Visit, manifest_path, read_manifest
 from transforms.failures import FAILED
 
 STAGE = "ingestion"
@@ -99,6 +100,16 @@ def _announced(visit: Visit | None, history: tuple[str, ...]) -> Iterator[StageE
         yield DetectorVisit(visit, images)
 
 
+def _manifest(night: str) -> Manifest:
+    """The manifest as it is now; parsed once, although the source asks for it at every turn."""
+    return _parsed_manifest(night, manifest_path(Path(night)).stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=2)
+def _parsed_manifest(night: str, modified_ns: int) -> Manifest:
+    return read_manifest(Path(night))
+
+
 def slices_of(manifest: Manifest) -> list[tuple[Visit, ...]]:
     """Visits grouped so that the watermark after a slice lies before the next slice."""
     slices: list[list[Visit]] = []
@@ -114,7 +125,7 @@ class _SliceTrackerProvider(beam.RestrictionProvider):
     """Offset 0 for the manifest's problems, then `_TURNS_PER_SLICE` for each slice."""
 
     def initial_restriction(self, element: str) -> OffsetRange:
-        return OffsetRange(0, 1 + _TURNS_PER_SLICE * len(slices_of(read_manifest(Path(element)))))
+        return OffsetRange(0, 1 + _TURNS_PER_SLICE * len(slices_of(_manifest(element))))
 
     def create_tracker(self, restriction: OffsetRange) -> OffsetRestrictionTracker:
         return OffsetRestrictionTracker(restriction)
@@ -141,7 +152,7 @@ class _EmitVisitsFn(beam.DoFn):
         tracker: Any = beam.DoFn.RestrictionParam(_SliceTrackerProvider()),
         watermark: Any = beam.DoFn.WatermarkEstimatorParam(_WatermarkProvider()),
     ) -> Iterator[Any]:
-        manifest = read_manifest(Path(element))
+        manifest = _manifest(element)
         slices = slices_of(manifest)
         position = tracker.current_restriction().start
         if not tracker.try_claim(position):

@@ -33,7 +33,7 @@ class PackagingConfig:
     """Which packets are made."""
 
     schema_version: str = Field(default="11.0", pattern=r"^11\.[01]$")
-    delivery_deadline_s: float = Field(default=120.0, gt=0)
+    delivery_deadline_s: float = Field(default=120.0, gt=0, le=3600)
 
 
 class PackagingResult(NamedTuple):

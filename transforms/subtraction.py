@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import apache_beam as beam
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 from threadpoolctl import threadpool_limits
 
@@ -21,6 +21,7 @@ from transforms.numerics.warping import warp_exposure, wcs_coordinate_grid
 
 STAGE = "subtraction"
 UNUSABLE_PLANES = ("BAD", "SAT", "CR", "NO_DATA", "SAT_TEMPLATE", "BAD_TEMPLATE")
+POOR_KERNEL_CHI2 = 1.3
 _CARRIED_OVER = {"SAT": "SAT_TEMPLATE", "BAD": "BAD_TEMPLATE", "CR": "CR_TEMPLATE", "INJECTED": "INJECTED_TEMPLATE"}
 
 
@@ -38,6 +39,12 @@ class SubtractionConfig:
     min_star_snr: float = Field(default=20.0, gt=0)
     max_star_snr: float = Field(default=2000.0, gt=0)
     min_coverage: float = Field(default=0.1, ge=0, le=1)
+
+    @model_validator(mode="after")
+    def _some_stars_are_left(self) -> SubtractionConfig:
+        if self.min_star_snr >= self.max_star_snr:
+            raise ValueError(f"min_star_snr {self.min_star_snr} must lie below max_star_snr {self.max_star_snr}")
+        return self
 
     def parameters(self) -> SubtractionParameters:
         return SubtractionParameters(
@@ -140,8 +147,18 @@ def subtract_detector(element: DetectorVisit, config: SubtractionConfig, started
         wcs=science.wcs,
         seconds={"reading": read_seconds},
         started_at=started_at,
-        notes=science.notes + tuple(f"template: {note}" for note in template.notes),
+        notes=(
+            *science.notes,
+            *(f"template: {note}" for note in template.notes),
+            *_kernel_notes(result.kernel.validation_chi2),
+        ),
     )
+
+
+def _kernel_notes(validation_chi2: float) -> Iterator[str]:
+    """A kernel that does not describe stars it was not fitted to is worth a note."""
+    if validation_chi2 > POOR_KERNEL_CHI2:
+        yield f"poor matching kernel: reduced chi2 above {POOR_KERNEL_CHI2} on held-out stars"
 
 
 def _joined_mask(science: Exposure, template_mask: np.ndarray, invalid: np.ndarray) -> np.ndarray:

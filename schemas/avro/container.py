@@ -129,4 +129,3 @@ def single_body(message: bytes) -> bytes:
     if message[: len(_MAGIC)] != _MAGIC or n_packets != 1 or size < 0 or message[end:] != sync:
         raise PacketFormatError("not a container of one packet")
     return message[position:end]
-

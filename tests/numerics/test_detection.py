@@ -256,3 +256,55 @@ def test_senseless_arguments_are_refused_with_the_evidence() -> None:
         find_peaks(np.zeros((3, 3)), np.zeros((3, 3), bool), 5.0, 0)
     with pytest.raises(ValueError, match="one shape"):
         significance_map(np.zeros((3, 3)), np.zeros((3, 3)), np.zeros((3, 4), bool), moffat_psf(3.0))
+
+
+def test_a_source_next_to_a_brighter_one_in_one_footprint_is_a_source_of_its_own() -> None:
+    psf = moffat_psf(4.5, 41)
+    difference = np.random.default_rng(7).normal(0.0, 1.0, (201, 201))
+    for x, snr in ((92, 300.0), (106, 46.0)):  # 3 FWHM apart: the wings join them above S/N 5
+        difference[80:121, x - 20 : x + 21] += snr / np.sqrt((psf**2).sum()) * psf
+    snr_map, _ = significance_map(difference, np.ones_like(difference), np.zeros(difference.shape, bool), psf)
+    assert snr_map[100, 92:107].min() > 5.0
+    found = find_peaks(snr_map, np.zeros(difference.shape, bool))
+    # A peak of S/N 46 in the filtered image is good to sigma sqrt(2) / 46: less than a tenth of a pixel.
+    assert sorted(zip(found.peak_y.tolist(), found.peak_x.tolist(), strict=True)) == [(100, 92), (100, 106)]
+
+
+@pytest.mark.parametrize(("saddle", "peaks"), [(14.9, [10, 12]), (15.1, [10])])
+def test_the_lower_peak_must_stand_the_threshold_above_the_saddle(saddle: float, peaks: list[int]) -> None:
+    found = peaks_of({(10, 10): 30.0, (10, 11): saddle, (10, 12): 20.0})
+    assert found.peak_x.tolist() == peaks
+
+
+def test_a_split_footprint_loses_only_the_part_whose_peak_is_rejected() -> None:
+    snr_map, reject = np.zeros((30, 30), np.float32), np.zeros((30, 30), bool)
+    snr_map[10, 8:16] = [20.0, 60.0, 20.0, 6.0, 6.0, 20.0, 30.0, 20.0]
+    reject[10, 9] = True
+    found = find_peaks(snr_map, reject)
+    assert found.peak_x.tolist() == [14]
+    assert found.n_rejected == 1
+
+
+@settings(max_examples=100, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), smoothing=st.floats(0.6, 2.0))
+def test_peaks_are_those_of_a_flood_from_the_top(seed: int, smoothing: float) -> None:
+    rng = np.random.default_rng(seed)
+    snr_map = ndimage.gaussian_filter(rng.normal(0.0, 1.0, (16, 16)), smoothing)
+    snr_map = (12.0 + 8.0 * snr_map / snr_map.std()).astype(np.float32)
+    snr_map[snr_map < 0.0] = 0.0  # one sign only: lobes are tested elsewhere
+    expected = set()
+    for y, x in zip(*np.nonzero(snr_map > 5.0), strict=True):
+        level = max(5.0, float(snr_map[y, x]) - 5.0)
+        # A level at or below the threshold is no saddle: the footprint's own peak is the highest pixel in it.
+        inside = snr_map > level
+        label, _ = ndimage.label(inside, np.ones((3, 3)))
+        if snr_map[label == label[y, x]].max() == snr_map[y, x]:
+            expected.add((int(y), int(x)))
+    found = find_peaks(snr_map, np.zeros((16, 16), bool))
+    assert set(zip(found.peak_y.tolist(), found.peak_x.tolist(), strict=True)) == expected
+
+
+def test_moments_of_a_footprint_are_weighted_by_significance() -> None:
+    found = peaks_of({(10, 10): 10.0, (10, 11): 20.0, (11, 12): 10.0})
+    assert (found.mean_x[0], found.mean_y[0]) == pytest.approx((11.0, 10.25))
+    assert (found.spread_xx[0], found.spread_yy[0], found.spread_xy[0]) == pytest.approx((0.5, 0.1875, 0.25))

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from transforms.numerics.detection import Detections, find_peaks, significance_map
+from transforms.numerics.detection import Detections, find_peaks, lobe_distance, significance_map
 from transforms.numerics.forced_photometry import linear_psf_fit
 from transforms.numerics.measurement import (
     Measurements,
@@ -391,3 +391,79 @@ def test_any_pixel_content_gives_finite_numbers_or_nan(seed: int, odd_fraction: 
     assert np.isfinite(found.x).all()
     assert np.isfinite(found.y).all()
     assert (np.hypot(found.x - peaks.peak_x, found.y - peaks.peak_y) <= 5.0).all()
+
+
+def trail_image(
+    length_pix: float, angle: float, x: float, y: float, flux: float, fwhm: float = 4.5, side: int = 121
+) -> NDArray[np.float64]:
+    sigma2, (v, u) = (fwhm / 2.3548) ** 2, np.mgrid[:side, :side].astype(float)
+    image = np.zeros((side, side))
+    for s in (np.arange(200) + 0.5) / 200 - 0.5:
+        distance2 = (u - x - s * length_pix * np.cos(angle)) ** 2 + (v - y - s * length_pix * np.sin(angle)) ** 2
+        image += flux / 200 * np.exp(-0.5 * distance2 / sigma2) / (2 * np.pi * sigma2)
+    return image
+
+
+def measure_found(difference: NDArray[np.float64], noise: float, fwhm: float = 4.5) -> tuple[Measurements, Detections]:
+    variance, bad = np.full(difference.shape, noise**2), np.zeros(difference.shape, bool)
+    snr_map, _ = significance_map(difference, variance, bad, gaussian(fwhm))
+    found = find_peaks(snr_map, bad, 5.0, lobe_distance(gaussian(fwhm)))
+    return measure(difference, variance, gaussian(fwhm), found), found
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+@pytest.mark.parametrize(("length_pix", "angle"), [(20.0, 0.0), (35.0, 0.7), (50.0, 2.5)])
+def test_the_centroid_of_a_trail_is_its_middle_within_the_noise(length_pix: float, angle: float, sign: float) -> None:
+    pulls, errors, n_whole = [], [], 0
+    for seed in range(12):
+        rng = np.random.default_rng([seed, int(length_pix)])
+        x, y = 60.0 + rng.uniform(-0.5, 0.5, 2)
+        noise = rng.normal(0.0, 1.0, (121, 121))
+        measured, found = measure_found(noise + trail_image(length_pix, angle, x, y, sign * 15.0 * length_pix), 1.0)
+        one = int(np.argmax(found.n_pixels))
+        covariance = np.array(
+            [
+                [measured.x_err[one] ** 2, measured.x_y_cov[one]],
+                [measured.x_y_cov[one], measured.y_err[one] ** 2],
+            ]
+        )
+        along = np.array([np.cos(angle), np.sin(angle)])
+        offset = along @ [measured.x[one] - x, measured.y[one] - y]
+        across = along[::-1] * [-1, 1] @ [measured.x[one] - x, measured.y[one] - y]
+        pulls.append(offset / np.sqrt(along @ covariance @ along))
+        errors.append((abs(offset), abs(across)))
+        n_whole += not measured.centroid_flag[one]
+    assert n_whole == 12
+    # The noise also moves the weight, which the error leaves out: up to twice as wide. 12 draws: +- 3 / sqrt(24).
+    assert np.std(pulls) < 2.0 * (1 + 3 / np.sqrt(24))
+    along_pix, across_pix = np.median(errors, axis=0)
+    assert along_pix < 0.05 * length_pix
+    assert across_pix < 0.3
+
+
+def test_a_noiseless_trail_is_centred_exactly_and_its_moments_are_those_of_its_length() -> None:
+    measured, found = measure_found(trail_image(30.0, 0.6, 60.3, 59.8, 5e3), 1.0)
+    assert found.peak_x.size == 1
+    # Symmetric about its middle but for the sampling by pixels; the iteration stops at a step of 1e-3 pixels.
+    assert (measured.x[0], measured.y[0]) == pytest.approx((60.3, 59.8), abs=5e-3)
+    major = 0.5 * (measured.ixx[0] + measured.iyy[0]) + np.hypot(
+        0.5 * (measured.ixx[0] - measured.iyy[0]), measured.ixy[0]
+    )
+    # A flat-topped trail under a Gaussian weight looks longer than its L^2 / 12 + sigma^2, by less than a factor 2.
+    expected = 30.0**2 / 12 + (4.5 / 2.3548) ** 2
+    assert expected < major < 2.0 * expected
+    angle = 0.5 * np.arctan2(2 * measured.ixy[0], measured.ixx[0] - measured.iyy[0])
+    assert angle == pytest.approx(0.6, abs=1e-3)
+
+
+@pytest.mark.parametrize("snr", [8.0, 100.0, 3000.0])
+def test_point_sources_keep_the_position_of_the_psf_fit(snr: float) -> None:
+    image, _, _, _, _ = field_of_sources(4.5, snr, 6, seed=3)
+    variance, bad = np.full(image.shape, 9.0), np.zeros(image.shape, bool)
+    snr_map, _ = significance_map(image, variance, bad, gaussian(4.5))
+    found = find_peaks(snr_map, bad, 5.0, lobe_distance(gaussian(4.5)))
+    fitted = fit_centroids(image, variance, bad, gaussian(4.5), found.peak_x, found.peak_y)
+    measured = measure(image, variance, gaussian(4.5), found)
+    assert found.peak_x.size >= 36
+    np.testing.assert_array_equal(measured.x, fitted.x)
+    np.testing.assert_array_equal(measured.y_err, fitted.y_err)

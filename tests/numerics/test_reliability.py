@@ -31,6 +31,7 @@ CLEAN = {
     "opposite_snr": 1.0,
     "good_weight": 1.0,
     "star_flux": 1000.0,
+    "near_saturated": 0.0,
 }
 
 
@@ -64,8 +65,8 @@ def scores(source: Source, fwhm: float, star: Source | None = None, seed: int = 
     found = measure_sources(
         difference, variance, template + difference, variance, template, variance, bad, moffat(fwhm), peaks
     )
-    columns = {name: getattr(found, name) for name in CLEAN}
-    return score(**columns, noise_ratio=noise_ratio)
+    columns = {name: getattr(found, name) for name in CLEAN if name != "near_saturated"}
+    return score(**columns, near_saturated=np.zeros(found.snr.size, bool), noise_ratio=noise_ratio)
 
 
 def one_score(**changes: float) -> float:
@@ -144,6 +145,18 @@ def test_short_trails_stay_reliable(fwhm: float, length_fwhm: float) -> None:
 
 
 @pytest.mark.parametrize("fwhm", FWHMS)
+def test_trails_too_long_for_the_psf_fit_stay_reliable(fwhm: float) -> None:
+    # Stamps of 41 pixels hold a trail of 3 FWHM of 8 pixels; each piece of a broken one counts.
+    found = scores(trail(80.0, 3.0), fwhm)
+    assert found.size >= N_SIDE**2
+    assert np.sort(found)[1] > 0.5
+
+
+def test_a_clean_source_next_to_saturation_is_doubtful_but_not_dropped() -> None:
+    assert 0.1 < one_score(near_saturated=1.0) < 0.5
+
+
+@pytest.mark.parametrize("fwhm", FWHMS)
 def test_a_clean_fading_star_stays_reliable(fwhm: float) -> None:
     assert scores(point(-30.0), fwhm, star=point(300.0)).min() > 0.9
 
@@ -164,6 +177,7 @@ def test_residuals_of_a_bright_star_with_a_wrong_width_score_low(fwhm: float) ->
         ("opposite_snr", [0.0, 7.0, 10.0, 20.0]),
         ("good_weight", [1.0, 0.8, 0.5, 0.0]),
         ("star_flux", [1e3, 2e4, 1e5, 1e7]),
+        ("near_saturated", [0.0, 1.0]),
         ("snr", [20.0, 7.0, 6.0, 5.0]),
     ],
 )
@@ -213,5 +227,5 @@ def test_any_features_give_a_score_between_zero_and_one(values: list[float], noi
 
 
 def test_the_version_fits_the_seven_characters_of_the_schema() -> None:
-    assert RELIABILITY_VERSION == "rules-1"
+    assert RELIABILITY_VERSION == "rules-2"
     assert len(RELIABILITY_VERSION) <= 7

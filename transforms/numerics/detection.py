@@ -405,7 +405,7 @@ def _moments_of_footprints(
     footprint: NDArray[np.intp],
     n_footprints: int,
 ) -> dict[str, NDArray[np.float64]]:
-    def weighted_mean(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    def weighted_mean(values: NDArray[np.integer] | NDArray[np.floating]) -> NDArray[np.float64]:
         return np.bincount(footprint, weights=weight * values, minlength=n_footprints) / total
 
     total = np.bincount(footprint, weights=weight, minlength=n_footprints)

@@ -39,13 +39,13 @@ class Assignment:
     Attributes
     ----------
     object_index : (n_sources,) int64, -1 where no object was assigned; no object occurs twice
-    n_contested : groups of more than one source or object
-    n_wide : groups wider than the limit, matched by mutual nearest neighbour instead
+    contested : (n_groups,) int64, the first source of each group of more than one source or object
+    wide : int64, those of `contested` wider than the limit, matched by mutual nearest neighbour instead
     """
 
     object_index: np.ndarray
-    n_contested: int
-    n_wide: int
+    contested: np.ndarray
+    wide: np.ndarray
 
 
 def associate(
@@ -64,7 +64,8 @@ def associate(
     being the sums of both squared errors, each at least the floor and the fallback where missing.
     Each connected group of pairs takes the matching of maximum cardinality and, among those, of
     minimum total score, so the answer does not depend on the rest of the sky. Groups wider than
-    `max_group_width_arcsec` fall back to mutual nearest neighbours.
+    `max_group_width_arcsec` fall back to mutual nearest neighbours. Positions that are not finite
+    match nothing.
 
     Parameters
     ----------
@@ -72,6 +73,10 @@ def associate(
         Both sorted by id, which settles ties.
     radius_arcsec : float
         Gate, > 0.
+    max_group_width_arcsec : float
+        Limit of twice the largest distance from a group's first source, hence of its true extent. Who
+        knows everything within ``max_group_width_arcsec + radius_arcsec`` of a source sees either all of
+        its group or enough of it to call it wide, and so decides as one who knows the whole sky.
 
     Returns
     -------
@@ -88,30 +93,30 @@ def associate(
     """
     nothing = np.full(len(sources), -1, dtype=np.int64)
     if len(sources) == 0 or len(objects) == 0:
-        return Assignment(nothing, 0, 0)
+        return Assignment(nothing, nothing[:0], nothing[:0])
     pair_source, pair_object = _pairs_within(sources, objects, radius_arcsec)
     if len(pair_source) == 0:
-        return Assignment(nothing, 0, 0)
+        return Assignment(nothing, nothing[:0], nothing[:0])
     scores = _scores(sources, objects, pair_source, pair_object, error_floor_arcsec, error_fallback_arcsec)
     groups = _group_labels(pair_source, pair_object, len(sources), len(objects))
     order = np.argsort(groups, kind="stable")
     starts = np.flatnonzero(np.r_[True, np.diff(groups[order]) > 0])
     ends = np.r_[starts[1:], len(order)]
-    n_contested = n_wide = 0
+    contested, wide = [], []
     assigned = nothing
     for start, end in zip(starts, ends, strict=True):
         members = order[start:end]
         if end - start == 1:
             assigned[pair_source[members]] = pair_object[members]
             continue
-        n_contested += 1
+        contested.append(pair_source[members[0]])
         if _width_arcsec(sources, objects, pair_source[members], pair_object[members]) > max_group_width_arcsec:
-            n_wide += 1
+            wide.append(pair_source[members[0]])
             chosen = _mutual_nearest(pair_source[members], pair_object[members], scores[members])
         else:
             chosen = _best_matching(pair_source[members], pair_object[members], scores[members])
         assigned[pair_source[members][chosen]] = pair_object[members][chosen]
-    return Assignment(assigned, n_contested, n_wide)
+    return Assignment(assigned, np.array(contested, dtype=np.int64), np.array(wide, dtype=np.int64))
 
 
 def unit_vectors(ra_deg: np.ndarray, dec_deg: np.ndarray) -> np.ndarray:
@@ -121,23 +126,33 @@ def unit_vectors(ra_deg: np.ndarray, dec_deg: np.ndarray) -> np.ndarray:
 
 
 def _pairs_within(sources: Positions, objects: Positions, radius_arcsec: float) -> tuple[np.ndarray, np.ndarray]:
-    source_vectors = unit_vectors(sources.ra, sources.dec)
-    object_vectors = unit_vectors(objects.ra, objects.dec)
+    placed_sources, placed_objects = _placed(sources), _placed(objects)
+    source_vectors = unit_vectors(sources.ra[placed_sources], sources.dec[placed_sources])
+    object_vectors = unit_vectors(objects.ra[placed_objects], objects.dec[placed_objects])
     chord = 2.0 * np.sin(np.radians(radius_arcsec / ARCSEC_PER_DEG) / 2.0)
     found = cKDTree(object_vectors).query_ball_point(source_vectors, chord, return_sorted=True)
-    counts = np.array([len(hits) for hits in found])
-    pair_source = np.repeat(np.arange(len(sources)), counts)
-    pair_object = np.array([hit for hits in found for hit in hits], dtype=np.int64)
+    counts = np.array([len(hits) for hits in found], dtype=np.int64)
+    pair_source = placed_sources[np.repeat(np.arange(len(counts)), counts)]
+    pair_object = placed_objects[np.array([hit for hits in found for hit in hits], dtype=np.int64)]
     return pair_source, pair_object
+
+
+def _placed(positions: Positions) -> np.ndarray:
+    return np.flatnonzero(np.isfinite(positions.ra) & np.isfinite(positions.dec))
 
 
 def _offsets_arcsec(
     sources: Positions, objects: Positions, pair_source: np.ndarray, pair_object: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    d_ra = (sources.ra[pair_source] - objects.ra[pair_object] + 180.0) % 360.0 - 180.0
-    d_dec = sources.dec[pair_source] - objects.dec[pair_object]
-    mean_dec = np.radians(0.5 * (sources.dec[pair_source] + objects.dec[pair_object]))
-    return d_ra * np.cos(mean_dec) * ARCSEC_PER_DEG, d_dec * ARCSEC_PER_DEG
+    """East and north of each source from its object; projected, as RA times cos(dec) fails at the poles."""
+    ra, dec = np.radians(objects.ra[pair_object]), np.radians(objects.dec[pair_object])
+    apart = unit_vectors(sources.ra[pair_source], sources.dec[pair_source]) - unit_vectors(
+        objects.ra[pair_object], objects.dec[pair_object]
+    )
+    east = np.stack([-np.sin(ra), np.cos(ra), np.zeros_like(ra)], axis=-1)
+    north = np.stack([-np.sin(dec) * np.cos(ra), -np.sin(dec) * np.sin(ra), np.cos(dec)], axis=-1)
+    to_arcsec = np.degrees(ARCSEC_PER_DEG)
+    return np.sum(apart * east, axis=-1) * to_arcsec, np.sum(apart * north, axis=-1) * to_arcsec
 
 
 def _scores(

@@ -50,7 +50,8 @@ def band_statistics(detections: LightCurves, forced: LightCurves) -> dict[str, n
 
     Weighted mean ``sum(f / e^2) / sum(1 / e^2)`` with error ``sqrt(1 / sum(1 / e^2))`` over the rows
     with finite flux and positive error; sample standard deviation (one degree of freedom lost);
-    largest ``dF/dt`` between neighbours in time (nJy / day, signed, equal times left out).
+    largest ``dF/dt`` between neighbours in time (nJy / day, signed, equal times left out). Scatter,
+    extremes and rise are over all finite fluxes, the mean error over all finite errors.
 
     Returns
     -------
@@ -101,12 +102,14 @@ def band_statistics(detections: LightCurves, forced: LightCurves) -> dict[str, n
 
 
 def mean_positions(offsets: np.ndarray, ra_deg: np.ndarray, dec_deg: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Unweighted mean direction of each object's detections, in degrees; every object needs a row."""
+    """Unweighted mean direction of each object's detections, RA in [0, 360); every object needs a row."""
     ra, dec = np.radians(ra_deg), np.radians(dec_deg)
     x = np.add.reduceat(np.cos(dec) * np.cos(ra), offsets[:-1])
     y = np.add.reduceat(np.cos(dec) * np.sin(ra), offsets[:-1])
     z = np.add.reduceat(np.sin(dec), offsets[:-1])
-    return np.degrees(np.arctan2(y, x)) % 360.0, np.degrees(np.arctan2(z, np.hypot(x, y)))
+    mean_ra = np.degrees(np.arctan2(y, x)) % 360.0
+    # The remainder of a tiny negative angle rounds to 360 itself.
+    return np.where(mean_ra < 360.0, mean_ra, 0.0), np.degrees(np.arctan2(z, np.hypot(x, y)))
 
 
 @njit(cache=True)

@@ -315,13 +315,13 @@ def _centre_elongated(
         inside = (centred[0] >= detections.x0[chosen]) & (centred[0] < detections.x1[chosen])
         inside &= (centred[1] >= detections.y0[chosen]) & (centred[1] < detections.y1[chosen])
     moved = chosen[inside]
-    columns = [column.copy() for column in peak_fits]
-    for column, values in zip(columns[:5], centred[:5, inside], strict=True):
-        column[moved] = values
-    columns[5][moved] = False
+    fitted = np.stack(peak_fits[:5])
+    fitted[:, moved] = centred[:5, inside]
+    flag = peak_fits.flag.copy()
+    flag[moved] = False
     trail_shapes = np.full((3, xx.size), np.nan)
     trail_shapes[:, moved] = centred[5:, inside]
-    return Centroids(*columns), trail_shapes
+    return Centroids(fitted[0], fitted[1], fitted[2], fitted[3], fitted[4], flag), trail_shapes
 
 
 def psf_moments(psf: ArrayLike) -> tuple[float, float, float]:
@@ -348,7 +348,12 @@ def psf_moments(psf: ArrayLike) -> tuple[float, float, float]:
 
 
 def mask_flags(
-    mask: ArrayLike, bits: Mapping[str, int], x: ArrayLike, y: ArrayLike, detections: Detections
+    mask: ArrayLike,
+    bits: Mapping[str, int],
+    x: ArrayLike,
+    y: ArrayLike,
+    detections: Detections,
+    radius_pix: int = FLAG_RADIUS_PIX,
 ) -> MaskFlags:
     """Tell which mask planes each source meets.
 
@@ -358,11 +363,12 @@ def mask_flags(
     bits : bit number of each plane, 0 to 31
     x, y : (n,) centroids in pixels, finite
     detections : the sources' bounding boxes
+    radius_pix : how far around the centroid `anywhere` looks at least, >= 0
 
     Returns
     -------
     MaskFlags
-        `anywhere`: a pixel with that bit lies in the footprint's bounding box or within 3 pixels of the centroid;
+        `anywhere`: a pixel with that bit lies in the footprint's bounding box or within `radius_pix` of the centroid;
         `centre`: one lies in the 3 x 3 pixels around the centroid. Pixels beyond the border have no bits.
     """
     planes = np.ascontiguousarray(mask, dtype=np.int64)
@@ -370,10 +376,10 @@ def mask_flags(
     y_pix = np.floor(np.asarray(y, dtype=np.float64) + 0.5).astype(np.int64)
     wide = np.stack(
         [
-            np.minimum(detections.y0, y_pix - FLAG_RADIUS_PIX),
-            np.maximum(detections.y1, y_pix + FLAG_RADIUS_PIX + 1),
-            np.minimum(detections.x0, x_pix - FLAG_RADIUS_PIX),
-            np.maximum(detections.x1, x_pix + FLAG_RADIUS_PIX + 1),
+            np.minimum(detections.y0, y_pix - radius_pix),
+            np.maximum(detections.y1, y_pix + radius_pix + 1),
+            np.minimum(detections.x0, x_pix - radius_pix),
+            np.maximum(detections.x1, x_pix + radius_pix + 1),
         ]
     )
     near = np.stack(

@@ -16,7 +16,8 @@ MIN_PSF_STARS = 5
 _DETECTION_SIGMA = 5.0
 _MIN_AREA_PIX = 5
 _CORE_BOX_PIX = 5  # no bad pixel may lie in the box of this side around a star's peak
-_MAX_ELLIPTICITY = 0.3
+_MAX_ELLIPTICITY, _ELLIPTICITY_MARGIN = 0.3, 0.1
+_BRIGHT_PART, _LEAST_BRIGHT = 0.25, 40  # sizes are isophotal: too small for faint stars, which rule a crowded field
 _MIN_HALF_LIGHT_PIX = 0.8  # sharper things are cosmic rays and hot pixels
 _LOCUS_HALF_WIDTH = 0.12  # of the stars' half-light radius; holds a PSF that changes by +-10 %
 _NEIGHBOUR_FLUX_RATIO = 0.05
@@ -126,7 +127,8 @@ def estimate_psf(
 ) -> PsfEstimate:
     """Stack bright, isolated, unsaturated stars to a mean PSF.
 
-    Stars are the sources of the most frequent size (half-sample mode of the half-light radius). Each is centred
+    Stars are, of the brightest quarter, the sources of the most frequent size (half-sample mode of the half-light
+    radius). Each is centred
     by a Gaussian-weighted centroid and a sub-pixel shift. Then, three times: flux by least squares with the
     current PSF, weighted mean of the normalised stamps with pixels beyond 4 sigma left out. Beyond 1.5 FWHM the
     mean of a ring stands for its pixels.
@@ -207,9 +209,13 @@ def _choose_stars(
     margin = half_width_pix + HALF_TAPS + 1
     inside = (np.minimum(sources.x, sources.y) >= margin) & (sources.x < shape[1] - margin)
     inside &= sources.y < shape[0] - margin
-    round_enough = (sources.ellipticity < _MAX_ELLIPTICITY) & (sources.half_light_radius_pix > _MIN_HALF_LIGHT_PIX)
-    candidates = np.flatnonzero(sources.clean & inside & round_enough & (sources.snr >= min_snr))
-    evidence = f"{len(sources.x)} sources, {len(candidates)} round, clean and above S/N {min_snr:g}"
+    sized = (sources.half_light_radius_pix > _MIN_HALF_LIGHT_PIX) & (sources.snr >= min_snr)
+    candidates = np.flatnonzero(sources.clean & inside & sized)
+    candidates = candidates[: max(int(_BRIGHT_PART * len(candidates)), _LEAST_BRIGHT)]
+    typical = float(np.median(sources.ellipticity[candidates])) if len(candidates) else 0.0
+    round_enough = max(_MAX_ELLIPTICITY, typical + _ELLIPTICITY_MARGIN)  # a guiding error is no reason to have no PSF
+    candidates = candidates[sources.ellipticity[candidates] < round_enough]
+    evidence = f"{len(sources.x)} sources, {len(candidates)} bright, round, clean and above S/N {min_snr:g}"
     if len(candidates) < MIN_PSF_STARS:
         raise PsfEstimationError(f"too few stars for a PSF: {evidence}; {MIN_PSF_STARS} are needed")
     half_light = _half_sample_mode(sources.half_light_radius_pix[candidates])

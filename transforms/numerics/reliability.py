@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-RELIABILITY_VERSION = "rules-1"
+RELIABILITY_VERSION = "rules-2"
 
 _CLEAN = 4.0  # logit of a clean source: 0.982
 _FAINT_SNR = 7.0  # below it chance and the number of pixels make every detection less certain
@@ -23,6 +23,7 @@ _SHARP_RATIO, _SHARP_WEIGHT = 0.6, 5.0  # second moment below 0.6 of the PSF's: 
 _OPPOSITE_NOISE_SNR = 2.5  # the other sign seldom exceeds this by noise alone
 _OPPOSITE_FLOOR, _OPPOSITE_FULL, _OPPOSITE_WEIGHT = 0.2, 0.6, 6.0  # LSST's dipole has lobes of at least 0.54
 _MASKED_FLOOR, _MASKED_WEIGHT = 0.1, 6.0  # part of the PSF's weight lost to masks
+_SATURATED_WEIGHT = 5.0  # a clean source at the rim of a saturated core scores 0.27: it can't be told from a residual
 _STAR_FRACTION, _STAR_WEIGHT = 0.05, 4.0  # per factor of ten below 5 % of the star underneath
 
 
@@ -38,6 +39,7 @@ def score(
     opposite_snr: ArrayLike,
     good_weight: ArrayLike,
     star_flux: ArrayLike,
+    near_saturated: ArrayLike,
     noise_ratio: float,
 ) -> NDArray[np.float32]:
     """Score how reliably each detection is a real, point-like change: 0 not at all, 1 surely.
@@ -55,6 +57,7 @@ def score(
     opposite_snr : largest significance of the other sign near the footprint, >= 0
     good_weight : part of the PSF's weight on usable pixels, in [0, 1]
     star_flux : flux of the star that stands at the same place in science or template, >= 0
+    near_saturated : bool, a pixel saturated in science or template lies within reach of the PSF
     noise_ratio : of `significance_map`: true noise over what the variance plane says; 1 stands in for 0 and NaN
 
     Returns
@@ -65,9 +68,10 @@ def score(
     -----
     Penalties: faintness below S/N 7; misfit, the part of the source's (S/N)^2 that the PSF leaves in the core beyond
     2 sigma of chi2 noise (a flux of S/N s in a single pixel leaves about s^2 (1/q - 1), q = P0^2 / sum(P^2)); peak
-    excess; sharpness; a lobe of the other sign; masked weight; and the contrast to a star underneath when the change
-    is below 5 % of it. Tested on simulated stamps: clean point sources of either sign above 0.9 at S/N 8, one-pixel
-    cosmic rays below 0.1, symmetric dipoles below 0.3, trails as long as the FWHM above 0.5.
+    excess; sharpness; a lobe of the other sign; masked weight; saturation next to it, where neither image is linear;
+    and the contrast to a star underneath when the change is below 5 % of it. Tested on simulated stamps: clean point
+    sources of either sign above 0.9 at S/N 8, one-pixel cosmic rays below 0.1, symmetric dipoles below 0.3, trails up
+    to 8 FWHM long above 0.5.
     """
     significance, flux, flux_err, chi2 = _columns(snr, psf_flux, psf_flux_err, core_chi2)
     n_pixels, excess, size, opposite = _columns(core_n_pixels, peak_excess, size_ratio, opposite_snr)
@@ -84,6 +88,7 @@ def score(
         lobe = np.maximum(0.0, opposite - _OPPOSITE_NOISE_SNR) / np.maximum(significance - _OPPOSITE_NOISE_SNR, 1.0)
         penalty += _OPPOSITE_WEIGHT * np.clip((lobe - _OPPOSITE_FLOOR) / (_OPPOSITE_FULL - _OPPOSITE_FLOOR), 0.0, 1.0)
         penalty += _MASKED_WEIGHT * np.maximum(0.0, 1.0 - weight - _MASKED_FLOOR)
+        penalty += _SATURATED_WEIGHT * np.asarray(near_saturated, dtype=np.float64)
         contrast = np.log10(_STAR_FRACTION * star / np.abs(flux))
         penalty += _STAR_WEIGHT * np.maximum(0.0, contrast)
         reliability = 1.0 / (1.0 + np.exp(penalty - _CLEAN))

@@ -1,0 +1,194 @@
+"""Runs the chain on an embedded Flink: one Java process beside this one, with job server and mini-cluster.
+
+It is started for one run, on ports of its own, and ends with it. The Python stages run as threads of
+this process (Beam's LOOPBACK), so `--kafka embedded` works as it does on the local runner.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import re
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import apache_beam as beam
+from apache_beam.options.pipeline_options import FlinkRunnerOptions, PipelineOptions
+from apache_beam.portability.api import beam_job_api_pb2
+from apache_beam.runners.portability.job_server import ExternalJobServer
+from apache_beam.runners.portability.portable_runner import PortableRunner
+
+from pipelines.alert_production import AlertProduction
+from runners.flink_setup import FlinkSettings, FlinkSetupError, jar_versions, java_command, load_flink_settings
+from runners.local import BeamOptionsError, Run, quiet_beam
+
+_START_PATIENCE_S = 60.0
+_STOP_PATIENCE_S = 15.0
+_STARTED = re.compile(r"JobService started on (\S+:\d+)")
+# Left alone, the mini-cluster's blob server would listen on all interfaces.
+_FLINK_CONFIG = "jobmanager.bind-host: 127.0.0.1\ntaskmanager.bind-host: 127.0.0.1\nrest.bind-address: 127.0.0.1\n"
+_JAVA_OPTIONS = (
+    # Flink's serializers look into these by reflection.
+    "--add-opens=java.base/java.util=ALL-UNNAMED",
+    "--add-opens=java.base/java.lang=ALL-UNNAMED",
+    "-Dorg.slf4j.simpleLogger.defaultLogLevel=warn",
+    "-Dorg.slf4j.simpleLogger.log.org.apache.beam.runners.jobsubmission=info",
+)
+# Java lives as long as the standard input of this script stays open: it ends with us even when we are killed.
+_END_WITH_PARENT = """
+exec 3<&0
+"$@" </dev/null & java=$!
+( cat <&3 >/dev/null; kill "$java" 2>/dev/null ) & watcher=$!
+exec 3<&-
+wait "$java"; code=$?
+kill "$watcher" 2>/dev/null
+exit "$code"
+"""
+
+
+@contextlib.contextmanager
+def flink_engine(arguments: tuple[str, ...], announce: Callable[[str], None]) -> Iterator[Run]:
+    """Start an embedded Flink for as long as the `with` block lasts.
+
+    Parameters
+    ----------
+    arguments : options of Beam and of its Flink runner, over those of the shipped `flink.yaml`
+    announce : told which line of versions runs
+
+    Yields
+    ------
+    Run
+        Runs the chain to the end of its input; RuntimeError when the job failed.
+
+    Raises
+    ------
+    FlinkSetupError
+        Java or the job server is missing, is of another Flink than asked for, or did not start.
+    BeamOptionsError
+        An option that neither Beam nor its Flink runner knows.
+    """
+    settings = load_flink_settings()
+    arguments = (*_shipped_arguments(settings), *arguments)
+    with quiet_beam():
+        chosen = PipelineOptions(list(arguments)).view_as(FlinkRunnerOptions)
+    jar = Path(chosen.flink_job_server_jar)
+    versions = jar_versions(jar)
+    if versions.flink_version not in ("", chosen.flink_version):
+        raise FlinkSetupError(
+            f"{jar} is for Flink {versions.flink_version}, asked for is Flink {chosen.flink_version}: "
+            "make or name one of that version"
+        )
+    java = java_command()
+    with _job_server(java, jar, settings.heap_mb, chosen.flink_master) as endpoint:
+        options = [*arguments, f"--job_endpoint={endpoint}"]
+        _check_options(options, endpoint)
+        announce(f"{versions}, master {chosen.flink_master}, job server {jar}")
+
+        def run(production: AlertProduction) -> None:
+            with quiet_beam():
+                flow = beam.Pipeline(runner=PortableRunner(), options=PipelineOptions(options))
+                replace(production, spread=True).build(flow)
+                flow.run().wait_until_finish()
+
+        yield run
+
+
+def _shipped_arguments(settings: FlinkSettings) -> tuple[str, ...]:
+    return (
+        "--flink_master=[local]",
+        f"--flink_version={settings.flink_version}",
+        f"--flink_job_server_jar={settings.jar}",
+        "--environment_type=LOOPBACK",
+        "--streaming",
+        f"--parallelism={settings.parallelism}",
+        f"--max_bundle_time_mills={settings.max_bundle_time_ms}",
+        f"--max_bundle_size={settings.max_bundle_size}",
+    )
+
+
+def _check_options(arguments: list[str], endpoint: str) -> None:
+    """BeamOptionsError for an option that neither Python's nor Java's side of Beam knows."""
+    described = (
+        ExternalJobServer(endpoint, _START_PATIENCE_S)
+        .start()
+        .DescribePipelineOptions(beam_job_api_pb2.DescribePipelineOptionsRequest(), timeout=_START_PATIENCE_S)
+    )
+    flags = {option.name for option in described.options if option.type == beam_job_api_pb2.PipelineOptionType.BOOLEAN}
+
+    def add_java_options(parser: argparse.ArgumentParser) -> None:
+        for option in described.options:
+            with contextlib.suppress(argparse.ArgumentError):  # one that Python's side knows as well
+                parser.add_argument(f"--{option.name}", action="store_true" if option.name in flags else "store")
+
+    options = PipelineOptions(arguments)
+    with quiet_beam(), contextlib.redirect_stderr(io.StringIO()) as said:
+        try:
+            known = options.get_all_options(add_extra_args_fn=add_java_options)
+            given = options.get_all_options(add_extra_args_fn=add_java_options, retain_unknown_options=True)
+        except SystemExit as error:  # argparse ends the program
+            raise BeamOptionsError(f"Apache Beam: {said.getvalue().rpartition('error: ')[2].strip()}") from error
+    unknown = sorted(given.keys() - known.keys())
+    if unknown:
+        raise BeamOptionsError(f"unexpected {', '.join(unknown)}: only options of Apache Beam follow `--`")
+
+
+@contextlib.contextmanager
+def _job_server(java: Path, jar: Path, heap_mb: int, master: str) -> Iterator[str]:
+    """Beam's job server, from the first line of its log to its end; its address."""
+    with tempfile.TemporaryDirectory(prefix="nightstream-flink-") as name:
+        folder = Path(name)
+        (folder / "flink-conf.yaml").write_text(_FLINK_CONFIG, encoding="utf-8")
+        log = folder / "job-server.log"
+        command = [
+            str(java),
+            f"-Xmx{heap_mb}m",
+            f"-Djava.io.tmpdir={folder}",
+            *_JAVA_OPTIONS,
+            "-jar",
+            str(jar),
+            "--job-host=localhost",
+            "--job-port=0",
+            "--artifact-port=0",
+            "--expansion-port=-1",
+            f"--flink-master={master}",
+            f"--flink-conf-dir={folder}",
+            f"--artifacts-dir={folder / 'artifacts'}",
+        ]
+        with log.open("wb") as stream:
+            process = subprocess.Popen(
+                ["/bin/sh", "-c", _END_WITH_PARENT, "job-server", *command],
+                stdin=subprocess.PIPE,
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+            )
+        try:
+            yield _address(process, log)
+        finally:
+            _stop(process)
+
+
+def _address(process: subprocess.Popen[bytes], log: Path) -> str:
+    deadline = time.monotonic() + _START_PATIENCE_S
+    while True:
+        said = log.read_text("utf-8", "replace")
+        if match := _STARTED.search(said):
+            return match[1]
+        if process.poll() is not None or time.monotonic() > deadline:
+            how = "did not start in time" if process.poll() is None else f"ended with exit code {process.returncode}"
+            raise FlinkSetupError(f"the Flink job server {how}: {' / '.join(said.splitlines()[-3:]) or 'no output'}")
+        time.sleep(0.1)
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    if process.stdin is not None:
+        process.stdin.close()
+    try:
+        process.wait(_STOP_PATIENCE_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
