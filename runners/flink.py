@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import io
 import re
 import subprocess
 import tempfile
@@ -18,14 +17,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import apache_beam as beam
-from apache_beam.options.pipeline_options import FlinkRunnerOptions, PipelineOptions
+from apache_beam.options.pipeline_options import FlinkRunnerOptions
 from apache_beam.portability.api import beam_job_api_pb2
 from apache_beam.runners.portability.job_server import ExternalJobServer
 from apache_beam.runners.portability.portable_runner import PortableRunner
 
 from pipelines.alert_production import AlertProduction
 from runners.flink_setup import FlinkSettings, FlinkSetupError, jar_versions, java_command, load_flink_settings
-from runners.local import BeamOptionsError, Run, quiet_beam
+from runners.local import Run, beam_options, parsed_options, quiet_beam
 
 _START_PATIENCE_S = 60.0
 _STOP_PATIENCE_S = 15.0
@@ -73,9 +72,7 @@ def flink_engine(arguments: tuple[str, ...], announce: Callable[[str], None]) ->
         An option that neither Beam nor its Flink runner knows.
     """
     settings = load_flink_settings()
-    arguments = (*_shipped_arguments(settings), *arguments)
-    with quiet_beam():
-        chosen = PipelineOptions(list(arguments)).view_as(FlinkRunnerOptions)
+    chosen = parsed_options(_with_shipped(settings, arguments)).view_as(FlinkRunnerOptions)
     jar = Path(chosen.flink_job_server_jar)
     versions = jar_versions(jar)
     if versions.flink_version not in ("", chosen.flink_version):
@@ -85,20 +82,20 @@ def flink_engine(arguments: tuple[str, ...], announce: Callable[[str], None]) ->
         )
     java = java_command()
     with _job_server(java, jar, settings.heap_mb, chosen.flink_master) as endpoint:
-        options = [*arguments, f"--job_endpoint={endpoint}"]
-        _check_options(options, endpoint)
+        given = (*_with_shipped(settings, arguments), f"--job_endpoint={endpoint}")
+        options = beam_options(given, _java_options(endpoint))
         announce(f"{versions}, master {chosen.flink_master}, job server {jar}")
 
         def run(production: AlertProduction) -> None:
             with quiet_beam():
-                flow = beam.Pipeline(runner=PortableRunner(), options=PipelineOptions(options))
+                flow = beam.Pipeline(runner=PortableRunner(), options=options)
                 replace(production, spread=True).build(flow)
                 flow.run().wait_until_finish()
 
         yield run
 
 
-def _shipped_arguments(settings: FlinkSettings) -> tuple[str, ...]:
+def _with_shipped(settings: FlinkSettings, arguments: tuple[str, ...]) -> tuple[str, ...]:
     return (
         "--flink_master=[local]",
         f"--flink_version={settings.flink_version}",
@@ -108,33 +105,23 @@ def _shipped_arguments(settings: FlinkSettings) -> tuple[str, ...]:
         f"--parallelism={settings.parallelism}",
         f"--max_bundle_time_mills={settings.max_bundle_time_ms}",
         f"--max_bundle_size={settings.max_bundle_size}",
+        *arguments,
     )
 
 
-def _check_options(arguments: list[str], endpoint: str) -> None:
-    """BeamOptionsError for an option that neither Python's nor Java's side of Beam knows."""
-    described = (
-        ExternalJobServer(endpoint, _START_PATIENCE_S)
-        .start()
-        .DescribePipelineOptions(beam_job_api_pb2.DescribePipelineOptionsRequest(), timeout=_START_PATIENCE_S)
-    )
-    flags = {option.name for option in described.options if option.type == beam_job_api_pb2.PipelineOptionType.BOOLEAN}
+def _java_options(endpoint: str) -> Callable[[argparse.ArgumentParser], None]:
+    """Adds to a parser the options that the job server names: those of the Flink runner are known to Java only."""
+    server = ExternalJobServer(endpoint, _START_PATIENCE_S).start()
+    request = beam_job_api_pb2.DescribePipelineOptionsRequest()
+    described = server.DescribePipelineOptions(request, timeout=_START_PATIENCE_S).options
 
-    def add_java_options(parser: argparse.ArgumentParser) -> None:
-        for option in described.options:
+    def add(parser: argparse.ArgumentParser) -> None:
+        for option in described:
+            is_flag = option.type == beam_job_api_pb2.PipelineOptionType.BOOLEAN
             with contextlib.suppress(argparse.ArgumentError):  # one that Python's side knows as well
-                parser.add_argument(f"--{option.name}", action="store_true" if option.name in flags else "store")
+                parser.add_argument(f"--{option.name}", action="store_true" if is_flag else "store")
 
-    options = PipelineOptions(arguments)
-    with quiet_beam(), contextlib.redirect_stderr(io.StringIO()) as said:
-        try:
-            known = options.get_all_options(add_extra_args_fn=add_java_options)
-            given = options.get_all_options(add_extra_args_fn=add_java_options, retain_unknown_options=True)
-        except SystemExit as error:  # argparse ends the program
-            raise BeamOptionsError(f"Apache Beam: {said.getvalue().rpartition('error: ')[2].strip()}") from error
-    unknown = sorted(given.keys() - known.keys())
-    if unknown:
-        raise BeamOptionsError(f"unexpected {', '.join(unknown)}: only options of Apache Beam follow `--`")
+    return add
 
 
 @contextlib.contextmanager

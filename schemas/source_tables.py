@@ -83,7 +83,8 @@ def read_source_table(path: Path) -> SourceTable:
     records = take_records(records, order)
     kept, problems = _usable(records)
     if null.any():
-        problems.append(ManifestProblem(0, None, None, "NullKey", f"{null.sum()} rows without id, visit, time or place"))
+        reason = f"{null.sum()} rows without id, visit, time or place"
+        problems.append(ManifestProblem(0, None, None, "NullKey", reason))
     records = take_records(records, kept)
     return SourceTable(records, Manifest(_visits(records), tuple(problems)), radius)
 

@@ -29,8 +29,9 @@ class CutoutResult(NamedTuple):
 class EncodeCutouts(beam.PTransform):
     """Write the cutouts of an exposure's sources to the cutout store, where packaging finds them.
 
-    Input and output `good`: DetectedSources, and after each the part that says it was processed;
-    `failed`: exposures whose cutouts could not be made (their alerts go without). Order: as it comes; a duplicate writes nothing new. No state.
+    Input and output `good`: DetectedSources, and after each the VisitPart that says it was processed;
+    `failed`: exposures whose cutouts could not be made (their alerts go without). Order: as it comes; a
+    duplicate writes nothing new. No state.
     """
 
     def __init__(self, folder: str) -> None:

@@ -285,7 +285,7 @@ def _replaced(objects: np.ndarray, updated: np.ndarray) -> np.ndarray:
 def _by_object(rows: np.ndarray, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Rows of the given (sorted) objects by (object, time, id) and their (n + 1,) offsets."""
     own = take_records(rows, np.isin(rows["diaObjectId"], ids))
-    identifier = own["diaSourceId"] if "diaSourceId" in own.dtype.names else own["diaForcedSourceId"]
+    identifier = own["diaSourceId" if own.dtype == DIA_SOURCE else "diaForcedSourceId"]
     own = take_records(own, np.lexsort((identifier, own["midpointMjdTai"], own["diaObjectId"])))
     offsets = np.append(np.searchsorted(own["diaObjectId"], ids), len(own)).astype(np.int64)
     return own, offsets

@@ -209,16 +209,18 @@ def _read_frame(path: Path) -> _Frame:
     gain = _card(header, "GAIN")
     if gain <= 0:
         raise RefusedInput(f"GAIN must be positive, got {gain}")
+    read_noise_e = _card(header, "RDNOISE")
     start_mjd_utc = _card(header, "MJD-OBS")
     tai_of_utc_mjd(start_mjd_utc)
     dec_deg = _card(header, "DEC_OBS")
     if not -90 <= dec_deg <= 90:
         raise RefusedInput(f"DEC_OBS {dec_deg} is outside [-90, 90]")
+    saturated = _saturated_pixels(pixels, gain, read_noise_e)
     return _Frame(
         name=path.name,
         pixels=pixels,
         gain=gain,
-        read_noise_e=_card(header, "RDNOISE"),
+        read_noise_e=read_noise_e,
         ra_deg=_card(header, "RA_OBS") % 360.0,
         dec_deg=dec_deg,
         band=BANDS_OF_FILTERS[filters],
@@ -226,7 +228,7 @@ def _read_frame(path: Path) -> _Frame:
         target=str(header.get("OBJECT", "")).strip() or "unknown",
         start_mjd_utc=start_mjd_utc,
         exposure_time_s=exposure_time_s,
-        saturated=_saturated_pixels(pixels),
+        saturated=saturated,
     )
 
 
@@ -237,22 +239,24 @@ def _card(header: fits.Header, name: str) -> float:
     return float(value)
 
 
-def _saturated_pixels(pixels: NDArray[np.float32]) -> NDArray[np.bool_]:
+def _saturated_pixels(pixels: NDArray[np.float32], gain: float, read_noise_e: float) -> NDArray[np.bool_]:
     """Saturated cores, grown by 2 pixels, and the charge that bleeds from them along rows."""
     cores = pixels >= SATURATION_ADU
-    saturated = ndimage.binary_dilation(cores, np.ones((3, 3), dtype=bool), iterations=_SATURATION_GROWTH_PIX)
+    growth = _SATURATION_GROWTH_PIX
+    saturated = ndimage.binary_dilation(cores, np.ones((3, 3), dtype=bool), iterations=growth)
     if not cores.any():
         return np.asarray(cores)
-    offset = _BLEED_OFFSET_PIX
-    padded = np.pad(pixels, ((offset, offset), (0, 0)), mode="edge")
     # a bleeding row is brighter than the rows on both sides of it
-    excess = pixels - np.maximum(padded[: -2 * offset], padded[2 * offset :])
-    noise = 1.4826 * np.median(np.abs(pixels - np.median(pixels)))
-    runs = ndimage.uniform_filter1d(excess, _BLEED_GAP_PIX, axis=1) > _BLEED_SIGMA * noise / np.sqrt(_BLEED_GAP_PIX)
-    for row, column in np.argwhere(saturated & (ndimage.maximum_filter1d(cores, 3, axis=0))):
+    padded = np.pad(pixels, ((_BLEED_OFFSET_PIX, _BLEED_OFFSET_PIX), (0, 0)), mode="edge")
+    above, below = padded[: -2 * _BLEED_OFFSET_PIX], padded[2 * _BLEED_OFFSET_PIX :]
+    excess = ndimage.uniform_filter1d(pixels - np.maximum(above, below), _BLEED_GAP_PIX, axis=1)
+    sky_electrons = max(float(np.nanmedian(pixels)) * gain, 0.0)
+    noise = np.sqrt((sky_electrons + read_noise_e**2) / _BLEED_GAP_PIX) / gain
+    bleeds = excess > _BLEED_SIGMA * noise
+    for row, column in np.argwhere(saturated & ndimage.maximum_filter(cores, (3, 2 * growth + 1))):
         for step in (-1, 1):
             x = column + step
-            while 0 <= x < pixels.shape[1] and not saturated[row, x] and runs[row, x]:
+            while 0 <= x < pixels.shape[1] and not saturated[row, x] and bleeds[row, x]:
                 saturated[row, x] = True
                 x += step
     return np.asarray(saturated)
