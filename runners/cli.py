@@ -122,7 +122,7 @@ def produce(
     from runners.local import BeamOptionsError, HistoryError, OutputFolderError, ProduceRequest
     from runners.local import produce as run_produce
     from runners.progress import VisitProgress
-    from schemas.manifests import ManifestError
+    from schemas.manifests import ManifestError, night_folder
 
     console = Console(stderr=True)
     if kafka not in ("none", "embedded") and not _is_address(kafka):
@@ -162,13 +162,13 @@ def produce(
         raise _BadUsage(str(error)) from error
     except (ManifestError, KafkaUnreachableError) as error:
         raise _Failure(str(error)) from error
-    except RuntimeError as error:
-        raise _Failure(f"the run failed: {_last_line(error)}; run the same command again to resume") from error
+    except (RuntimeError, OSError) as error:
+        raise _Failure(f"the run failed: {_in_short(error)}; run the same command again to resume") from error
     for name, receipt in result.receipts.items():
         if receipt.first_problem is not None:
             console.print(f"reader of {name}: {receipt.first_problem}", markup=False)
     received = {name: receipt.received for name, receipt in result.receipts.items()}
-    _tell(night, out, result.seconds, received, as_json=as_json, quiet=quiet, console=console)
+    _tell(night_folder(night), out, result.seconds, received, as_json=as_json, quiet=quiet, console=console)
 
 
 def _tell(
@@ -182,15 +182,18 @@ def _tell(
     console: Console,
 ) -> None:
     from runners.report import write_report
-    from runners.summary import json_summary, print_summary, recovered, summarise
+    from runners.summary import UnreadableOutputError, json_summary, print_summary, recovered, summarise
 
     summary = summarise(out)
-    write_report(out, night)
-    if not quiet:
-        where = console if as_json else Console()
-        print_summary(
-            where, summary, out=out, seconds=seconds, recovery=recovered(night, out), received=received or None
-        )
+    try:
+        write_report(out, night)
+        if not quiet:
+            where = console if as_json else Console()
+            print_summary(
+                where, summary, out=out, seconds=seconds, recovery=recovered(night, out), received=received or None
+            )
+    except (UnreadableOutputError, OSError) as error:  # the alerts are out: their report is not what a run is for
+        console.print(f"the run is complete, its report is not: {error}", markup=False)
     if as_json:
         click.echo(json.dumps(json_summary(summary, seconds)))
 
@@ -311,7 +314,7 @@ def _is_address(text: str) -> bool:
     return bool(host) and port.isdigit() and 0 < int(port) < 65536
 
 
-def _last_line(error: BaseException) -> str:
+def _in_short(error: BaseException) -> str:
     """What went wrong first, without the runner's frames."""
     text = " ".join(str(error).split())
     return text if len(text) <= 500 else text[:500] + " ..."

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import logging
 import re
 import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import apache_beam as beam
@@ -72,6 +73,7 @@ def flink_engine(arguments: tuple[str, ...], announce: Callable[[str], None]) ->
         An option that neither Beam nor its Flink runner knows.
     """
     settings = load_flink_settings()
+    parsed_options(arguments)  # by themselves, so that what is no option at all is seen
     chosen = parsed_options(_with_shipped(settings, arguments)).view_as(FlinkRunnerOptions)
     jar = Path(chosen.flink_job_server_jar)
     versions = jar_versions(jar)
@@ -81,16 +83,19 @@ def flink_engine(arguments: tuple[str, ...], announce: Callable[[str], None]) ->
             "make or name one of that version"
         )
     java = java_command()
-    with _job_server(java, jar, settings.heap_mb, chosen.flink_master) as endpoint:
-        given = (*_with_shipped(settings, arguments), f"--job_endpoint={endpoint}")
-        options = beam_options(given, _java_options(endpoint))
+    with _job_server(java, jar, settings.heap_mb, chosen.flink_master) as server:
+        given = (*_with_shipped(settings, arguments), f"--job_endpoint={server.endpoint}")
+        options = beam_options(given, _java_options(server.endpoint))
         announce(f"{versions}, master {chosen.flink_master}, job server {jar}")
 
         def run(production: AlertProduction) -> None:
-            with quiet_beam():
-                flow = beam.Pipeline(runner=PortableRunner(), options=options)
-                replace(production, spread=True).build(flow)
-                flow.run().wait_until_finish()
+            flow = beam.Pipeline(runner=PortableRunner(), options=options)
+            replace(production, spread=True).build(flow)
+            with quiet_beam(), _quiet_job_messages():
+                try:
+                    flow.run().wait_until_finish()
+                except Exception as error:  # also gRPC's own, when the job server is gone
+                    raise RuntimeError(_reason(error, server)) from error
 
         yield run
 
@@ -125,8 +130,42 @@ def _java_options(endpoint: str) -> Callable[[argparse.ArgumentParser], None]:
 
 
 @contextlib.contextmanager
-def _job_server(java: Path, jar: Path, heap_mb: int, master: str) -> Iterator[str]:
-    """Beam's job server, from the first line of its log to its end; its address."""
+def _quiet_job_messages() -> Iterator[None]:
+    """Why a job failed comes back as an exception; Beam also writes it to the root logger itself."""
+
+    def drop(record: logging.LogRecord) -> bool:
+        return False
+
+    logging.root.addFilter(drop)
+    try:
+        yield
+    finally:
+        logging.root.removeFilter(drop)
+
+
+@dataclass(frozen=True)
+class _JobServer:
+    endpoint: str
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    def last_words(self) -> str:
+        return " / ".join(self.log.read_text("utf-8", "replace").splitlines()[-3:]) or "no output"
+
+
+def _reason(error: Exception, server: _JobServer) -> str:
+    """What went wrong, without the frames of Python and Java around it."""
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        code = server.process.wait(0.5)
+        return f"the Flink job server ended with exit code {code}: {server.last_words()}"
+    lines = [line.strip() for line in str(error).splitlines()]
+    told = [line for line in lines if line and not line.startswith("at ")]
+    return told[-1] if told else type(error).__name__
+
+
+@contextlib.contextmanager
+def _job_server(java: Path, jar: Path, heap_mb: int, master: str) -> Iterator[_JobServer]:
+    """Beam's job server from when it answers to the end of the block."""
     with tempfile.TemporaryDirectory(prefix="nightstream-flink-") as name:
         folder = Path(name)
         (folder / "flink-conf.yaml").write_text(_FLINK_CONFIG, encoding="utf-8")
@@ -153,21 +192,22 @@ def _job_server(java: Path, jar: Path, heap_mb: int, master: str) -> Iterator[st
                 stdout=stream,
                 stderr=subprocess.STDOUT,
             )
+        server = _JobServer("", process, log)
         try:
-            yield _address(process, log)
+            yield replace(server, endpoint=_endpoint(server))
         finally:
             _stop(process)
 
 
-def _address(process: subprocess.Popen[bytes], log: Path) -> str:
+def _endpoint(server: _JobServer) -> str:
     deadline = time.monotonic() + _START_PATIENCE_S
     while True:
-        said = log.read_text("utf-8", "replace")
-        if match := _STARTED.search(said):
+        if match := _STARTED.search(server.log.read_text("utf-8", "replace")):
             return match[1]
-        if process.poll() is not None or time.monotonic() > deadline:
-            how = "did not start in time" if process.poll() is None else f"ended with exit code {process.returncode}"
-            raise FlinkSetupError(f"the Flink job server {how}: {' / '.join(said.splitlines()[-3:]) or 'no output'}")
+        code = server.process.poll()
+        if code is not None or time.monotonic() > deadline:
+            how = "did not start in time" if code is None else f"ended with exit code {code}"
+            raise FlinkSetupError(f"the Flink job server {how}: {server.last_words()}")
         time.sleep(0.1)
 
 

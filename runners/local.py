@@ -266,7 +266,12 @@ def _run(request: ProduceRequest, bootstrap: str | None, ephemerides: str | None
     with _quiet_beam():
         flow = beam.Pipeline(runner=FnApiRunner(), options=options)
         production.build(flow)
-        flow.run().wait_until_finish()
+        try:
+            flow.run().wait_until_finish()
+        except RuntimeError:
+            raise
+        except Exception as error:  # Beam passes on whatever a worker raised
+            raise RuntimeError(f"{type(error).__name__}: {error}") from error
 
 
 @contextlib.contextmanager

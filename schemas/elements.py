@@ -131,6 +131,18 @@ class DetectedSources(FusedElement):
 
 
 @dataclass(frozen=True)
+class CatalogueSources(FusedElement):
+    """The diaSources of one exposure as a table has them, (n,) DIA_SOURCE sorted by diaSourceId; no pixels."""
+
+    visit: Visit
+    detector: int
+    dia_sources: np.ndarray
+
+    def nbytes(self) -> int:
+        return self.dia_sources.nbytes
+
+
+@dataclass(frozen=True)
 class AlertBatch(FusedElement):
     """The alerts of one sky cell and visit before packaging, as columns.
 

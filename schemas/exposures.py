@@ -7,9 +7,14 @@ image summing to 1. Pixels are converted to nJy on reading; mask planes to the f
 
 from __future__ import annotations
 
+import bz2
+import gzip
+import io
+import lzma
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from astropy.io import fits
@@ -41,6 +46,9 @@ J2000 = 2000.0
 MIN_SIDE_PIX = 32
 MIN_PSF_SIDE_PIX = 3
 MAX_ABS_MAG_ZERO = 60.0  # beyond, nJy no longer fit float32
+
+
+_UNPACKERS = {b"\x1f\x8b": gzip.decompress, b"BZh": bz2.decompress, b"\xfd7zXZ": lzma.decompress}
 
 
 class ExposureError(ValueError):
@@ -111,7 +119,7 @@ def read_exposure(path: str | Path) -> Exposure:
             # Values too large for float32 become infinite: pixels without data.
             with (
                 np.errstate(over="ignore", invalid="ignore"),
-                path.open("rb") as stream,  # astropy leaves it open when it fails half-way
+                _opened(path) as stream,  # astropy leaves a file open when it fails half-way
                 fits.open(stream, memmap=False, lazy_load_hdus=False) as hdus,
             ):
                 return _exposure_from_hdus(hdus, path.name)
@@ -119,6 +127,16 @@ def read_exposure(path: str | Path) -> Exposure:
         raise
     except Exception as error:  # astropy raises many kinds on broken bytes: all are one thing to us
         raise ExposureError(f"{path.name}: broken FITS file: {type(error).__name__}: {error}") from error
+
+
+def _opened(path: Path) -> BinaryIO:
+    """The file to read FITS from: unpacked here, as astropy takes a packed file cut short for a short one."""
+    with path.open("rb") as stream:
+        head = stream.read(8)
+    for magic, unpack in _UNPACKERS.items():
+        if head.startswith(magic):
+            return io.BytesIO(unpack(path.read_bytes()))
+    return path.open("rb")
 
 
 def _exposure_from_hdus(hdus: fits.HDUList, name: str) -> Exposure:

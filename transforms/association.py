@@ -21,9 +21,9 @@ from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
 from schemas.claim_check import ImageStore, StoredExposure
-from schemas.elements import DetectedSources, EarlierNights, FailureRecord, StageElement, VisitPart
+from schemas.elements import CatalogueSources, DetectedSources, EarlierNights, FailureRecord, StageElement, VisitPart
 from schemas.framing import pack, unpack
-from schemas.manifests import event_time_s
+from schemas.manifests import Visit, event_time_s
 from schemas.records import (
     DIA_FORCED_SOURCE,
     DIA_OBJECT,
@@ -103,16 +103,17 @@ class AssociationResult(NamedTuple):
 class AssociateDiaSources(beam.PTransform):
     """Tie diaSources to diaObjects and give every source with an object its history.
 
-    Input: DetectedSources, VisitParts, and EarlierNights before them. Output `good`: AlertBatch per
-    (cell, visit), VisitParts when their visit is due, all at the visit's event time; `failed`: forced
-    photometry that could not be done. Key: HEALPix cell; a source goes to its own cell and to those
-    whose halo it lies in. Order: per cell by (midpoint, visit), whole visits, when the watermark has
-    passed them; a detector that comes later is processed when it comes, with the history that precedes
-    it. A detector delivered twice changes nothing. State per cell: what waits for the watermark, the
-    objects and the detectors seen, the history (older than `history_months` is dropped).
+    Input: DetectedSources (or CatalogueSources), VisitParts, and EarlierNights before them. Output `good`:
+    AlertBatch per (cell, visit), VisitParts when their visit is due, all at the visit's event time;
+    `failed`: forced photometry that could not be done (none is tried without an image store). Key:
+    HEALPix cell; a source goes to its own cell and to those whose halo it lies in. Order: per cell by
+    (midpoint, visit), whole visits, when the watermark has passed them; a detector that comes later is
+    processed when it comes, with the history that precedes it. A detector delivered twice changes
+    nothing. State per cell: what waits for the watermark, the objects and the detectors seen, the history
+    (older than `history_months` is dropped).
     """
 
-    def __init__(self, config: AssociationConfig, image_store: ImageStore) -> None:
+    def __init__(self, config: AssociationConfig, image_store: ImageStore | None) -> None:
         super().__init__()
         self.config = config
         self.image_store = image_store
@@ -133,6 +134,9 @@ def sky_messages(element: StageElement, config: AssociationConfig) -> Iterator[A
     """The messages of one element to the sky cells that need it."""
     if isinstance(element, DetectedSources):
         yield from sky_cell_messages(element, config)
+    elif isinstance(element, CatalogueSources):
+        nowhere, no_ss = np.empty(0, dtype=np.int64), empty_records(SS_SOURCE, 0)
+        yield from _to_cells(element.visit, element.detector, nowhere, element.dia_sources, no_ss, config)
     elif isinstance(element, EarlierNights):
         yield from history_messages(element.folders, config)
     elif isinstance(element, VisitPart):
@@ -144,14 +148,23 @@ def sky_messages(element: StageElement, config: AssociationConfig) -> Iterator[A
 def sky_cell_messages(detected: DetectedSources, config: AssociationConfig) -> Iterator[tuple[int, bytes]]:
     """One message per cell that the detector touches, also when it found nothing there."""
     exposure = detected.exposure
-    context = visit_context(exposure.visit)
     covered = _covered_cells(exposure.wcs, exposure.science.shape, config)
-    sources = detected.dia_sources
+    yield from _to_cells(exposure.visit, exposure.detector, covered, detected.dia_sources, detected.ss_sources, config)
+
+
+def _to_cells(
+    visit: Visit,
+    detector: int,
+    covered: np.ndarray,
+    sources: np.ndarray,
+    ss_sources: np.ndarray,
+    config: AssociationConfig,
+) -> Iterator[tuple[int, bytes]]:
+    header = {"kind": "visit", "detector": detector, "context": visit_context(visit)}
     needed = cells_with_halo(sources["ra"], sources["dec"], config.cell_order, config.halo_arcsec)
     for cell in np.unique(np.concatenate([covered, needed.ravel()])):
         rows = take_records(sources, (needed == cell).any(axis=1))
-        own_ss = take_records(detected.ss_sources, np.isin(detected.ss_sources["diaSourceId"], rows["diaSourceId"]))
-        header = {"kind": "visit", "detector": exposure.detector, "context": context}
+        own_ss = take_records(ss_sources, np.isin(ss_sources["diaSourceId"], rows["diaSourceId"]))
         yield int(cell), pack(header, (records_to_bytes(rows), records_to_bytes(own_ss)))
 
 
@@ -236,7 +249,7 @@ class _AssociateInCellsFn(beam.DoFn):
     HISTORY = BagStateSpec("history", BytesCoder())
     DUE = TimerSpec("cell_due", TimeDomain.WATERMARK)
 
-    def __init__(self, config: AssociationConfig, image_store: ImageStore) -> None:
+    def __init__(self, config: AssociationConfig, image_store: ImageStore | None) -> None:
         self.config = config
         self.image_store = image_store
 
@@ -418,7 +431,7 @@ def _seen_in(sources: np.ndarray) -> set[tuple[int, int]]:
 class _ForcedPhotometer:
     """Forced fluxes from the image store; keeps the last few exposures open, remembers its failures."""
 
-    def __init__(self, store: ImageStore) -> None:
+    def __init__(self, store: ImageStore | None) -> None:
         self.store = store
         self.opened: OrderedDict[tuple[int, int], StoredExposure] = OrderedDict()
         self.failures: list[FailureRecord] = []
@@ -431,8 +444,10 @@ class _ForcedPhotometer:
         """Forced fluxes of positions on one detector. What cannot be read is NaN and noted as a failure."""
         n = len(ra)
         fluxes = ForcedFluxes(np.zeros(n, dtype=bool), *(np.full(n, np.nan) for _ in range(4)))
+        if self.store is None:
+            return fluxes
         try:
-            stored = self._open(visit, detector)
+            stored = self._open(self.store, visit, detector)
             x, y = (np.asarray(axis) for axis in stored.wcs.world_to_pixel_values(ra, dec))
         except Exception as error:
             self.failures.append(failure_of(error, STAGE, visit, detector, lost=f"forced photometry of {n} objects"))
@@ -465,10 +480,10 @@ class _ForcedPhotometer:
             measured = forced_psf_flux(image, variance, stored.psf, at_x, at_y)
             flux[index], flux_err[index] = measured[0][0], measured[1][0]
 
-    def _open(self, visit: int, detector: int) -> StoredExposure:
+    def _open(self, store: ImageStore, visit: int, detector: int) -> StoredExposure:
         key = (visit, detector)
         if key not in self.opened:
-            self.opened[key] = self.store.open(visit, detector)
+            self.opened[key] = store.open(visit, detector)
             if len(self.opened) > _OPEN_EXPOSURES:
                 self.opened.popitem(last=False)
         self.opened.move_to_end(key)

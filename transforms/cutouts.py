@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import apache_beam as beam
@@ -67,16 +68,40 @@ class _WriteCutoutsFn(StageFn):
 def detector_part(detected: DetectedSources) -> bytes:
     """The part that says a detector was processed."""
     exposure = detected.exposure
+    return detector_account(
+        exposure.detector,
+        detected.n_detected,
+        len(detected.dia_sources),
+        exposure.started_at,
+        rejected=detected.rejected,
+        ss_matches=len(detected.ss_sources),
+        seconds=detected.seconds,
+        notes=exposure.notes,
+    )
+
+
+def detector_account(
+    detector: int,
+    detected: int,
+    selected: int,
+    started_at: float,
+    *,
+    rejected: Mapping[str, int] = MappingProxyType({}),
+    ss_matches: int = 0,
+    seconds: Mapping[str, float] = MappingProxyType({}),
+    notes: tuple[str, ...] = (),
+) -> bytes:
+    """What the ledger is to know of one processed detector, as a part of its visit."""
     header = {
         "kind": "detector",
-        "detector": exposure.detector,
-        "detected": detected.n_detected,
-        "selected": len(detected.dia_sources),
-        "rejected": detected.rejected,
-        "ss_matches": len(detected.ss_sources),
-        "seconds": detected.seconds,
-        "started_at": exposure.started_at,
-        "notes": list(exposure.notes),
+        "detector": detector,
+        "detected": detected,
+        "selected": selected,
+        "rejected": dict(rejected),
+        "ss_matches": ss_matches,
+        "seconds": dict(seconds),
+        "started_at": started_at,
+        "notes": list(notes),
     }
     return pack(header)
 

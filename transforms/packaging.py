@@ -17,7 +17,7 @@ from pydantic.dataclasses import dataclass
 from schemas.avro.encoding import AlertColumns, encode_packets
 from schemas.avro.schema_versions import packet_schema
 from schemas.claim_check import ClaimCheckError, read_blobs, write_blobs
-from schemas.elements import AlertBatch, VisitPart
+from schemas.elements import AlertBatch, FailureRecord, VisitPart
 from schemas.framing import pack
 from schemas.records import DIA_SOURCE, concatenate_records, records_to_bytes
 from transforms.alert_columns import thin_alerts
@@ -47,17 +47,17 @@ class PackageAlerts(beam.PTransform):
     """Make packets, keep them in the packet store, send them on every full stream.
 
     Input: AlertBatch, VisitPart. Output `good`: (visit, bytes), the thin columns and locations of a batch,
-    or the part as it came;
-    `failed`: cutouts that could not be read (the alert goes without them). Order: as it comes; a
-    duplicate gives the same packets again. Everything sent is acknowledged before the bundle ends;
-    what is not raises, so that nothing downstream counts it. No state.
+    or the part as it came; `failed`: cutouts that could not be read (the alert goes without them, as all
+    do where there is no cutout folder). Order: as it comes; a duplicate gives the same packets again.
+    Everything sent is acknowledged before the bundle ends; what is not raises, so that nothing
+    downstream counts it. No state.
     """
 
     def __init__(
         self,
         config: PackagingConfig,
         *,
-        cutout_folder: str,
+        cutout_folder: str | None,
         packet_folder: str,
         streams: tuple[FullStream, ...],
         sink: AlertSink | None,
@@ -77,7 +77,7 @@ class _PackageAlertsFn(beam.DoFn):
     def __init__(
         self,
         config: PackagingConfig,
-        cutout_folder: str,
+        cutout_folder: str | None,
         packet_folder: str,
         streams: tuple[FullStream, ...],
         sink: AlertSink | None,
@@ -131,11 +131,13 @@ class _PackageAlertsFn(beam.DoFn):
                 value, headers = stream_message(stream.encoding, self.schema, body, int(row["diaSourceId"]))
                 sink.send(stream.topic, alert_key(row), value, headers)
 
-    def _cutouts(self, batch: AlertBatch) -> tuple[Cutouts, list[Any]]:
+    def _cutouts(self, batch: AlertBatch) -> tuple[Cutouts, list[FailureRecord]]:
         """Difference, science and template stamps of each alert; None where they cannot be had."""
         n = len(batch.dia_sources)
         stamps: Cutouts = ([None] * n, [None] * n, [None] * n)
-        failures = []
+        failures: list[FailureRecord] = []
+        if self.cutout_folder is None:
+            return stamps, failures
         for detector in np.unique(batch.dia_sources["detector"]):
             rows = np.flatnonzero(batch.dia_sources["detector"] == detector)
             path = cutout_file(self.cutout_folder, batch.context["visit"], int(detector))

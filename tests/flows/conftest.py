@@ -71,9 +71,7 @@ def write_night(folder: Path, images: Path, records: Sequence[dict[str, Any] | s
 
 
 @pytest.fixture(scope="session")
-def nights(
-    two_nights: Path, visits: list[dict[str, Any]], tmp_path_factory: pytest.TempPathFactory
-) -> dict[int, Path]:
+def nights(two_nights: Path, visits: list[dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     """The two nights as a folder each."""
     base = tmp_path_factory.mktemp("nights")
     days = {day: [visit for visit in visits if visit["day_obs"] == day] for day in (FIRST_DAY, SECOND_DAY)}

@@ -20,6 +20,8 @@ from runners.cli import main
 from runners.kafka import EmbeddedKafka, consumer_settings
 from schemas.avro.container import read_container
 from schemas.avro.wire import unwrap
+from transforms import accounting
+from transforms.failures import write_bytes
 
 FIRST_DAY, SECOND_DAY = 20261122, 20261123
 CONTRACT_KEYS = {
@@ -112,6 +114,28 @@ def test_another_input_into_the_same_folder_is_refused_and_leaves_it_alone(
     assert first_run.files(".") == before
 
 
+def test_a_run_that_broke_off_is_completed_by_the_same_command(
+    first_run: Any, nights: dict[int, Path], produce: Callable[..., Any], tmp_path: Path, monkeypatch: Any
+) -> None:
+    def fail_at_third(path: Path, content: bytes) -> None:
+        if path.name.endswith("03.json"):
+            raise OSError("disk full")
+        write_bytes(path, content)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(accounting, "write_bytes", fail_at_third)
+        broken = produce(nights[FIRST_DAY], tmp_path / "out", "--kafka", "embedded")
+    assert broken.exit_code == 1 and broken.stdout == ""
+    assert "the run failed: OSError: disk full" in " ".join(broken.stderr.split())
+    done = sorted(path.name for path in (broken.out / "ledger").iterdir())
+    assert done == [f"{FIRST_DAY}00001.json", f"{FIRST_DAY}00002.json"]
+    again = produce(nights[FIRST_DAY], tmp_path / "out", "--kafka", "embedded")
+    assert again.exit_code == 0, again.stderr
+    folders = ("archive", "filters", "brokers")
+    assert again.files(*folders) == first_run.files(*folders)
+    assert {**again.summary, "seconds": 0} == {**first_run.summary, "seconds": 0}
+
+
 def test_other_pixels_under_the_same_manifest_are_another_input(
     first_run: Any, nights: dict[int, Path], produce: Callable[..., Any], tmp_path: Path
 ) -> None:
@@ -137,7 +161,9 @@ def test_both_nights_in_one_run_equal_the_first_and_then_the_second_with_history
             assert together.files(night) == apart.files(night), night
             assert len(apart.files(night)) > 0
     later = second.packets()
-    with_memory = [packet for packet in later if any(p["visit"] // 10**5 == FIRST_DAY for p in packet["prvDiaSources"] or ())]
+    with_memory = [
+        packet for packet in later if any(p["visit"] // 10**5 == FIRST_DAY for p in packet["prvDiaSources"] or ())
+    ]
     assert len(with_memory) > 20
 
 
@@ -189,7 +215,9 @@ def test_an_object_has_at_most_one_source_in_a_visit_and_every_id_is_unique(pack
 def test_tables_agree_with_the_packets(packets: list[dict[str, Any]], night_tables: dict[str, Any]) -> None:
     sources = {row["diaSourceId"]: row for row in night_tables["dia_sources"].to_pylist()}
     alerted = {packet["diaSourceId"] for packet in packets}
-    with_object = {key for key, row in sources.items() if row["diaObjectId"] is not None or row["ssObjectId"] is not None}
+    with_object = {
+        key for key, row in sources.items() if row["diaObjectId"] is not None or row["ssObjectId"] is not None
+    }
     assert alerted == with_object
     for packet in packets:
         row = sources[packet["diaSourceId"]]

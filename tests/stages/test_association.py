@@ -1,0 +1,240 @@
+"""AssociateDiaSources: order, repeats, lateness, cell order, history and lost images change no alert."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from sky_runs import (
+    Outcome,
+    Sky,
+    Step,
+    elements,
+    late_steps,
+    make_sky,
+    run_by_hand,
+    run_on_beam,
+    run_on_stream,
+    together,
+    write_archive,
+)
+from sky_samples import alerts_of, tables_of
+
+from schemas.claim_check import ImageStore
+from schemas.elements import EarlierNights, FailureRecord, VisitPart
+from schemas.records import take_records
+from transforms.association import AssociationConfig, read_history
+
+CONFIG = AssociationConfig(cell_order=11)
+
+
+@pytest.fixture(scope="module")
+def sky(tmp_path_factory: pytest.TempPathFactory) -> Sky:
+    return make_sky(1, 0.0, -60.0, tmp_path_factory.mktemp("sky"))
+
+
+@pytest.fixture(scope="module")
+def sorted_run(sky: Sky) -> Outcome:
+    return run_by_hand(sky.steps(), CONFIG, sky.store)
+
+
+def test_the_sky_of_these_tests_has_what_they_are_about(sorted_run: Outcome) -> None:
+    batches = sorted_run.batches
+    assert len({one.context["cell"] for one in batches}) > 12
+    assert len(alerts_of(batches)) > 100
+    assert sum(one.counts["contested_groups"] for one in batches) > 3
+    assert max(np.diff(one.prv_offsets).max(initial=0) for one in batches) == 4
+    assert sum(len(one.forced_sources) for one in batches) > 50
+    assert any(np.isfinite(one.forced_sources["psfFlux"]).any() for one in batches)
+    assert any(len(one.unassociated) for one in batches)
+    assert any(one.dia_sources["ssObjectId"].any() for one in batches)
+    assert sorted_run.failed == []
+
+
+def test_every_source_is_told_once(sky: Sky, sorted_run: Outcome) -> None:
+    given = sorted(int(i) for visit in sky.visits for one in visit for i in one.dia_sources["diaSourceId"])
+    told = [rows["diaSourceId"] for one in sorted_run.batches for rows in (one.dia_sources, one.unassociated)]
+    assert sorted(np.concatenate(told).tolist()) == given
+
+
+def test_beam_gives_what_the_visits_in_order_give(sky: Sky, sorted_run: Outcome, tmp_path: Path) -> None:
+    found = run_on_beam(sky.steps(), CONFIG, sky.store, tmp_path)
+    assert together(found) == together(sorted_run)
+    assert found.failed == []
+
+
+def test_beam_gives_the_same_when_all_comes_shuffled_and_twice(sky: Sky, sorted_run: Outcome, tmp_path: Path) -> None:
+    steps = elements(sky)
+    order = np.random.default_rng(5).permutation(2 * len(steps))
+    twice = [(steps + steps)[i] for i in order]
+    found = run_on_beam(twice, CONFIG, sky.store, tmp_path)
+    assert together(found) == together(sorted_run)
+
+
+def test_beam_gives_the_same_with_a_bundle_per_element(sky: Sky, sorted_run: Outcome, tmp_path: Path) -> None:
+    steps = elements(sky)
+    order = np.random.default_rng(6).permutation(2 * len(steps))
+    found = run_on_stream([(steps + steps)[i] for i in order], CONFIG, sky.store, tmp_path)
+    assert together(found) == together(sorted_run)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_arrival_and_timers_in_any_order_give_the_same(sky: Sky, sorted_run: Outcome, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    steps = elements(sky)
+    shuffled = [(steps + steps)[i] for i in rng.permutation(2 * len(steps))]
+    assert together(run_by_hand(shuffled, CONFIG, sky.store, rng)) == together(sorted_run)
+
+
+def test_visits_at_one_moment_are_taken_by_number(sky: Sky) -> None:
+    """Equal midpoints: the visit's number decides, in time or out of order."""
+    same = []
+    for detectors in sky.visits:
+        visit = replace(detectors[0].exposure.visit, midpoint_mjd_tai=61367.5, readout_end_mjd_tai=61367.5002)
+        for one in detectors:
+            rows = take_records(one.dia_sources, slice(None)).copy()
+            rows["midpointMjdTai"] = visit.midpoint_mjd_tai
+            same.append(
+                (visit.event_time_s, replace(one, exposure=replace(one.exposure, visit=visit), dia_sources=rows))
+            )
+    runs = [run_by_hand([same[i] for i in order], CONFIG, sky.store) for order in (range(10), range(9, -1, -1))]
+    assert together(runs[0]) == together(runs[1])
+    assert max(np.diff(one.prv_offsets).max(initial=0) for one in runs[0].batches) == 4
+
+
+def test_second_delivery_after_the_visit_is_a_no_op(sky: Sky, sorted_run: Outcome, tmp_path: Path) -> None:
+    steps = sky.steps()
+    repeated = [*steps, *elements(sky), (5e8, None), *elements(sky)[:3]]
+    for found in (
+        run_by_hand(repeated, CONFIG, sky.store, np.random.default_rng(1)),
+        run_on_beam(repeated, CONFIG, sky.store, tmp_path),
+    ):
+        assert together(found) == together(sorted_run)
+        assert len(found.batches) == len(sorted_run.batches)
+
+
+def test_late_detector_gets_its_alerts_and_changes_no_other(sky: Sky, tmp_path: Path) -> None:
+    steps = late_steps(sky, 2, 1)
+    before = run_by_hand(steps[:-1], CONFIG, sky.store)
+    found = run_on_beam(steps, CONFIG, sky.store, tmp_path)
+    assert together(found) == together(run_by_hand(steps, CONFIG, sky.store))
+    published, now = alerts_of(before.batches), alerts_of(found.batches)
+    late = sky.visits[2][1]
+    assert {key: now[key] for key in published} == published
+    gained = set(now) - set(published)
+    assert gained <= set(late.dia_sources["diaSourceId"].tolist())
+    assert len(gained) > 5
+    midpoint = late.exposure.visit.midpoint_mjd_tai
+    for one in found.batches:
+        if one.context["visit"] == late.exposure.visit.visit:
+            assert (one.prv_dia_sources["midpointMjdTai"] <= midpoint).all()
+            assert (one.dia_objects["lastDiaSourceMjdTai"][one.dia_sources["diaObjectId"] != 0] == midpoint).all()
+
+
+def test_late_alert_is_the_one_it_would_have_been_where_no_later_source_is_near(sky: Sky) -> None:
+    in_time = alerts_of(run_by_hand(sky.steps(), CONFIG, sky.store).batches)
+    late = alerts_of(run_by_hand(late_steps(sky, 2, 1), CONFIG, sky.store).batches)
+    ids = [int(i) for i in sky.visits[2][1].dia_sources["diaSourceId"] if int(i) in late and int(i) in in_time]
+    same = sum(in_time[i] == late[i] for i in ids)
+    # Those differ whose object was founded by a later visit, or by the other detector, or whose partner moved on.
+    assert same >= 0.6 * len(ids)
+
+
+def test_groups_are_counted_once_whatever_the_cell_order(sky: Sky, sorted_run: Outcome) -> None:
+    def counted(outcome: Outcome, name: str) -> int:
+        return sum(one.counts[name] for one in outcome.batches)
+
+    coarse = run_by_hand(sky.steps(), AssociationConfig(cell_order=8), sky.store)
+    for name in ("contested_groups", "wide_groups", "objects_new", "objects_updated", "sources_without_object"):
+        assert counted(coarse, name) == counted(sorted_run, name), name
+
+
+@pytest.mark.parametrize("cut", [1, 3])
+def test_two_nights_with_history_are_one_long_run(sky: Sky, sorted_run: Outcome, cut: int, tmp_path: Path) -> None:
+    parts = [Sky(sky.visits[:cut], sky.store), Sky(sky.visits[cut:], sky.store)]
+    first = run_by_hand(parts[0].steps(), AssociationConfig(cell_order=9), sky.store)
+    write_archive(first.batches, tmp_path)
+    # The history goes to finer cells than those that wrote it.
+    second = run_by_hand([(0.0, EarlierNights((str(tmp_path),))), *parts[1].steps()], CONFIG, sky.store)
+    long_run = [one for one in sorted_run.batches if one.context["visit"] > sky.visits[cut - 1][0].exposure.visit.visit]
+    assert alerts_of(second.batches) == alerts_of(long_run)
+    assert tables_of(second.batches) == tables_of(long_run)
+
+
+def test_history_on_beam_is_known_before_the_first_visit(sky: Sky, sorted_run: Outcome, tmp_path: Path) -> None:
+    first = run_by_hand(Sky(sky.visits[:2], sky.store).steps(), CONFIG, sky.store)
+    write_archive(first.batches, tmp_path / "out")
+    steps: list[Step] = [(0.0, EarlierNights((str(tmp_path / "out"),))), *Sky(sky.visits[2:], sky.store).steps()]
+    found = run_on_beam(steps, CONFIG, sky.store, tmp_path)
+    expected = alerts_of(sorted_run.batches)
+    assert alerts_of(found.batches) == {key: expected[key] for key in alerts_of(found.batches)}
+    assert len(found.batches) > 20
+
+
+def test_history_keeps_the_fullest_of_two_states_of_one_time(sky: Sky, tmp_path: Path) -> None:
+    found = run_by_hand(late_steps(sky, 2, 1), CONFIG, sky.store)
+    for number, one in enumerate(found.batches[::-1]):
+        write_archive([one], tmp_path / str(number))
+    known = read_history(tuple(str(path) for path in sorted(tmp_path.iterdir())))
+    counts = {int(row["diaObjectId"]): int(row["nDiaSources"]) for row in known.objects}
+    ids, sources = np.unique(known.sources["diaObjectId"], return_counts=True)
+    assert counts == dict(zip(ids.tolist(), sources.tolist(), strict=True))
+
+
+def test_missing_history_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="holds no archive"):
+        read_history((str(tmp_path),))
+
+
+def test_lost_image_is_a_counted_failure_and_the_alerts_still_go(sky: Sky, sorted_run: Outcome, tmp_path: Path) -> None:
+    found = run_on_beam(sky.steps(), CONFIG, ImageStore(str(tmp_path / "nothing")), tmp_path)
+    assert set(alerts_of(found.batches)) == set(alerts_of(sorted_run.batches))
+    assert sum(len(one.forced_sources) for one in found.batches) == 0
+    assert found.failed
+    for failure in found.failed:
+        assert isinstance(failure, FailureRecord)
+        assert (failure.stage, failure.error) == ("association", "ClaimCheckError")
+        assert failure.lost.startswith("forced photometry of ")
+        assert "is missing" in failure.reason
+    assert {(one.visit, one.detector) for one in found.failed} <= {
+        (visit[0].exposure.visit.visit, detector) for visit in sky.visits for detector in (0, 1)
+    }
+    assert len([one for one in found.good if isinstance(one, VisitPart)]) == len(found.failed)
+
+
+def test_broken_image_of_one_detector_leaves_the_others_alone(sky: Sky, sorted_run: Outcome, tmp_path: Path) -> None:
+    other = make_sky(1, 0.0, -60.0, tmp_path)
+    broken = sky.visits[2][0].exposure.visit.visit
+    other.store.path(broken, 0).write_bytes(b"this is no image")
+    found = run_by_hand(sky.steps(), CONFIG, other.store)
+    assert {(one.visit, one.detector) for one in found.failed} == {(broken, 0)}
+
+    def forced(outcome: Outcome) -> set[bytes]:
+        rows = np.concatenate([one.forced_sources for one in outcome.batches])
+        untouched = take_records(rows, (rows["visit"] != broken) | (rows["detector"] != 0))
+        return {row.tobytes() for row in untouched}
+
+    assert forced(found) == forced(sorted_run)
+
+
+def test_parts_of_a_visit_come_out_once_it_is_due(sky: Sky, tmp_path: Path) -> None:
+    visit = sky.visits[0][0].exposure.visit
+    part = VisitPart(visit.visit, visit.midpoint_mjd_tai, b"something to know")
+    found = run_on_beam([(visit.event_time_s, part), *sky.steps()[:3]], CONFIG, sky.store, tmp_path)
+    assert [one for one in found.good if isinstance(one, VisitPart)] == [part]
+    assert found.batches
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"radius_arcsec": 2.0}, "at least 6 times"),
+        ({"cell_order": 13, "halo_arcsec": 20.0}, "exceeds half a cell"),
+        ({"cell_order": 3}, "greater than or equal to 4"),
+    ],
+)
+def test_cells_too_small_for_their_halo_are_refused(options: dict[str, float], reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        AssociationConfig(**options)  # type: ignore[arg-type]
