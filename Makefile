@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 NIGHTS := nights
 
 .DEFAULT_GOAL := help
-.PHONY: help setup night test check format bench lock clean
+.PHONY: help setup night test check format bench lock clean flink-setup flink-test
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-10s %s\n", $$1, $$2}'
@@ -46,6 +46,12 @@ format: setup ## format the sources and mend what ruff can mend
 
 bench: setup ## seconds per stage and detector, alerts per second
 	$(BIN)/python tests/benchmarks/bench_chain.py
+
+flink-setup: $(VENV)/.installed ## fetch and assemble what --runner flink needs (Maven, Java 17)
+	$(BIN)/python -m runners.flink_setup
+
+flink-test: setup flink-setup ## the same graph on an embedded Flink, byte for byte
+	$(BIN)/python -m pytest tests/flows/test_flink.py
 
 lock: $(VENV)/.installed ## write requirements.txt and requirements-dev.txt anew from pyproject.toml
 	$(BIN)/python -m pip install --quiet uv

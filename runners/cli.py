@@ -19,6 +19,7 @@ PROGRAM = "nightstream"
 EXIT_FAILED = 1
 EXIT_USAGE = 2
 DEFAULT_SEED = 20261122
+_RUNNERS = ("local", "flink")
 _PRESETS = ("tiny", "demo", "detector")
 _FOLDER = click.Path(path_type=Path)
 _EXISTING = click.Path(exists=True, path_type=Path)
@@ -78,7 +79,9 @@ def main() -> None:
 @click.option("--brokers", type=_EXISTING, help="YAML list of brokers instead of the shipped one.")
 @click.option("--filters", type=_EXISTING, help="Folder of filter YAML files instead of the shipped examples.")
 @click.option("--history", type=_EXISTING, multiple=True, help="Output folders of earlier nights. [OUT0 ...]")
-@click.option("--runner", type=click.Choice(["local"]), default="local", show_default=True, help="Where it runs.")
+@click.option(
+    "--runner", type=click.Choice(["local", "flink"]), default="local", show_default=True, help="Where it runs."
+)
 @click.option(
     "--kafka",
     default="none",
@@ -157,10 +160,13 @@ def produce(
     if kafka == "none" and unserved and not quiet:
         console.print(f"--kafka is none: nothing is sent to {', '.join(unserved)}", markup=False)
     try:
-        result = run_produce(request, lambda n_visits: VisitProgress(out, n_visits, quiet=quiet))
+        engine = _engine(runner, beam_options, console)
+        result = run_produce(request, lambda n_visits: VisitProgress(out, n_visits, quiet=quiet), engine)
     except (OutputFolderError, HistoryError, BeamOptionsError) as error:
         raise _BadUsage(str(error)) from error
     except (ManifestError, KafkaUnreachableError) as error:
+        raise _Failure(str(error)) from error
+    except _SetupNeededError as error:
         raise _Failure(str(error)) from error
     except (RuntimeError, OSError) as error:
         raise _Failure(f"the run failed: {_in_short(error)}; run the same command again to resume") from error
@@ -169,6 +175,29 @@ def produce(
             console.print(f"reader of {name}: {receipt.first_problem}", markup=False)
     received = {name: receipt.received for name, receipt in result.receipts.items()}
     _tell(night_folder(night), out, result.seconds, received, as_json=as_json, quiet=quiet, console=console)
+
+
+class _SetupNeededError(Exception):
+    """What the chosen runner needs is not there; the message says which command gets it."""
+
+
+@contextlib.contextmanager
+def _engine(runner: str, beam_options: tuple[str, ...], console: Console) -> Iterator[Any]:
+    """What runs the dataflow."""
+    if runner == "local":
+        from runners.local import local_engine
+
+        with local_engine(beam_options) as run:
+            yield run
+        return
+    from runners.flink import flink_engine
+    from runners.flink_setup import FlinkSetupError
+
+    try:
+        with flink_engine(beam_options, lambda text: console.print(text, markup=False)) as run:
+            yield run
+    except FlinkSetupError as error:
+        raise _SetupNeededError(str(error)) from error
 
 
 def _tell(

@@ -39,8 +39,10 @@ _JAVA_OPTIONS = (
     "-Dorg.slf4j.simpleLogger.defaultLogLevel=warn",
     "-Dorg.slf4j.simpleLogger.log.org.apache.beam.runners.jobsubmission=info",
 )
-# Java lives as long as the standard input of this script stays open: it ends with us even when we are killed.
+# Java lives as long as the standard input of this script stays open: it ends with us even when we are killed,
+# and on Ctrl-C, which goes to every process of the terminal, not before us.
 _END_WITH_PARENT = """
+trap '' INT
 exec 3<&0
 "$@" </dev/null & java=$!
 ( cat <&3 >/dev/null; kill "$java" 2>/dev/null ) & watcher=$!

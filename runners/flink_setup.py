@@ -189,7 +189,10 @@ def _assemble(jar: Path, versions: JobServerVersions, java: Path) -> None:
             f"-Djob.service.version={versions.job_service_version}",
             "package",
         ]
-        environment = {"MAVEN_OPTS": "-Xmx1g", **os.environ, "JAVA_HOME": str(java.parent.parent)}
+        environment = {"MAVEN_OPTS": "-Xmx1g", **os.environ}
+        if "JAVA_HOME" not in environment and shutil.which("java") is None:
+            # Any Java does for Maven, and the machine's own knows the certificates of its network.
+            environment["JAVA_HOME"] = str(java.parent.parent)
         done = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT, env=environment, check=False)
     if done.returncode:
         errors = [line for line in log.read_text("utf-8", "replace").splitlines() if line.startswith("[ERROR]")]

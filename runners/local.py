@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import hashlib
 import io
@@ -42,6 +43,9 @@ _READER_PATIENCE_S = 60.0
 _HEAD_BYTES = 32_768
 
 
+Run = Callable[[AlertProduction], None]
+
+
 class OutputFolderError(ValueError):
     """The output folder belongs to something else, or cannot be written."""
 
@@ -78,15 +82,19 @@ class ProduceResult:
 
 
 def produce(
-    request: ProduceRequest, progress: Callable[[int], contextlib.AbstractContextManager[object]]
+    request: ProduceRequest,
+    progress: Callable[[int], contextlib.AbstractContextManager[object]],
+    engine: contextlib.AbstractContextManager[Run] | None = None,
 ) -> ProduceResult:
-    """Run the whole chain on the local runner.
+    """Run the whole chain.
 
     Parameters
     ----------
     request : ProduceRequest
     progress : callable (n_visits) -> context manager
         Entered while the flow runs; watches the ledger.
+    engine : context manager of a Run
+        Where it runs; None for the local runner.
 
     Raises
     ------
@@ -100,15 +108,15 @@ def produce(
     if not manifest.visits and not manifest.problems:
         raise ManifestError(f"{request.night}: visits.jsonl announces no visit")
     check_history(request)
-    options = beam_options(request.beam_options)
     with contextlib.ExitStack() as stack:
+        run = stack.enter_context(engine or local_engine(request.beam_options))
         stack.enter_context(threadpool_limits(1))
         bootstrap = _bootstrap(request, stack)
         claim_output(request, manifest)
         ephemerides, problem = usable_ephemerides(request.night)
         readers = _start_readers(request, bootstrap, stack) if request.kafka == EMBEDDED else {}
         with progress(len(manifest.visits)):
-            _run(request, bootstrap, ephemerides, options)
+            run(_production(request, bootstrap, ephemerides))
         close_books(request, () if problem is None else (problem,))
         receipts = _stop_readers(request, readers)
     for folder in (".store", ".spool"):
@@ -127,19 +135,51 @@ def check_history(request: ProduceRequest) -> None:
         raise HistoryError(f"--history {', '.join(str(folder) for folder in request.history)}: {error}") from error
 
 
-def beam_options(arguments: tuple[str, ...]) -> PipelineOptions:
-    """The options behind `--`; BeamOptionsError names those that no part of Beam knows."""
-    stray = [argument for argument in arguments[:1] if not argument.startswith("-")]
-    with _quiet_beam(), contextlib.redirect_stderr(io.StringIO()) as said:
+def parsed_options(arguments: tuple[str, ...]) -> PipelineOptions:
+    """The options behind `--`, unknown ones among them; BeamOptionsError for what is no option at all."""
+    if arguments and not arguments[0].startswith("-"):
+        raise BeamOptionsError(f"unexpected {arguments[0]}: only options of Apache Beam follow `--`")
+    with quiet_beam(), contextlib.redirect_stderr(io.StringIO()) as said:
         try:
-            options = PipelineOptions(list(arguments))
-            unknown = options.get_all_options(retain_unknown_options=True).keys() - options.get_all_options().keys()
+            return PipelineOptions(list(arguments))
         except SystemExit as error:  # argparse ends the program
             raise BeamOptionsError(f"Apache Beam: {said.getvalue().rpartition('error: ')[2].strip()}") from error
-    if unknown or stray:
-        named = ", ".join([*stray, *sorted(unknown)])
-        raise BeamOptionsError(f"unexpected {named}: only options of Apache Beam follow `--`")
+
+
+def beam_options(
+    arguments: tuple[str, ...], add_known: Callable[[argparse.ArgumentParser], None] | None = None
+) -> PipelineOptions:
+    """The options behind `--`; BeamOptionsError names those that neither Beam nor `add_known` knows."""
+    options = parsed_options(arguments)
+    with quiet_beam():
+        known = set(options.get_all_options())
+        unknown = set(options.get_all_options(retain_unknown_options=True)) - known
+    if add_known is not None:
+        parser = argparse.ArgumentParser(allow_abbrev=False)
+        add_known(parser)
+        unknown -= {action.dest for action in parser._actions}
+    if unknown:
+        raise BeamOptionsError(f"unexpected {', '.join(sorted(unknown))}: only options of Apache Beam follow `--`")
     return options
+
+
+@contextlib.contextmanager
+def local_engine(arguments: tuple[str, ...]) -> Iterator[Run]:
+    """Beam's in-process runner, with the options behind `--`."""
+    options = beam_options(arguments)
+
+    def run(production: AlertProduction) -> None:
+        with quiet_beam():
+            flow = beam.Pipeline(runner=FnApiRunner(), options=options)
+            production.build(flow)
+            try:
+                flow.run().wait_until_finish()
+            except RuntimeError:
+                raise
+            except Exception as error:  # Beam passes on whatever a worker raised
+                raise RuntimeError(f"{type(error).__name__}: {error}") from error
+
+    yield run
 
 
 def usable_ephemerides(night: Path) -> tuple[str | None, FailureRecord | None]:
@@ -251,8 +291,8 @@ def _bootstrap(request: ProduceRequest, stack: contextlib.ExitStack) -> str | No
     return request.kafka
 
 
-def _run(request: ProduceRequest, bootstrap: str | None, ephemerides: str | None, options: PipelineOptions) -> None:
-    production = AlertProduction(
+def _production(request: ProduceRequest, bootstrap: str | None, ephemerides: str | None) -> AlertProduction:
+    return AlertProduction(
         night=str(request.night),
         out=str(request.out),
         store=str(request.out / ".store"),
@@ -263,19 +303,10 @@ def _run(request: ProduceRequest, bootstrap: str | None, ephemerides: str | None
         history=tuple(str(folder) for folder in request.history),
         sink=None if bootstrap is None else KafkaAlertSink(bootstrap),
     )
-    with _quiet_beam():
-        flow = beam.Pipeline(runner=FnApiRunner(), options=options)
-        production.build(flow)
-        try:
-            flow.run().wait_until_finish()
-        except RuntimeError:
-            raise
-        except Exception as error:  # Beam passes on whatever a worker raised
-            raise RuntimeError(f"{type(error).__name__}: {error}") from error
 
 
 @contextlib.contextmanager
-def _quiet_beam() -> Iterator[None]:
+def quiet_beam() -> Iterator[None]:
     """Beam says a lot that is not for a person; errors still come through as exceptions."""
     logger = logging.getLogger("apache_beam")
     level = logger.level

@@ -199,10 +199,10 @@ def process_visit(
 
     created = _new_objects(take_records(fixed, qualified))
     objects = _sorted_by(concatenate_records([known.objects, created], DIA_OBJECT), "diaObjectId")
-    objects = _move_to_means(objects, touched, concatenate_records([before, associated], DIA_SOURCE))
-    new_forced = _forced_rows(objects, concatenate_records([before, associated], DIA_SOURCE), arrived, rules, measure)
-
     rows = concatenate_records([before, associated], DIA_SOURCE)
+    objects = _move_to_means(objects, touched, rows)
+    new_forced = _forced_rows(objects, rows, arrived, rules, measure)
+
     forced_rows = concatenate_records([forced_before, new_forced], DIA_FORCED_SOURCE)
     is_late = len(known.sources) > 0 and bool(np.any(_follows(known.sources, midpoint, visit)))
     alert_objects = _summarised(_of_ids(objects, touched), rows, forced_rows, arrived.context)

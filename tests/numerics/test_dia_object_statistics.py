@@ -147,9 +147,11 @@ def test_mean_position_is_the_mean_direction(
         assert (found_ra[0] - mean_ra + 180.0) % 360.0 - 180.0 == pytest.approx(0.0, abs=1e-12)
 
 
-@pytest.mark.parametrize("ra", [0.0, 5e-324, 359.99999999999994, 360.0 - 1e-13, 1e-16])
-def test_mean_right_ascension_is_below_360(ra: float) -> None:
-    found = mean_positions(np.array([0, 1]), np.array([ra]), np.array([30.0]))[0][0]
+@pytest.mark.parametrize("ra", [[0.0], [359.99999999999994], [1e-16], [360.0 - 1e-4, 1e-4], [360.0 - 1e-7, 1e-7]])
+@pytest.mark.parametrize("dec", [-60.0, 0.0, 45.0])
+def test_mean_right_ascension_is_below_360(ra: list[float], dec: float) -> None:
+    # Of the symmetric pairs some have a mean of -1e-17 deg, whose remainder by 360 rounds to 360.
+    found = mean_positions(np.array([0, len(ra)]), np.array(ra), np.full(len(ra), dec))[0][0]
     assert 0.0 <= found < 360.0
 
 

@@ -74,13 +74,17 @@ def make_sky(
     n_objects: int = 30,
     n_visits: int = 5,
     clump_arcsec: float = 0.7,
+    width_pix: float = 2.0 * SIZE_PIX - 4.0,
     images: bool = True,
 ) -> Sky:
-    """Objects that come back visit after visit, some in clumps, with strays and a moving one."""
+    """Objects that come back visit after visit, some in clumps, with strays and a moving one.
+
+    They are spread over a box of `width_pix`, at most half as high, in the middle of the two detectors.
+    """
     rng = np.random.default_rng(seed)
     field = detector_wcs(ra, dec, 0)
-    u = rng.uniform(0.0, 2.0 * SIZE_PIX - 4.0, n_objects)
-    v = rng.uniform(0.0, SIZE_PIX, n_objects)
+    u = SIZE_PIX - 2.0 + width_pix * rng.uniform(-0.5, 0.5, n_objects)
+    v = SIZE_PIX / 2.0 + min(width_pix, SIZE_PIX) * rng.uniform(-0.5, 0.5, n_objects)
     n_clumped = n_objects // 3
     partner = rng.integers(0, n_objects - n_clumped, n_clumped)
     u[-n_clumped:] = u[partner] + rng.normal(0.0, clump_arcsec / PIXEL_ARCSEC, n_clumped)
