@@ -12,10 +12,11 @@ setup(
         "schemas.avro",
         "runners",
         "runners.config",
+        "runners.ingest",
     ],
     package_data={
         "schemas.avro": ["definitions/*.csv"],
         "runners": ["templates/*.html"],
-        "runners.config": ["*.yaml", "filters/*.yaml"],
+        "runners.config": ["*.yaml", "filters/*.yaml", "flink/*", "ingest/*.yaml"],
     },
 )

@@ -109,7 +109,8 @@ def produce(
 
     Subtracts, detects, associates, packages, filters, delivers and archives. What cannot be processed
     is listed under OUT/failures, the rest goes on: exit code 0. Exit code 1 means that the run as a
-    whole failed (give the same OUT again to resume), 2 that an argument or a file of settings is wrong.
+    whole failed (run it again into the same OUT: it gives the same bytes), 2 that an argument or a file
+    of settings is wrong.
 
     Options of Apache Beam follow `--`.
     """
@@ -169,7 +170,7 @@ def produce(
     except _SetupNeededError as error:
         raise _Failure(str(error)) from error
     except (RuntimeError, OSError) as error:
-        raise _Failure(f"the run failed: {_in_short(error)}; run the same command again to resume") from error
+        raise _Failure(f"the run failed: {_in_short(error)}; mend the cause and run the same command again") from error
     for name, receipt in result.receipts.items():
         if receipt.first_problem is not None:
             console.print(f"reader of {name}: {receipt.first_problem}", markup=False)

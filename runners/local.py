@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import apache_beam as beam
-from apache_beam.options.pipeline_options import PipelineOptions
+from apache_beam.options.pipeline_options import DirectOptions, PipelineOptions
 from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 from threadpoolctl import threadpool_limits
 
@@ -113,11 +113,15 @@ def produce(
         stack.enter_context(threadpool_limits(1))
         bootstrap = _bootstrap(request, stack)
         claim_output(request, manifest)
+        # What a broken-off run left is made again: it may be another release's.
+        for folder in (".store", "brokers"):
+            shutil.rmtree(request.out / folder, ignore_errors=True)
         ephemerides, problem = usable_ephemerides(request.night)
         readers = _start_readers(request, bootstrap, stack) if request.kafka == EMBEDDED else {}
         with progress(len(manifest.visits)):
             run(_production(request, bootstrap, ephemerides))
         close_books(request, () if problem is None else (problem,))
+        check_books(request.out, manifest)
         receipts = _stop_readers(request, readers)
     for folder in (".store", ".spool"):
         shutil.rmtree(request.out / folder, ignore_errors=True)
@@ -158,6 +162,8 @@ def beam_options(
         parser = argparse.ArgumentParser(allow_abbrev=False)
         add_known(parser)
         unknown -= {action.dest for action in parser._actions}
+    if options.view_as(DirectOptions).direct_running_mode == "multi_threading":
+        raise BeamOptionsError("direct_running_mode=multi_threading loses elements of stateful stages in this Beam")
     if unknown:
         raise BeamOptionsError(f"unexpected {', '.join(sorted(unknown))}: only options of Apache Beam follow `--`")
     return options
@@ -280,6 +286,24 @@ def close_books(request: ProduceRequest, problems: tuple[FailureRecord, ...] = (
     for name, records in (("filters", left_out), ("night", problems)):
         if records:
             write_lines(request.out / "failures" / f"{name}.jsonl", [failure_line(record) for record in records])
+
+
+def check_books(out: Path, manifest: Manifest) -> None:
+    """RuntimeError unless the ledger knows every announced visit and what became of every source in it."""
+    records = {}
+    for line in (out / "ledger" / "visits.jsonl").read_text(encoding="utf-8").splitlines():
+        record = json.loads(line)
+        records[record["visit"]] = record
+    missing = [visit.visit for visit in manifest.visits if visit.visit not in records]
+    if missing:
+        raise RuntimeError(f"the ledger has no record of {len(missing)} visits, the first is {missing[0]}")
+    for visit, record in records.items():
+        selected, alerts = record["dia_sources"]["selected"], record["alerts"]
+        if selected != alerts + record["sources_without_object"] and not record["failures"]:
+            raise RuntimeError(
+                f"visit {visit}: {selected} sources were selected, but {alerts} became alerts and "
+                f"{record['sources_without_object']} stayed without an object"
+            )
 
 
 def _bootstrap(request: ProduceRequest, stack: contextlib.ExitStack) -> str | None:

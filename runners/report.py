@@ -36,6 +36,7 @@ from runners.summary import (
 )
 from schemas.manifests import Manifest, ManifestError, read_manifest
 
+DOUBTFUL_RELIABILITY = 0.5
 N_CUTOUTS = 20
 N_LIGHT_CURVES = 12
 MAX_MAP_MARKS = 20_000
@@ -249,10 +250,11 @@ class Sources:
 
 
 def cutout_cards(out: Path, sources: Sources) -> list[CutoutCard]:
-    """Stamps of the new objects with the highest S/N, each at its best source, best first."""
+    """Stamps of the new objects with the highest S/N, each at its best source; doubtful ones behind all others."""
     new = sources.new_objects()
     best = [int(rows[np.argmax(sources.snr[rows])]) for key, rows in sources.rows_by_object().items() if key in new]
-    best.sort(key=lambda row: (-sources.snr[row], sources.dia_source_id[row]))
+    doubtful = sources.reliability < DOUBTFUL_RELIABILITY
+    best.sort(key=lambda row: (doubtful[row], -sources.snr[row], sources.dia_source_id[row]))
     best = best[:N_CUTOUTS]
     stamps: dict[int, dict[str, bytes | None]] = {}
     for visit in sorted({int(sources.visit[row]) for row in best}):

@@ -186,8 +186,8 @@ class VisitAlerts(FusedElement):
     visit, day_obs : which visit
     revision : 0 at the first closing; one more for each firing after late detectors
     summary : the visit as the ledger will tell it, growing from stage to stage
-    alerts : thin table of alerts, sorted by diaSourceId: diaSourceId, key, packet_file, revision
-        and the columns that the installed filters name
+    alerts : thin table of alerts, sorted by diaSourceId: diaSourceId, kafkaKey, packetFile, packetDigest,
+        revision and the columns that the installed filters name
     tables : records for the archive by table name
     failures : failure records met so far
     passed : per filter the diaSourceIds that passed, in rank order

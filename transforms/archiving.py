@@ -64,7 +64,7 @@ class _ArchiveFn(beam.DoFn):
         failures = []
         try:
             self._write(visit)
-        except OSError as error:
+        except Exception as error:  # one visit's archive must not stop the others
             lost = f"archive of {len(visit.alerts)} alerts"
             failures.append(failure_of(error, STAGE, visit.visit, lost=lost))
         yield from (beam.pvalue.TaggedOutput(FAILED, failure) for failure in failures)
@@ -101,7 +101,8 @@ def finish_object_tables(archive: Path) -> None:
     for night in sorted(parts.glob("day_obs=*")):
         table = pa.concat_tables([pq.ParquetFile(path).read() for path in sorted(night.glob("*.parquet"))])
         ids = table["diaObjectId"].to_numpy()
-        order = np.lexsort((table["validityStartMjdTai"].to_numpy(), ids))
+        # After a late visit two states begin at one time: the fuller one stands.
+        order = np.lexsort((table["nDiaSources"].to_numpy(), table["validityStartMjdTai"].to_numpy(), ids))
         last = np.append(np.diff(ids[order]) != 0, True)
         write_table(archive / "dia_objects" / night.name / "dia_objects.parquet", table.take(pa.array(order[last])))
     shutil.rmtree(parts, ignore_errors=True)

@@ -43,7 +43,7 @@ class AlertSink(Protocol):
 
 @dataclass(frozen=True)
 class BrokerLimits:
-    """What a broker may draw."""
+    """What a broker may draw: its bandwidth quota, for whoever sets quotas on the Kafka broker."""
 
     bytes_per_second: int = Field(default=25_000_000, gt=0)
 
@@ -190,7 +190,7 @@ class _DistributeAlertsFn(beam.DoFn):
         for label, step, name in steps:
             try:
                 step(visit, name)
-            except OSError as error:
+            except (OSError, ValueError) as error:  # delivery errors are others: they stop the bundle
                 lost = f"{label}: {len(visit.passed[name])} packets"
                 failures.append(failure_of(error, STAGE, visit.visit, lost=lost))
         sent_topics: set[str] = set()
@@ -198,7 +198,7 @@ class _DistributeAlertsFn(beam.DoFn):
             ids = _stream_ids(visit, broker.stream)
             try:
                 delivered[broker.name] = self._serve(visit, broker, ids, sent_topics)
-            except OSError as error:
+            except (OSError, ValueError) as error:  # delivery errors are others: they stop the bundle
                 delivered[broker.name] = 0
                 failures.append(failure_of(error, STAGE, visit.visit, lost=f"{len(ids)} packets to {broker.name}"))
         if self.sink is not None:

@@ -35,11 +35,6 @@ def failure_line(record: FailureRecord) -> bytes:
     return json.dumps(asdict(record), sort_keys=True).encode()
 
 
-def failure_from_line(line: bytes) -> FailureRecord:
-    """The record of a line that `failure_line` wrote."""
-    return FailureRecord(**json.loads(line))
-
-
 class StageFn(beam.DoFn):
     """A DoFn of detector space: works on its own elements and hands on every `PassingElement`."""
 

@@ -94,14 +94,15 @@ class _GatherPartsFn(beam.DoFn):
         for part in settled.read():
             header, buffers = unpack(bytes(part))
             parts.setdefault(header["revision"], set()).add(bytes(buffers[0]))
-        older = set().union(*parts.values())
-        new = {bytes(part) for part in fresh.read()} - older
+        older = {_natural_key(part) for part in set().union(*parts.values())}
+        new = {_natural_key(part): part for part in sorted(bytes(part) for part in fresh.read())}
+        new_parts = {part for key, part in new.items() if key not in older}
         fresh.clear()
-        if not new:
+        if not new_parts:
             return
         revision = revisions.read() or 0
-        parts[revision] = new
-        for part in new:
+        parts[revision] = new_parts
+        for part in new_parts:
             settled.add(pack({"revision": revision}, (part,)))
         revisions.write(revision + 1)
         yield TimestampedValue(visit_alerts(visit, revision, parts, self.filter_columns), timestamp)
@@ -118,6 +119,18 @@ class _GatherPartsFn(beam.DoFn):
             return
         settled.clear()
         revisions.clear()
+
+
+def _natural_key(part: bytes) -> str:
+    """What a part speaks of. A repeated one differs in its clocks, so bytes do not tell."""
+    header, _ = unpack(part)
+    speaks_of = {
+        "visit": lambda: "",
+        "detector": lambda: header["detector"],
+        "failure": lambda: header["record"],
+        "alerts": lambda: (header["context"]["cell"], header["context"]["detectors"]),
+    }
+    return f"{header['kind']} {speaks_of[header['kind']]()}"
 
 
 def visit_alerts(

@@ -111,7 +111,14 @@ class _PackageAlertsFn(beam.DoFn):
         for failure in failures:
             yield beam.pvalue.TaggedOutput(FAILED, failure)
             yield batch.context["visit"], failure_part(failure)
-        bodies = encode_packets(self.schema, _alert_columns(batch, cutouts))
+        try:
+            bodies = encode_packets(self.schema, _alert_columns(batch, cutouts))
+        except Exception as error:  # one cell's alerts must not stop the others
+            lost = f"{len(batch.dia_sources)} alerts of sky cell {batch.context['cell']}"
+            failure = failure_of(error, STAGE, batch.context["visit"], lost=lost)
+            yield beam.pvalue.TaggedOutput(FAILED, failure)
+            yield batch.context["visit"], failure_part(failure)
+            return
         file_name = packet_file(batch)
         ids = batch.dia_sources["diaSourceId"]
         if len(ids):

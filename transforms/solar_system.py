@@ -26,7 +26,12 @@ from transforms.numerics.solar_system_matching import (
 )
 
 STAGE = "solar_system"
-_REQUIRED = ("ssObjectId", "mjd_tai", "ra", "dec")
+_REQUIRED = {
+    "ssObjectId": pa.types.is_integer,
+    "mjd_tai": pa.types.is_floating,
+    "ra": pa.types.is_floating,
+    "dec": pa.types.is_floating,
+}
 
 
 class EphemeridesError(ValueError):
@@ -104,7 +109,13 @@ def read_ephemerides(path: str) -> pa.Table:
     missing = [name for name in _REQUIRED if name not in table.column_names]
     if missing:
         raise EphemeridesError(f"{path}: no column {', '.join(missing)}; there are {', '.join(table.column_names)}")
-    return table
+    for name, kind in _REQUIRED.items():
+        column = table[name]
+        if column.null_count:
+            raise EphemeridesError(f"{path}: {column.null_count} rows have no {name}")
+        if not kind(column.type):
+            raise EphemeridesError(f"{path}: {name} is {column.type}")
+    return table.set_column(table.column_names.index("ssObjectId"), "ssObjectId", table["ssObjectId"].cast(pa.int64()))
 
 
 def associate_ss_objects(detected: DetectedSources, table: pa.Table, config: SolarSystemConfig) -> DetectedSources:
@@ -160,6 +171,7 @@ def _fill_names(ss_sources: np.ndarray, table: pa.Table, ids: np.ndarray, matche
     rows = first[np.searchsorted(unique_ids, matched_ids)]
     if "designation" in table.column_names:
         names = table["designation"].to_pylist()
-        ss_sources["designation"] = [(names[row] or "").encode()[:32] for row in rows]
+        # Cut to what the layout holds, never inside a character.
+        ss_sources["designation"] = [(names[row] or "").encode()[:32].decode(errors="ignore").encode() for row in rows]
     if "magnitude" in table.column_names:
         ss_sources["ephVmag"] = table["magnitude"].to_numpy()[rows]

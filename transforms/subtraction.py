@@ -151,6 +151,7 @@ def subtract_detector(element: DetectorVisit, config: SubtractionConfig, started
             *science.notes,
             *(f"template: {note}" for note in template.notes),
             *_kernel_notes(result.kernel.validation_chi2),
+            *((f"no PSF: measured on {result.n_psf_stars} stars",) if result.n_psf_stars else ()),
         ),
     )
 

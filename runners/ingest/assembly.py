@@ -112,7 +112,9 @@ def _same_visit(first: ConvertedExposure, one: ConvertedExposure) -> bool:
 def _visit(group: list[ConvertedExposure], templates: dict[Path, Path | None]) -> Visit:
     first = group[0]
     detectors = [
-        DetectorImages(one.detector, str(one.path), None if (template := templates[one.path]) is None else str(template))
+        DetectorImages(
+            one.detector, str(one.path), None if (template := templates[one.path]) is None else str(template)
+        )
         for one in group
     ]
     return Visit(

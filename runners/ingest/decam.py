@@ -341,9 +341,11 @@ def _psf_at_centre(path: Path | None, shape: tuple[int, ...]) -> NDArray[np.floa
     half = min(_PSF_HALF_WIDTH_PIX, int(middle.min() * step_pix))
     offset = np.arange(-half, half + 1) / step_pix
     grid = np.meshgrid(middle[0] + offset, middle[1] + offset, indexing="ij")
-    on_pixels = psf[np.ix_(middle[0] + np.arange(-half, half + 1), middle[1] + np.arange(-half, half + 1))] if (
-        step_pix == 1.0
-    ) else ndimage.map_coordinates(psf, grid, order=3, mode="constant")
+    on_pixels = (
+        psf[np.ix_(middle[0] + np.arange(-half, half + 1), middle[1] + np.arange(-half, half + 1))]
+        if (step_pix == 1.0)
+        else ndimage.map_coordinates(psf, grid, order=3, mode="constant")
+    )
     total = on_pixels.sum()
     if not np.isfinite(total) or total <= 0:
         raise RefusedInput(f"{path.name}: the PSF at the centre has the sum {total}")

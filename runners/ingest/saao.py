@@ -262,9 +262,7 @@ def _saturated_pixels(pixels: NDArray[np.float32], gain: float, read_noise_e: fl
     return np.asarray(saturated)
 
 
-def _register_frames(
-    frames: list[_Frame], refused: list[Refusal], progress: Progress | None
-) -> list[_RegisteredFrame]:
+def _register_frames(frames: list[_Frame], refused: list[Refusal], progress: Progress | None) -> list[_RegisteredFrame]:
     """Registered frames in order of fitness for the template, the one that all are registered to first."""
     by_name = {frame.name: frame for frame in frames}
     stars: dict[str, StarList] = {}

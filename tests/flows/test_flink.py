@@ -104,7 +104,7 @@ def runs(ready: JobServerVersions, night: Path) -> Iterator[TwoRuns]:
     announced: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(transforms.ingestion, "slices_of", held.slices_of(transforms.ingestion.slices_of))
-        produce(request_of(night, flink), no_progress, lambda arguments: flink_engine(arguments, announced.append))
+        produce(request_of(night, flink), no_progress, flink_engine((), announced.append))
     yield TwoRuns(local, flink, announced, held.at_release)
 
 
@@ -154,7 +154,7 @@ def test_an_option_that_no_part_of_beam_knows_is_refused_before_anything_is_writ
 ) -> None:
     request = request_of(night, tmp_path / "out", "--paralelism=3")
     with pytest.raises(BeamOptionsError, match="unexpected paralelism"):
-        produce(request, no_progress, lambda arguments: flink_engine(arguments, lambda line: None))
+        produce(request, no_progress, flink_engine(request.beam_options, lambda line: None))
     assert not request.out.exists()
 
 

@@ -86,7 +86,9 @@ def bright_new_oracle(rows: list[dict[str, Any]]) -> list[int]:
     scores = []
     for row in rows:
         source, object_ = row["diaSource"], row["diaObject"]
-        if source["snr"] is None or source["snr"] <= 10 or source["isDipole"]:
+        if source["snr"] is None or source["snr"] <= 10:
+            continue
+        if source["reliability"] is not None and source["reliability"] < 0.5:
             continue
         if object_ is not None and object_["nDiaSources"] == 1:
             scores.append((source["snr"], source["diaSourceId"]))

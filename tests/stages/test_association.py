@@ -80,7 +80,7 @@ def test_beam_gives_the_same_with_a_bundle_per_element(sky: Sky, sorted_run: Out
     assert together(found) == together(sorted_run)
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_arrival_and_timers_in_any_order_give_the_same(sky: Sky, sorted_run: Outcome, seed: int) -> None:
     rng = np.random.default_rng(seed)
     steps = elements(sky)
@@ -175,8 +175,10 @@ def test_history_on_beam_is_known_before_the_first_visit(sky: Sky, sorted_run: O
 
 def test_history_keeps_the_fullest_of_two_states_of_one_time(sky: Sky, tmp_path: Path) -> None:
     found = run_by_hand(late_steps(sky, 2, 1), CONFIG, sky.store)
-    for number, one in enumerate(found.batches[::-1]):
-        write_archive([one], tmp_path / str(number))
+    late = [one for one in found.batches if one.context["detectors"] == [1]]
+    # The late detector's rows are read first, so that nothing but the count can prefer them.
+    write_archive(late, tmp_path / "0")
+    write_archive([one for one in found.batches if one.context["detectors"] != [1]], tmp_path / "1")
     known = read_history(tuple(str(path) for path in sorted(tmp_path.iterdir())))
     counts = {int(row["diaObjectId"]): int(row["nDiaSources"]) for row in known.objects}
     ids, sources = np.unique(known.sources["diaObjectId"], return_counts=True)
