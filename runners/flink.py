@@ -123,10 +123,13 @@ def _java_options(endpoint: str) -> Callable[[argparse.ArgumentParser], None]:
     described = server.DescribePipelineOptions(request, timeout=_START_PATIENCE_S).options
 
     def add(parser: argparse.ArgumentParser) -> None:
+        kinds = beam_job_api_pb2.PipelineOptionType
         for option in described:
-            is_flag = option.type == beam_job_api_pb2.PipelineOptionType.BOOLEAN
             with contextlib.suppress(argparse.ArgumentError):  # one that Python's side knows as well
-                parser.add_argument(f"--{option.name}", action="store_true" if is_flag else "store")
+                if option.type == kinds.BOOLEAN:
+                    parser.add_argument(f"--{option.name}", action="store_true")
+                else:
+                    parser.add_argument(f"--{option.name}", type=int if option.type == kinds.INTEGER else str)
 
     return add
 

@@ -27,6 +27,7 @@ from schemas.records import (
     SS_SOURCE,
     empty_records,
 )
+from transforms.cutouts import detector_account
 from transforms.distribution import BrokerConfig, DistributeAlerts, full_streams
 from transforms.failures import failure_part
 from transforms.filtering import FilterAlerts, GatherVisits, visit_alerts
@@ -220,6 +221,28 @@ def test_missing_packet_file_is_a_failure_of_that_broker_only(bright: CheckedFil
     _check_visit(
         visit, distribute, lambda v: (v.summary["delivered"], [(one.stage, one.lost) for one in v.failures]), expected
     )
+
+
+def test_repeated_detector_with_other_clocks_makes_no_revision(bright: CheckedFilter) -> None:
+    first, again = (detector_account(0, 5, 4, started_at) for started_at in (1000.0, 2000.0))
+    stream = (
+        test_stream.TestStream()
+        .advance_watermark_to(0)
+        .add_elements([TimestampedValue((VISIT, first), 1000.0)])
+        .advance_watermark_to(2000)
+        .add_elements([TimestampedValue((VISIT, again), 1000.0)])
+        .advance_watermark_to(3000)
+        .advance_watermark_to_infinity()
+    )
+    options = beam.options.pipeline_options.PipelineOptions([], streaming=True)
+    with beam.Pipeline(runner="BundleBasedDirectRunner", options=options) as flow:
+        told = (
+            flow
+            | stream.with_output_types(tuple[int, bytes])
+            | GatherVisits(bright.columns)
+            | beam.Map(lambda visit: visit.revision)
+        )
+        assert_that(told, equal_to([0]))
 
 
 def test_topic_in_two_encodings_is_refused() -> None:
