@@ -140,14 +140,13 @@ def check_history(request: ProduceRequest) -> None:
 
 
 def parsed_options(arguments: tuple[str, ...]) -> PipelineOptions:
-    """The options behind `--`, unknown ones among them; BeamOptionsError for what is no option at all."""
+    """The options behind `--`, unknown ones among them; BeamOptionsError for what is no option or a bad value."""
     if arguments and not arguments[0].startswith("-"):
         raise BeamOptionsError(f"unexpected {arguments[0]}: only options of Apache Beam follow `--`")
-    with quiet_beam(), contextlib.redirect_stderr(io.StringIO()) as said:
-        try:
-            return PipelineOptions(list(arguments))
-        except SystemExit as error:  # argparse ends the program
-            raise BeamOptionsError(f"Apache Beam: {said.getvalue().rpartition('error: ')[2].strip()}") from error
+    with _argparse_raising():
+        options = PipelineOptions(list(arguments))
+        options.get_all_options()
+    return options
 
 
 def beam_options(
@@ -155,18 +154,24 @@ def beam_options(
 ) -> PipelineOptions:
     """The options behind `--`; BeamOptionsError names those that neither Beam nor `add_known` knows."""
     options = parsed_options(arguments)
-    with quiet_beam():
-        known = set(options.get_all_options())
-        unknown = set(options.get_all_options(retain_unknown_options=True)) - known
-    if add_known is not None:
-        parser = argparse.ArgumentParser(allow_abbrev=False)
-        add_known(parser)
-        unknown -= {action.dest for action in parser._actions}
+    with _argparse_raising():
+        known = set(options.get_all_options(add_extra_args_fn=add_known))
+        unknown = set(options.get_all_options(add_extra_args_fn=add_known, retain_unknown_options=True)) - known
     if options.view_as(DirectOptions).direct_running_mode == "multi_threading":
         raise BeamOptionsError("direct_running_mode=multi_threading loses elements of stateful stages in this Beam")
     if unknown:
         raise BeamOptionsError(f"unexpected {', '.join(sorted(unknown))}: only options of Apache Beam follow `--`")
     return options
+
+
+@contextlib.contextmanager
+def _argparse_raising() -> Iterator[None]:
+    """Argparse ends the program at a bad value; here that is a BeamOptionsError."""
+    with quiet_beam(), contextlib.redirect_stderr(io.StringIO()) as said:
+        try:
+            yield
+        except SystemExit as error:
+            raise BeamOptionsError(f"Apache Beam: {said.getvalue().rpartition('error: ')[2].strip()}") from error
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""From calibrated exposures with a WCS to visits: which share a field, which are one visit, which has which template."""
+"""From calibrated exposures with a WCS to visits: which share a field, a visit, a template."""
 
 from __future__ import annotations
 
@@ -26,7 +26,6 @@ class ConvertedExposure:
     path : where it was written
     fwhm_pix : width of its PSF, NaN when unknown
     ra_deg, dec_deg, radius_deg : centre of the image on the sky, half of its shorter side
-    zero_point : AB magnitude of 1 adu in the whole exposure
     """
 
     source: str

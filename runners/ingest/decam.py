@@ -8,6 +8,7 @@ a second). Of each band and field the exposure with the best seeing is the templ
 from __future__ import annotations
 
 import re
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,6 @@ from astropy.utils.exceptions import AstropyWarning
 from astropy.wcs import WCS
 from numpy.typing import NDArray
 from scipy import ndimage
-
-import warnings
 
 from runners.ingest.assembly import ConvertedExposure, checked_detector, group_fields, sky_extent, visits_of
 from runners.ingest.night_folder import (
@@ -80,17 +79,18 @@ def ingest_decam(source: Path, out: Path, progress: Progress | None = None) -> l
     """
     if not source.is_dir():
         raise IngestError(f"{source} is not a folder")
-    images = sorted(path for path in source.rglob("*_ooi_*.fits*") if path.is_file())
+    calibrations = tuple(f"{kind}.fits" for kind in ("-psfex", "sky"))
+    images = sorted(path for path in source.rglob("*_ooi_*.fits*") if not path.name.endswith(calibrations))
     if not images:
         raise IngestError(f"no *_ooi_*.fits in {source}")
     rows = _ccd_rows(source)
-    models = sorted(path for path in source.rglob("*psfex*/**/*.fits")) + sorted(source.rglob("*psfex*.fits"))
+    models = sorted({*source.rglob("psfex/**/*.fits"), *source.rglob("*-psfex.fits")})
     claim_folder(out)
     refused: list[Refusal] = []
     instruments = _instruments(images, refused)
     if not instruments:
         raise IngestError(f"none of {len(images)} images can be read; {refused[0].source}: {refused[0].reason}")
-    nights = []
+    nights: list[IngestedNight] = []
     for instrument, own in sorted(instruments.items()):
         folder = out if len(instruments) == 1 else out / re.sub(r"\W+", "_", instrument).lower()
         own_refused = list(refused) if not nights else []

@@ -6,7 +6,7 @@ import json
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime, timedelta, timezone
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +15,7 @@ import erfa
 from schemas.manifests import MAX_SEQ_NUM, Visit, write_manifest
 
 Progress = Callable[[str, int, int], None]  # what is being done, how many are done, how many there are
-_MJD_EPOCH = datetime(1858, 11, 17, tzinfo=timezone.utc)
+_MJD_EPOCH = datetime(1858, 11, 17, tzinfo=UTC)
 _MJD_ZERO_JD = 2400000.5
 
 
@@ -81,7 +81,7 @@ def mjd_of_iso(text: str) -> float:
     except ValueError as error:
         raise RefusedInput(f"{text!r} is no ISO date and time") from error
     if moment.tzinfo is None:
-        moment = moment.replace(tzinfo=timezone.utc)
+        moment = moment.replace(tzinfo=UTC)
     return (moment - _MJD_EPOCH) / timedelta(days=1)
 
 
