@@ -15,6 +15,8 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from runners.ingest.commands import ingest
+
 PROGRAM = "nightstream"
 EXIT_FAILED = 1
 EXIT_USAGE = 2
@@ -337,6 +339,9 @@ def _decoded(messages: Iterator[bytes], decode: Any) -> Iterator[dict[str, Any]]
         except PacketFormatError as error:
             click.echo(f"message left out: {error}", err=True)
             yield {}
+
+
+main.add_command(ingest)
 
 
 def _is_address(text: str) -> bool:

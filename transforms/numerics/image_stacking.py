@@ -78,8 +78,8 @@ def stack_exposures(
     """Weighted mean of exposures with outliers left out, pixel by pixel.
 
     An exposure is left out of a pixel where it is further than `clip_sigma` errors from the median there, with
-    ``error^2 = v + (model_error * |median|)^2``: the second term lets pass what different PSFs do to stars. An
-    exposure has one weight, 1 over the median of its variance, so that bright stars have the same PSF as faint ones.
+    ``error^2 = v + (model_error * |median|)^2``: the second term lets pass what different PSFs do to stars. Where
+    half of the exposures or more would go, nothing is left out: there the sky itself varies. An exposure has one weight, 1 over the median of its variance, so that bright stars have the same PSF as faint ones.
 
     Parameters
     ----------
@@ -161,13 +161,19 @@ def _stack_pixels(
             if count < min_exposures:
                 continue
             median = np.median(values[:count])
+            n_inside = 0
+            for k in range(n):
+                if good[k, y, x] and not _is_outlier(
+                    images[k, y, x], median, variances[k, y, x], clip_sigma, model_error
+                ):
+                    n_inside += 1
+            # of two that disagree neither can be told to be wrong, and where most disagree the sky varies
+            clips = count > 2 and 2 * n_inside > count
             total, total_weight, noise, used = 0.0, 0.0, 0.0, 0
             for k in range(n):
                 if not good[k, y, x]:
                     continue
-                error2 = variances[k, y, x] + (model_error * median) ** 2
-                # of two that disagree neither can be told to be wrong
-                if count > 2 and (images[k, y, x] - median) ** 2 > clip_sigma**2 * error2:
+                if clips and _is_outlier(images[k, y, x], median, variances[k, y, x], clip_sigma, model_error):
                     continue
                 total += weights[k] * images[k, y, x]
                 total_weight += weights[k]
@@ -177,6 +183,11 @@ def _stack_pixels(
             if used >= min_exposures:
                 image[y, x] = total / total_weight
                 variance[y, x] = noise / total_weight**2
+
+
+@njit(cache=True)
+def _is_outlier(value: float, median: float, variance: float, clip_sigma: float, model_error: float) -> bool:
+    return bool((value - median) ** 2 > clip_sigma**2 * (variance + (model_error * median) ** 2))
 
 
 def find_hits(image: NDArray[np.floating], variance: NDArray[np.floating], bad: NDArray[np.bool_]) -> NDArray[np.bool_]:
