@@ -79,7 +79,8 @@ def stack_exposures(
 
     An exposure is left out of a pixel where it is further than `clip_sigma` errors from the median there, with
     ``error^2 = v + (model_error * |median|)^2``: the second term lets pass what different PSFs do to stars. Where
-    half of the exposures or more would go, nothing is left out: there the sky itself varies. An exposure has one weight, 1 over the median of its variance, so that bright stars have the same PSF as faint ones.
+    half of the exposures or more would go, nothing is left out: there the sky itself varies. An exposure has one
+    weight, 1 over the median of its variance, so that bright stars have the same PSF as faint ones.
 
     Parameters
     ----------
