@@ -185,14 +185,16 @@ def test_the_variable_is_found_where_it_changes_most(night: IngestedNight) -> No
 
 
 @needs_data
-def test_a_second_ingest_gives_the_same_pixels(night: IngestedNight, tmp_path: Path) -> None:
+def test_a_second_ingest_gives_the_same_bytes(tmp_path: Path) -> None:
     source = tmp_path / "frames"
     source.mkdir()
-    for number in SUBSET:
+    for number in SUBSET[4:7]:
         (source / f"AKB13475I{number}.fits.fz").symlink_to(DATA / "frames" / f"AKB13475I{number}.fits.fz")
-    again = ingest_saao(source, tmp_path / "night")
-    for path in sorted(night.folder.rglob("*.fits")):
-        assert path.read_bytes() == (again.folder / path.relative_to(night.folder)).read_bytes()
+    first, second = (ingest_saao(source, tmp_path / name).folder for name in ("one", "two"))
+    files = sorted(path.relative_to(first) for path in first.rglob("*") if path.is_file())
+    assert len(files) == 3 + 1 + 2
+    for path in files:
+        assert (first / path).read_bytes() == (second / path).read_bytes(), path
 
 
 def test_too_few_frames_are_refused(tmp_path: Path) -> None:

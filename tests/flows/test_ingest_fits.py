@@ -1,0 +1,282 @@
+"""Any folder of calibrated images by a header map: synthetic frames of a small dithered survey."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from astropy.io import fits
+from astropy.wcs import WCS
+from click.testing import CliRunner
+
+from runners.ingest.calibrated_fits import HeaderMapError, ingest_fits, load_header_map, shipped_maps
+from runners.ingest.commands import ingest
+from runners.ingest.night_folder import IngestedNight, IngestError
+from schemas.elements import DetectorVisit
+from schemas.exposures import mask_bits, read_exposure
+from schemas.manifests import read_manifest
+from transforms.detection import DetectionConfig, detect_sources
+from transforms.subtraction import SubtractionConfig, subtract_detector
+
+SIDE = 256
+SCALE_DEG = 0.3 / 3600.0
+RA, DEC = 150.0, 2.0
+ZERO_POINT = 27.0
+GAIN, READ_NOISE_E, SKY_ADU = 2.0, 6.0, 300.0
+FIRST_MJD_UTC = 60000.2
+NEW_SOURCE = (RA + 11 * SCALE_DEG, DEC - 17 * SCALE_DEG)
+NEW_FLUX_ADU = 4000.0
+N_FRAMES = 9
+
+
+def pointing(dx_pix: float, dy_pix: float) -> WCS:
+    wcs = WCS(naxis=2)
+    wcs.wcs.ctype = ["RA---TAN", "DEC--TAN"]
+    wcs.wcs.crval = [RA, DEC]
+    wcs.wcs.crpix = [SIDE / 2 + dx_pix, SIDE / 2 + dy_pix]
+    wcs.wcs.cd = [[-SCALE_DEG, 0.0], [0.0, SCALE_DEG]]
+    return wcs
+
+
+def stars() -> np.ndarray:
+    """(n, 3): ra, dec, flux in adu; on a jittered grid, so that enough are isolated for kernel and PSF."""
+    random = np.random.default_rng(11)
+    step = np.arange(-140, 141, 35.0)
+    x, y = np.meshgrid(step, step)
+    x, y = x.ravel() + random.uniform(-5, 5, x.size), y.ravel() + random.uniform(-5, 5, x.size)
+    flux = 10.0 ** random.uniform(4.2, 5.2, x.size)
+    return np.column_stack((RA + x * SCALE_DEG, DEC + y * SCALE_DEG, flux))
+
+
+def render(wcs: WCS, sigma_pix: float, seed: int, extra: list[tuple[float, float, float]] | None = None) -> np.ndarray:
+    rows, columns = np.mgrid[:SIDE, :SIDE]
+    image = np.full((SIDE, SIDE), SKY_ADU)
+    for ra, dec, flux in [*stars(), *(extra or [])]:
+        x, y = wcs.all_world2pix(ra, dec, 0)
+        image += (
+            flux / (2 * np.pi * sigma_pix**2) * np.exp(-((columns - x) ** 2 + (rows - y) ** 2) / (2 * sigma_pix**2))
+        )
+    random = np.random.default_rng(seed)
+    electrons = random.poisson(image * GAIN) + random.normal(0.0, READ_NOISE_E, image.shape)
+    return (electrons / GAIN).astype(np.float32)
+
+
+def write_frame(path: Path, number: int, *, sigma_pix: float = 1.8, **cards: object) -> None:
+    """Frame `number` of the survey: a minute apart, dithered; the new source is in the even ones from 4 on."""
+    wcs = pointing(3.3 * (number % 3), -2.1 * (number % 4))
+    extra = [(*NEW_SOURCE, NEW_FLUX_ADU)] if number >= 4 and number % 2 == 0 else None
+    header = wcs.to_header()
+    values = {"INSTRUME": "TestCam", "FILTER": "r", "MJD-OBS": FIRST_MJD_UTC + number / 1440.0, "EXPTIME": 30.0}
+    header.update({**values, "MAGZERO": ZERO_POINT, "GAIN": GAIN, "RDNOISE": READ_NOISE_E})
+    for card, value in cards.items():
+        if value is None:
+            header.remove(card)
+        else:
+            header[card] = value
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fits.PrimaryHDU(render(wcs, sigma_pix, seed=number, extra=extra), header).writeto(path)
+
+
+@pytest.fixture(scope="module")
+def survey(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Nine frames; 1, 3 and 5 have the best seeing. Among them files that cannot be used."""
+    source = tmp_path_factory.mktemp("survey")
+    for number in range(N_FRAMES):
+        write_frame(source / f"night1/frame{number}.fits", number, sigma_pix=1.6 if number in (1, 3, 5) else 1.9)
+    write_frame(source / "bad/filter.fits", 20, FILTER="H-alpha")
+    write_frame(source / "bad/no_time.fits", 21, **{"MJD-OBS": None})
+    write_frame(source / "bad/no_wcs.fits", 22, CTYPE1=None, CTYPE2=None)
+    write_frame(source / "bad/zero_point.fits", 23, MAGZERO="unknown")
+    write_frame(source / "bad/other_camera.fits", 24, INSTRUME="OtherCam")
+    write_frame(source / "bad/same_time.fits", 4)
+    (source / "bad/broken.fits").write_bytes(b"SIMPLE  =                    T")
+    return source
+
+
+@pytest.fixture(scope="module")
+def night(survey: Path, tmp_path_factory: pytest.TempPathFactory) -> IngestedNight:
+    return ingest_fits(survey, load_header_map("generic"), tmp_path_factory.mktemp("fits") / "night")
+
+
+def test_bad_files_are_listed_with_reasons_and_the_rest_ingested(night: IngestedNight) -> None:
+    reasons = dict(night.refused)
+    bad = [f"bad/{name}.fits" for name in ("broken", "filter", "no_time", "no_wcs", "other_camera", "zero_point")]
+    assert sorted(reasons) == [*bad, "night1/frame4.fits"]
+    assert "H-alpha" in reasons["bad/filter.fits"]
+    assert "no card MJD-OBS" in reasons["bad/no_time.fits"]
+    assert "no celestial WCS" in reasons["bad/no_wcs.fits"]
+    assert "MAGZERO must be a number, got 'unknown'" in reasons["bad/zero_point.fits"]
+    assert "OtherCam" in reasons["bad/other_camera.fits"]
+    assert "same time, band and detector 0 as bad/same_time.fits" in reasons["night1/frame4.fits"]
+    # ten good frames, three of them stacked, one given twice
+    assert (night.visits, night.detectors, night.templates) == (6, 6, 1)
+
+
+def test_template_is_stacked_from_the_best_seeing_and_these_are_no_visits(night: IngestedNight) -> None:
+    (note,) = [note for note in night.notes if note.startswith("template")]
+    assert all(f"night1/frame{number}.fits" in note for number in (1, 3, 5))
+    visits = read_manifest(night.folder).visits
+    stems = {Path(visit.detectors[0].science).stem for visit in visits}
+    assert stems == {"bad_same_time", *(f"night1_frame{number}" for number in (0, 2, 6, 7, 8))}
+    assert {path.name for path in (night.folder / "science").glob("*night1*")} >= {"night1_frame0.fits"}
+    assert not (night.folder / "science/night1_frame1.fits").exists()
+
+
+def test_template_is_deeper_than_its_exposures_by_the_root_of_their_number(night: IngestedNight) -> None:
+    visit = read_manifest(night.folder).visits[0]
+    template, science = (read_exposure(str(path)) for path in (visit.detectors[0].template, visit.detectors[0].science))
+    # resampling smooths: a windowed sinc keeps 50 to 100 % of the variance along each axis
+    ratio = np.median(template.variance[np.isfinite(template.variance)]) / np.median(science.variance)
+    assert 0.2 < 3.0 * ratio < 1.05
+
+
+def test_a_new_source_is_found_where_it_is_and_nothing_else(night: IngestedNight) -> None:
+    njy_per_adu = 10 ** (0.4 * (31.4 - ZERO_POINT))
+    for visit in read_manifest(night.folder).visits:
+        exposure = subtract_detector(DetectorVisit(visit, visit.detectors[0]), SubtractionConfig(), time.time())
+        sources = detect_sources(exposure, DetectionConfig()).dia_sources
+        # beside bright stars the residual of the fit adds to the noise: 5 sigma happens by chance, 6 does not
+        reliable = sources[(sources["reliability"] >= 0.5) & (sources["snr"] >= 6.0)]
+        number = round((visit.midpoint_mjd_tai - FIRST_MJD_UTC - 52.0 / 86400.0) * 1440.0)
+        expected = number >= 4 and number % 2 == 0
+        assert len(reliable) == expected, number
+        if expected:
+            apart = np.hypot(
+                (reliable["ra"] - NEW_SOURCE[0]) * np.cos(np.radians(DEC)), reliable["dec"] - NEW_SOURCE[1]
+            )
+            assert apart[0] < 0.3 * SCALE_DEG  # S/N 40 and FWHM 4.5 pixels: 0.05 pixels
+            # error of the fit and 3 % for the PSF's own
+            error = np.hypot(3.0 * reliable["psfFluxErr"][0], 0.03 * NEW_FLUX_ADU * njy_per_adu)
+            assert reliable["psfFlux"][0] == pytest.approx(NEW_FLUX_ADU * njy_per_adu, abs=float(error))
+
+
+def test_given_templates_are_matched_by_band_and_place(survey: Path, tmp_path: Path) -> None:
+    templates = tmp_path / "templates"
+    write_frame(templates / "deep_r.fits", 1, **{"MJD-OBS": None})
+    write_frame(templates / "deep_g.fits", 1, FILTER="g")
+    write_frame(templates / "far_r.fits", 1, CRVAL1=RA + 1.0)
+    given = ingest_fits(survey, load_header_map("generic"), tmp_path / "night", templates)
+    visits = read_manifest(given.folder).visits
+    assert len(visits) == N_FRAMES
+    assert {Path(str(visit.detectors[0].template)).name for visit in visits} == {"deep_r.fits"}
+    assert given.templates == 1
+
+
+def test_a_single_exposure_has_no_template_and_that_is_said(tmp_path: Path) -> None:
+    write_frame(tmp_path / "in/frame.fits", 0)
+    made = ingest_fits(tmp_path / "in", load_header_map("generic"), tmp_path / "night")
+    assert made.templates == 0
+    assert read_manifest(made.folder).visits[0].detectors[0].template is None
+    assert "no template for frame.fits" in made.notes
+
+
+@pytest.mark.parametrize(
+    ("time_entry", "value", "seconds"),
+    [
+        ("{card: T, format: mjd, scale: utc, at: start}", 60000.2, 37.0 + 15.0),
+        ("{card: T, format: mjd, scale: tai, at: middle}", 60000.2, 0.0),
+        ("{card: T, format: jd, scale: utc, at: end}", 2460000.7, 37.0 - 15.0),
+        ("{card: T, format: iso, scale: utc, at: middle}", "2023-02-25T04:48:00", 37.0),
+        ("{card: T, format: iso, scale: tai, at: start}", "2023-02-25T04:48:00", 15.0),
+    ],
+)
+def test_times_are_read_in_every_way_the_map_can_say(
+    tmp_path: Path, time_entry: str, value: object, seconds: float
+) -> None:
+    text = shipped_maps()["generic"].splitlines()
+    text = [f"time: {time_entry}" if line.startswith("time:") else line for line in text]
+    (tmp_path / "map.yaml").write_text("\n".join(text))
+    write_frame(tmp_path / "in/frame.fits", 0, T=value)
+    made = ingest_fits(tmp_path / "in", load_header_map(str(tmp_path / "map.yaml")), tmp_path / "night")
+    midpoint = read_manifest(made.folder).visits[0].midpoint_mjd_tai
+    # a JD in float64 is good to 4e-5 s, MJD - JD twice that
+    assert (midpoint - 60000.2) * 86400.0 == pytest.approx(seconds, abs=1e-4)
+
+
+def test_planes_of_the_map_are_read(tmp_path: Path) -> None:
+    wcs = pointing(0, 0)
+    pixels = render(wcs, 1.8, seed=1)
+    mask = np.zeros(pixels.shape, dtype=np.int16)
+    mask[10, 20], mask[30, 40] = 1, 4
+    header = wcs.to_header()
+    header.update({"INSTRUME": "Cam", "FILTER": "r", "DATE-OBS": "2023-02-25T04:48:00", "EXPTIME": 30.0})
+    header.update({"MAGZERO": ZERO_POINT, "DETECTOR": 7})
+    mask_header = fits.Header({"MP_BAD": 0, "MP_SAT": 2})
+    psf = np.zeros((5, 5))
+    psf[2, 2] = 2.0
+    hdus = fits.HDUList(
+        [
+            fits.PrimaryHDU(),
+            fits.ImageHDU(pixels, header, name="IMAGE"),
+            fits.ImageHDU(mask, mask_header, name="MASK"),
+            fits.ImageHDU(np.full(pixels.shape, 170.0, dtype=np.float32), name="VARIANCE"),
+            fits.ImageHDU(psf, name="PSF"),
+        ]
+    )
+    (tmp_path / "in").mkdir()
+    hdus.writeto(tmp_path / "in/frame.fits")
+    made = ingest_fits(tmp_path / "in", load_header_map("with_planes"), tmp_path / "night")
+    images = read_manifest(made.folder).visits[0].detectors[0]
+    exposure = read_exposure(images.science)
+    scale = 10 ** (0.4 * (31.4 - ZERO_POINT))
+    assert images.detector == 7
+    assert exposure.mask[10, 20] == mask_bits("BAD")
+    assert exposure.mask[30, 40] == mask_bits("SAT")
+    assert np.count_nonzero(exposure.mask) == 2
+    np.testing.assert_allclose(exposure.image, pixels * scale, rtol=1e-6)
+    np.testing.assert_allclose(exposure.variance, 170.0 * scale**2, rtol=1e-6)
+    assert exposure.psf is not None
+    assert exposure.psf[2, 2] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("bands: {card: X}", "bands"),
+        ("band: {card: FILTER, names: {Sloan: q}}", "'q' is not one of u, g, r, i, z, y"),
+        ("time: {card: MJD-OBS, scale: gps}", "time.scale"),
+        ("gain: {card: GAIN, value: 2}", "gain: give either card or value"),
+        ("ignore: '('", "no regular expression"),
+        ("mask: {hdu: MASK, bits: {0: BROKEN}}", "'BROKEN' is not one of BAD"),
+        ("instrument: [", "no YAML"),
+    ],
+)
+def test_a_wrong_map_is_refused_with_file_and_key(tmp_path: Path, line: str, message: str) -> None:
+    key = line.split(":")[0]
+    text = [one for one in shipped_maps()["generic"].splitlines() if not one.startswith(f"{key}:")]
+    path = tmp_path / "mine.yaml"
+    path.write_text("\n".join([*text, line]))
+    with pytest.raises(HeaderMapError) as caught:
+        load_header_map(str(path))
+    assert str(path) in str(caught.value)
+    assert message in str(caught.value)
+
+
+def test_command_prints_a_summary_and_shows_maps(survey: Path, tmp_path: Path) -> None:
+    shown = CliRunner().invoke(ingest, ["fits", "--show-map", "generic"])
+    assert shown.exit_code == 0
+    assert shown.stdout == shipped_maps()["generic"]
+    (tmp_path / "map.yaml").write_text(shown.stdout)
+    arguments = ["fits", str(survey), "--map", str(tmp_path / "map.yaml"), "--out", str(tmp_path / "night"), "--json"]
+    result = CliRunner().invoke(ingest, arguments)
+    assert result.exit_code == 0
+    summary = json.loads(result.stdout)
+    assert {key: summary[key] for key in ("visits", "detectors", "templates")} == {
+        "visits": 6,
+        "detectors": 6,
+        "templates": 1,
+    }
+    assert len(summary["refused"]) == 7
+    unknown = CliRunner().invoke(ingest, ["fits", str(survey), "--map", "nosuch", "--out", str(tmp_path / "other")])
+    assert unknown.exit_code == 2
+    assert "shipped maps are generic, with_planes" in unknown.stderr
+
+
+def test_a_folder_without_usable_files_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/one.fits").write_bytes(b"nothing")
+    with pytest.raises(IngestError, match=r"none of 1 files can be used; one.fits: broken FITS file"):
+        ingest_fits(tmp_path / "in", load_header_map("generic"), tmp_path / "night")
