@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 NIGHTS := nights
 
 .DEFAULT_GOAL := help
-.PHONY: help setup night test check format bench lock clean flink-setup flink-test
+.PHONY: help setup night test test-real check format bench lock clean flink-setup flink-test
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-10s %s\n", $$1, $$2}'
@@ -33,6 +33,9 @@ night: setup ## the main job: simulate a small night, produce and deliver its al
 
 test: setup ## run the tests
 	$(BIN)/python -m pytest
+
+test-real: setup ## run the long tests on whole sets of precursor data
+	$(BIN)/python -m pytest -m real_data
 
 check: setup ## lint, formatting, types, import rules
 	$(BIN)/ruff check .
