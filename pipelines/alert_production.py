@@ -8,16 +8,11 @@ from pathlib import Path
 import apache_beam as beam
 
 from schemas.claim_check import ImageStore
-from transforms.accounting import AccountVisits
-from transforms.archiving import ArchiveAlerts
 from transforms.association import AssociateDiaSources, AssociationConfig
 from transforms.cutouts import EncodeCutouts
+from transforms.delivery import DeliverAlerts, Delivery, collect_failures
 from transforms.detection import DetectDiaSources, DetectionConfig
-from transforms.distribution import AlertSink, BrokerConfig, DistributeAlerts, full_streams
-from transforms.failures import CollectFailures
-from transforms.filtering import FilterAlerts, GatherVisits
-from transforms.filters.checking import CheckedFilter
-from transforms.ingestion import ReadVisits
+from transforms.ingestion import ReadVisits, VisitList
 from transforms.packaging import PackageAlerts, PackagingConfig
 from transforms.solar_system import AssociateSsObjects, SolarSystemConfig
 from transforms.subtraction import SubtractionConfig, SubtractTemplates
@@ -40,37 +35,28 @@ class AlertProduction:
 
     Attributes
     ----------
-    night : night folder
-    out : output folder
-    store : folder of the claim-check stores, shared by all workers
+    visits : the visits of a night folder
+    delivery : who gets what
     ephemerides : Parquet file, or None
     history : output folders of earlier nights
-    brokers, filters : who gets what
-    sink : where Kafka streams go; None leaves them out
-    spread : spread detectors over workers, one Reshuffle behind the source; for runners with several
     """
 
-    night: str
-    out: str
-    store: str
+    visits: VisitList
+    delivery: Delivery
     config: AlertProductionConfig
-    brokers: tuple[BrokerConfig, ...]
-    filters: tuple[CheckedFilter, ...]
     ephemerides: str | None = None
     history: tuple[str, ...] = ()
-    sink: AlertSink | None = None
-    spread: bool = False
 
-    def build(self, flow: beam.Pipeline) -> None:
-        """Add the whole chain to a pipeline."""
-        config, store, out = self.config, Path(self.store), Path(self.out)
-        images, cutouts, packets = ImageStore(str(store / "images")), str(store / "cutouts"), str(store / "packets")
-        columns = frozenset({"diaSource.diaSourceId"}).union(*(one.columns for one in self.filters))
-        streams = full_streams(self.brokers)
-        deadline_s = config.packaging.delivery_deadline_s
+    def build(self, flow: beam.Pipeline, *, spread: bool = False) -> None:
+        """Add the whole chain to a pipeline.
+
+        `spread`: detectors go to all workers, by one Reshuffle behind the source.
+        """
+        config, store = self.config, Path(self.delivery.store)
+        images, cutouts = ImageStore(str(store / "images")), str(store / "cutouts")
 
         # Detector space: one element per detector of a visit; pixels stay on their worker.
-        visits = flow | "ReadVisits" >> ReadVisits(self.night, self.history, spread=self.spread)
+        visits = flow | "ReadVisits" >> ReadVisits(self.visits, self.history, spread=spread)
         subtracted = visits.good | "SubtractTemplates" >> SubtractTemplates(config.subtraction, images)
         detected = subtracted.good | "DetectDiaSources" >> DetectDiaSources(config.detection)
         named = detected.good | "AssociateSsObjects" >> AssociateSsObjects(config.solar_system, self.ephemerides)
@@ -78,43 +64,9 @@ class AlertProduction:
 
         # Sky space: keyed by sky cell, in event time; the only stage that remembers.
         associated = stamped.good | "AssociateDiaSources" >> AssociateDiaSources(config.association, images)
-        packaged = associated.good | "PackageAlerts" >> PackageAlerts(
-            config.packaging,
-            cutout_folder=cutouts,
-            packet_folder=packets,
-            streams=streams,
-            sink=self.sink,
-            filter_columns=columns,
-        )
+        packaged = associated.good | "PackageAlerts" >> PackageAlerts(config.packaging, cutouts, self.delivery)
 
         # Visit space: keyed by visit; thin columns and locations of finished packets.
-        gathered = packaged.good | "GatherVisits" >> GatherVisits(columns)
-        filtered = gathered | "FilterAlerts" >> FilterAlerts(self.filters)
-        distributed = filtered.good | "DistributeAlerts" >> DistributeAlerts(
-            self.brokers,
-            schema_version=config.packaging.schema_version,
-            packet_folder=packets,
-            broker_folder=str(out / "brokers"),
-            filter_folder=str(out / "filters"),
-            sink=self.sink,
-            delivery_deadline_s=deadline_s,
-        )
-        archived = distributed.good | "ArchiveAlerts" >> ArchiveAlerts(
-            str(out / "archive"), schema_version=config.packaging.schema_version, packet_folder=packets
-        )
-        archived.good | "AccountVisits" >> AccountVisits(
-            str(out / "ledger"), streams=streams, sink=self.sink, delivery_deadline_s=deadline_s
-        )
-        failures = (
-            visits.failed,
-            subtracted.failed,
-            detected.failed,
-            named.failed,
-            stamped.failed,
-            associated.failed,
-            packaged.failed,
-            filtered.failed,
-            distributed.failed,
-            archived.failed,
-        ) | "JoinFailures" >> beam.Flatten()
-        failures | "CollectFailures" >> CollectFailures(str(out / "failures"))
+        undelivered = packaged.good | "DeliverAlerts" >> DeliverAlerts(self.delivery)
+        stages = (visits, subtracted, detected, named, stamped, associated, packaged)
+        collect_failures([*(stage.failed for stage in stages), undelivered], self.delivery)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import typing
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,12 @@ class ConfigurationError(ValueError):
     """A configuration that cannot be used; the message names file, key and allowed values."""
 
 
-def load_production_config(path: Path | None) -> AlertProductionConfig:
-    """The shipped `alert_production.yaml` with the blocks and keys of `path` laid over it."""
-    shipped, shipped_name = _shipped("alert_production.yaml")
-    values = _mapping(yaml.safe_load(shipped), shipped_name)
-    name = shipped_name
+def load_production_config(path: Path | None, asked: Mapping[str, Mapping[str, Any]] = {}) -> AlertProductionConfig:
+    """The shipped `alert_production.yaml`, what the input asks for laid over it, and `path` over both."""
+    shipped, name = _shipped("alert_production.yaml")
+    values = _mapping(yaml.safe_load(shipped), name)
+    for block, keys in asked.items():
+        values[block] = {**values[block], **keys}
     if path is not None:
         name = str(path)
         for block, keys in _mapping(_read_yaml(path), name).items():

@@ -23,9 +23,8 @@ from apache_beam.portability.api import beam_job_api_pb2
 from apache_beam.runners.portability.job_server import ExternalJobServer
 from apache_beam.runners.portability.portable_runner import PortableRunner
 
-from pipelines.alert_production import AlertProduction
 from runners.flink_setup import FlinkSettings, FlinkSetupError, jar_versions, java_command, load_flink_settings
-from runners.local import Run, beam_options, parsed_options, quiet_beam
+from runners.local import Dataflow, Run, beam_options, parsed_options, quiet_beam
 
 _START_PATIENCE_S = 60.0
 _STOP_PATIENCE_S = 15.0
@@ -90,9 +89,9 @@ def flink_engine(arguments: tuple[str, ...], announce: Callable[[str], None]) ->
         options = beam_options(given, _java_options(server.endpoint))
         announce(f"{versions}, master {chosen.flink_master}, job server {jar}")
 
-        def run(production: AlertProduction) -> None:
+        def run(dataflow: Dataflow) -> None:
             flow = beam.Pipeline(runner=PortableRunner(), options=options)
-            replace(production, spread=True).build(flow)
+            dataflow.build(flow, spread=True)
             with quiet_beam(), _quiet_job_messages():
                 try:
                     flow.run().wait_until_finish()

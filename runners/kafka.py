@@ -444,33 +444,21 @@ class BrokerReader:
             **self._counts,
         )
 
-    def write(self, folder: Path, write_container: Callable[[Path, Iterable[bytes]], None]) -> list[Path]:
+    def write(self, folder: Path, write_messages: Callable[[Path, Iterable[bytes]], object]) -> None:
         """Write `folder/<visit>.avro` for every visit received, messages in order of diaSourceId.
 
         Parameters
         ----------
         folder : Path
             The broker's folder.
-        write_container : callable (path, bodies) -> None
-            Writes one file from message values as received; it gets a temporary name, which is
-            moved into place when it is whole.
-
-        Returns
-        -------
-        list[Path]
-            One path a visit, in order of visit.
+        write_messages : callable (path, messages)
+            Writes one file from messages as received; the file appears whole or not at all.
         """
         self._halt()
         folder.mkdir(parents=True, exist_ok=True)
-        written = []
-        for visit in sorted(self._visits):
-            path = folder / f"{visit}.avro"
-            partial = folder / f".{visit}.avro"
-            entries = sorted(self._visits[visit], key=lambda entry: entry.dia_source_id)
-            write_container(partial, (self._read_spooled(entry) for entry in entries))
-            partial.replace(path)
-            written.append(path)
-        return written
+        for visit, received in sorted(self._visits.items()):
+            entries = sorted(received, key=lambda entry: entry.dia_source_id)
+            write_messages(folder / f"{visit}.avro", (self._read_spooled(entry) for entry in entries))
 
     def close(self) -> None:
         """Stop, and remove the spool file."""

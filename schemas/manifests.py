@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
-from datetime import date
+from datetime import date, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ FIRST_DAY_OBS, LAST_DAY_OBS = 20100101, 20541231  # what the ids have bits for
 FIRST_MIDPOINT_MJD, LAST_MIDPOINT_MJD = 55_196.0, 71_635.0  # those days, and one beyond at either end
 MAX_EXPOSURE_TIME_S = 86_400.0
 MAX_READOUT_DELAY_D = 1.0
+_MJD_EPOCH = date(1858, 11, 17)
+_HALF_DAY = 0.5
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,44 @@ class Visit:
     def event_time_s(self) -> float:
         """Event time of the flow: seconds since MJD 40587 (TAI), floored to the millisecond."""
         return event_time_s(self.midpoint_mjd_tai)
+
+
+def visit_without_images(
+    visit: int,
+    midpoint_mjd_tai: float,
+    band: str,
+    detectors: Iterable[int],
+    *,
+    source: str,
+    exposure_time_s: float = 0.0,
+    readout_end_mjd_tai: float | None = None,
+) -> Visit:
+    """A visit known by its sources or packets only; `source` stands where the instrument would.
+
+    Without a readout end the midpoint stands in; the telescope's pointing is not known.
+    """
+    return Visit(
+        visit=visit,
+        day_obs=day_obs_of(midpoint_mjd_tai),
+        seq_num=0,
+        instrument=source,
+        band=band,
+        midpoint_mjd_tai=midpoint_mjd_tai,
+        exposure_time_s=exposure_time_s,
+        readout_end_mjd_tai=midpoint_mjd_tai if readout_end_mjd_tai is None else readout_end_mjd_tai,
+        boresight_ra_deg=0.0,
+        boresight_dec_deg=0.0,
+        rotation_deg=0.0,
+        observation_reason=None,
+        target_name=None,
+        detectors=tuple(DetectorImages(detector, "", None) for detector in sorted(detectors)),
+    )
+
+
+def day_obs_of(mjd: float) -> int:
+    """YYYYMMDD of the observing day: the calendar date twelve hours earlier."""
+    day = _MJD_EPOCH + timedelta(days=math.floor(mjd - _HALF_DAY))
+    return day.year * 10000 + day.month * 100 + day.day
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from datetime import date, timedelta
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from schemas.manifests import BANDS, DetectorImages, Manifest, ManifestError, ManifestProblem, Visit
+from schemas.manifests import BANDS, Manifest, ManifestError, ManifestProblem, Visit, visit_without_images
 from schemas.records import DIA_SOURCE, records_from_arrow, take_records
 
 REQUIRED_COLUMNS = (
@@ -28,8 +27,6 @@ REQUIRED_COLUMNS = (
     "snr",
 )
 RADIUS_KEY = b"association_radius_arcsec"
-_MJD_EPOCH = date(1858, 11, 17)
-_HALF_DAY = 0.5
 
 
 @dataclass(frozen=True)
@@ -40,12 +37,10 @@ class SourceTable:
     ----------
     records : DIA_SOURCE in order of (midpoint, visit, detector, diaSourceId)
     manifest : the visits the table speaks of; their detectors have no images
-    radius_arcsec : the gate the table asks for in its metadata, or None
     """
 
     records: np.ndarray
     manifest: Manifest
-    radius_arcsec: float | None
 
 
 def read_source_table(path: Path) -> SourceTable:
@@ -67,8 +62,6 @@ def read_source_table(path: Path) -> SourceTable:
     missing = [name for name in REQUIRED_COLUMNS if name not in table.column_names]
     if missing:
         raise ManifestError(f"{path}: no column {', '.join(missing)}; required are {', '.join(REQUIRED_COLUMNS)}")
-    metadata = table.schema.metadata or {}
-    radius = float(metadata[RADIUS_KEY]) if RADIUS_KEY in metadata else None
     null = np.zeros(len(table), dtype=bool)
     for name in ("diaSourceId", "visit", "detector", "midpointMjdTai", "ra", "dec"):
         null |= pc.is_null(table[name]).to_numpy()
@@ -86,7 +79,7 @@ def read_source_table(path: Path) -> SourceTable:
         reason = f"{null.sum()} rows without id, visit, time or place"
         problems.append(ManifestProblem(0, None, None, "NullKey", reason))
     records = take_records(records, kept)
-    return SourceTable(records, Manifest(_visits(records), tuple(problems)), radius)
+    return SourceTable(records, Manifest(_visits(records), tuple(problems)))
 
 
 def _usable(records: np.ndarray) -> tuple[np.ndarray, list[ManifestProblem]]:
@@ -114,33 +107,39 @@ def _usable(records: np.ndarray) -> tuple[np.ndarray, list[ManifestProblem]]:
 
 def _visits(records: np.ndarray) -> tuple[Visit, ...]:
     visits = []
-    for visit in np.unique(records["visit"]):
-        rows = records[records["visit"] == visit]
-        midpoint = float(rows["midpointMjdTai"][0])
-        exposure_time = float(rows["exposureTime"][0])
-        detectors = tuple(DetectorImages(int(one), "", None) for one in np.unique(rows["detector"]))
+    order = np.argsort(records["visit"], kind="stable")
+    boundaries = np.flatnonzero(np.diff(records["visit"][order])) + 1
+    for rows in np.split(order, boundaries) if len(order) else ():
+        first = records[rows[0]]
+        exposure_time = float(first["exposureTime"])
         visits.append(
-            Visit(
-                visit=int(visit),
-                day_obs=day_obs_of(midpoint),
-                seq_num=0,
-                instrument="catalogue",
-                band=rows["band"][0].decode(),
-                midpoint_mjd_tai=midpoint,
+            visit_without_images(
+                int(first["visit"]),
+                float(first["midpointMjdTai"]),
+                first["band"].decode(),
+                np.unique(records["detector"][rows]).tolist(),
+                source="catalogue",
                 exposure_time_s=exposure_time if math.isfinite(exposure_time) else 0.0,
-                readout_end_mjd_tai=float(rows["timeProcessedMjdTai"][0]),
-                boresight_ra_deg=0.0,
-                boresight_dec_deg=0.0,
-                rotation_deg=0.0,
-                observation_reason=None,
-                target_name=None,
-                detectors=detectors,
+                readout_end_mjd_tai=float(first["timeProcessedMjdTai"]),
             )
         )
     return tuple(sorted(visits, key=lambda visit: (visit.midpoint_mjd_tai, visit.visit)))
 
 
-def day_obs_of(mjd: float) -> int:
-    """YYYYMMDD of the observing day: the calendar date twelve hours earlier."""
-    day = _MJD_EPOCH + timedelta(days=math.floor(mjd - _HALF_DAY))
-    return day.year * 10000 + day.month * 100 + day.day
+def read_table_visits(path: Path) -> Manifest:
+    """The visits that a DIA-source table speaks of; ManifestError as `read_source_table`."""
+    return read_source_table(path).manifest
+
+
+def table_radius_arcsec(path: Path) -> float | None:
+    """The gate that a table asks for in its metadata; ManifestError if it is no table or no number."""
+    try:
+        metadata = pq.ParquetFile(path).schema_arrow.metadata or {}
+    except (OSError, pa.ArrowInvalid) as error:
+        raise ManifestError(f"{path}: not a Parquet table: {error}") from error
+    if RADIUS_KEY not in metadata:
+        return None
+    try:
+        return float(metadata[RADIUS_KEY])
+    except ValueError as error:
+        raise ManifestError(f"{path}: {RADIUS_KEY.decode()} in its metadata: {error}") from error

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import pyarrow as pa
 
+from schemas.avro.adaptation import AdaptedPacket, adapted_table
 from schemas.elements import AlertBatch
 from schemas.records import records_to_arrow, take_records
 from schemas.tables import project_alerts_schema
 
 LOCATION_FIELDS = (
     pa.field("diaSourceId", pa.int64()),
-    pa.field("kafkaKey", pa.int64()),
+    pa.field("kafkaKey", pa.string()),
     pa.field("packetFile", pa.string()),
     pa.field("packetDigest", pa.string()),
 )
@@ -46,7 +47,7 @@ def thin_alerts(batch: AlertBatch, file_name: str, digests: list[str], filter_co
     }
     columns: dict[str, pa.Array] = {
         "diaSourceId": pa.array(sources["diaSourceId"]),
-        "kafkaKey": pa.array(np.where(has_object, sources["diaObjectId"], sources["ssObjectId"])),
+        "kafkaKey": pa.array(np.where(has_object, sources["diaObjectId"], sources["ssObjectId"])).cast(pa.string()),
         "packetFile": pa.array([file_name] * n, pa.string()),
         "packetDigest": pa.array(digests, pa.string()),
     }
@@ -58,6 +59,23 @@ def thin_alerts(batch: AlertBatch, file_name: str, digests: list[str], filter_co
             item = _struct(rows, schema.field(column).type.value_type, np.ones(len(rows), dtype=bool))
             columns[column] = pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), item)
     return pa.table([columns[name].cast(schema.field(name).type) for name in schema.names], schema=schema)
+
+
+def replayed_alerts(
+    packets: Sequence[AdaptedPacket], file_name: str, digests: list[str], filter_columns: Iterable[str]
+) -> pa.Table:
+    """The thin table of replayed packets, a row each; PacketFormatError for values that do not fit its columns."""
+    columns = frozenset(filter_columns)
+    table = adapted_table([packet.record for packet in packets], columns)
+    located = {
+        "diaSourceId": pa.array([packet.dia_source_id for packet in packets], pa.int64()),
+        "kafkaKey": pa.array([packet.kafka_key for packet in packets], pa.string()),
+        "packetFile": pa.array([file_name] * len(packets), pa.string()),
+        "packetDigest": pa.array(digests, pa.string()),
+    }
+    schema = thin_schema(columns)
+    arrays = [located[name] if name in located else table[name] for name in schema.names]
+    return pa.table(arrays, schema=schema)
 
 
 def _struct(rows: np.ndarray, struct: pa.StructType, valid: np.ndarray) -> pa.StructArray:

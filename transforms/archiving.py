@@ -14,11 +14,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from schemas.avro.container import write_container
-from schemas.avro.schema_versions import packet_schema
+from schemas.avro.messages import write_messages
 from schemas.elements import VisitAlerts
 from schemas.records import records_to_arrow
-from transforms.distribution import packet_bodies
+from transforms.distribution import packet_messages
 from transforms.failures import FAILED, failure_of
 
 STAGE = "archiving"
@@ -40,9 +39,9 @@ class ArchiveAlerts(beam.PTransform):
     parts per visit until `finish_object_tables` puts them together. No state.
     """
 
-    def __init__(self, folder: str, *, schema_version: str, packet_folder: str) -> None:
+    def __init__(self, folder: str, *, packet_folder: str) -> None:
         super().__init__()
-        self.archive = _ArchiveFn(folder, schema_version, packet_folder)
+        self.archive = _ArchiveFn(folder, packet_folder)
 
     def expand(self, visits: beam.PCollection) -> ArchiveResult:
         outputs = visits | "WriteArchive" >> beam.ParDo(self.archive).with_output_types(VisitAlerts).with_outputs(
@@ -52,13 +51,9 @@ class ArchiveAlerts(beam.PTransform):
 
 
 class _ArchiveFn(beam.DoFn):
-    def __init__(self, folder: str, schema_version: str, packet_folder: str) -> None:
+    def __init__(self, folder: str, packet_folder: str) -> None:
         self.folder = folder
-        self.schema_version = schema_version
         self.packet_folder = packet_folder
-
-    def setup(self) -> None:
-        self.schema = packet_schema(self.schema_version)
 
     def process(self, visit: VisitAlerts) -> Iterator[Any]:
         failures = []
@@ -77,7 +72,7 @@ class _ArchiveFn(beam.DoFn):
             path = archive / "alerts" / night / f"{visit.visit}.avro"
             path.parent.mkdir(parents=True, exist_ok=True)
             ids = visit.alerts["diaSourceId"].to_numpy()
-            write_container(path, self.schema, packet_bodies(visit, ids, self.packet_folder))
+            write_messages(path, packet_messages(visit, ids, self.packet_folder))
         for name, records in visit.tables.items():
             if len(records) == 0:
                 continue

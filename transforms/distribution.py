@@ -9,12 +9,11 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 import apache_beam as beam
 import numpy as np
+import pyarrow as pa
 from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
-from schemas.avro.container import write_container
-from schemas.avro.encodings import encode_message, message_headers
-from schemas.avro.schema_versions import PacketSchema, packet_schema
+from schemas.avro.messages import encoded, message_headers, write_messages
 from schemas.claim_check import read_blobs
 from schemas.elements import VisitAlerts
 from transforms.failures import FAILED, failure_of
@@ -112,15 +111,21 @@ def full_streams(brokers: tuple[BrokerConfig, ...]) -> tuple[FullStream, ...]:
     return tuple(FullStream(topic, encoding) for topic, (stream, encoding) in streams.items() if stream == FULL_STREAM)
 
 
-def alert_key(row: np.void) -> bytes:
-    """Kafka key of an alert: its diaObjectId, or ssObjectId for a solar-system object, as text."""
-    return str(int(row["diaObjectId"]) or int(row["ssObjectId"])).encode()
+def send_full_streams(sink: AlertSink, streams: tuple[FullStream, ...], thin: pa.Table, messages: list[bytes]) -> None:
+    """Send the packets of a thin table on every full stream, each in the stream's encoding.
+
+    Key: the id of the object as text. Header `dia_source_id`: that of the packet, by which readers drop repeats.
+    """
+    ids, keys = thin["diaSourceId"].to_pylist(), thin["kafkaKey"].to_pylist()
+    for stream in streams:
+        for dia_source_id, key, message in zip(ids, keys, messages, strict=True):
+            _send(sink, stream.topic, stream.encoding, dia_source_id, key, message)
 
 
-def stream_message(encoding: str, schema: PacketSchema, body: bytes, dia_source_id: int) -> tuple[bytes, Headers]:
-    """Value and headers of one packet in a broker's encoding."""
-    headers = [("dia_source_id", str(dia_source_id).encode()), *message_headers(encoding)]
-    return encode_message(encoding, schema, body), headers
+def _send(sink: AlertSink, topic: str, encoding: str, dia_source_id: int, key: str, message: bytes) -> None:
+    value = encoded(encoding, message)
+    headers = [("dia_source_id", str(dia_source_id).encode()), *message_headers(value)]
+    sink.send(topic, key.encode(), value, headers)
 
 
 class DistributeAlerts(beam.PTransform):
@@ -136,7 +141,6 @@ class DistributeAlerts(beam.PTransform):
         self,
         brokers: tuple[BrokerConfig, ...],
         *,
-        schema_version: str,
         packet_folder: str,
         broker_folder: str,
         filter_folder: str,
@@ -145,7 +149,7 @@ class DistributeAlerts(beam.PTransform):
     ) -> None:
         super().__init__()
         self.distribute = _DistributeAlertsFn(
-            brokers, schema_version, packet_folder, broker_folder, filter_folder, sink, delivery_deadline_s
+            brokers, packet_folder, broker_folder, filter_folder, sink, delivery_deadline_s
         )
 
     def expand(self, visits: beam.PCollection) -> DistributionResult:
@@ -159,7 +163,6 @@ class _DistributeAlertsFn(beam.DoFn):
     def __init__(
         self,
         brokers: tuple[BrokerConfig, ...],
-        schema_version: str,
         packet_folder: str,
         broker_folder: str,
         filter_folder: str,
@@ -167,7 +170,6 @@ class _DistributeAlertsFn(beam.DoFn):
         delivery_deadline_s: float,
     ) -> None:
         self.brokers = brokers
-        self.schema_version = schema_version
         self.packet_folder = packet_folder
         self.broker_folder = broker_folder
         self.filter_folder = filter_folder
@@ -175,7 +177,6 @@ class _DistributeAlertsFn(beam.DoFn):
         self.delivery_deadline_s = delivery_deadline_s
 
     def setup(self) -> None:
-        self.schema = packet_schema(self.schema_version)
         if self.sink is not None:
             self.sink.open()
 
@@ -186,13 +187,11 @@ class _DistributeAlertsFn(beam.DoFn):
     def process(self, visit: VisitAlerts) -> Iterator[Any]:
         delivered: dict[str, int] = {}
         failures = []
-        steps = [(f"filter {name}", self._write_filter, name) for name in sorted(visit.passed)]
-        for label, step, name in steps:
+        for name, ids in sorted(visit.passed.items()):
             try:
-                step(visit, name)
-            except (OSError, ValueError) as error:  # delivery errors are others: they stop the bundle
-                lost = f"{label}: {len(visit.passed[name])} packets"
-                failures.append(failure_of(error, STAGE, visit.visit, lost=lost))
+                self._write_packets(visit, np.sort(ids), Path(self.filter_folder) / name / f"{visit.visit}.avro")
+            except (OSError, ValueError) as error:
+                failures.append(failure_of(error, STAGE, visit.visit, lost=f"filter {name}: {len(ids)} packets"))
         sent_topics: set[str] = set()
         for broker in self.brokers:
             ids = _stream_ids(visit, broker.stream)
@@ -216,33 +215,27 @@ class _DistributeAlertsFn(beam.DoFn):
         # Full streams left with packaging; of filtered ones each topic is sent once.
         if broker.stream != FULL_STREAM and broker.kafka_topic not in sent_topics:
             sent_topics.add(broker.kafka_topic)
-            self._send_filtered(visit, broker, ids)
+            self._send_filtered(self.sink, visit, broker, ids)
         return len(ids)
 
-    def _send_filtered(self, visit: VisitAlerts, broker: BrokerConfig, ids: np.ndarray) -> None:
+    def _send_filtered(self, sink: AlertSink, visit: VisitAlerts, broker: BrokerConfig, ids: np.ndarray) -> None:
         table = visit.alerts
         row_of = {int(key): row for row, key in enumerate(table["diaSourceId"].to_numpy())}
         rows = np.array([row_of[int(key)] for key in ids], dtype=np.int64)
         rows = rows[table["revision"].to_numpy()[rows] == visit.revision]
-        keys = table["kafkaKey"].to_numpy()[rows]
+        keys = table["kafkaKey"].take(pa.array(rows)).to_pylist()
         fresh = table["diaSourceId"].to_numpy()[rows]
-        for dia_source_id, key, body in zip(fresh, keys, self._bodies(visit, fresh), strict=True):
-            value, headers = stream_message(broker.encoding, self.schema, body, int(dia_source_id))
-            assert self.sink is not None
-            self.sink.send(broker.kafka_topic, str(int(key)).encode(), value, headers)
-
-    def _write_filter(self, visit: VisitAlerts, name: str) -> None:
-        path = Path(self.filter_folder) / name / f"{visit.visit}.avro"
-        self._write_packets(visit, np.sort(visit.passed[name]), path)
+        for dia_source_id, key, message in zip(fresh, keys, self._messages(visit, fresh), strict=True):
+            _send(sink, broker.kafka_topic, broker.encoding, int(dia_source_id), key, message)
 
     def _write_packets(self, visit: VisitAlerts, ids: np.ndarray, path: Path) -> None:
         if len(ids) == 0:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_container(path, self.schema, self._bodies(visit, ids))
+        write_messages(path, self._messages(visit, ids))
 
-    def _bodies(self, visit: VisitAlerts, ids: np.ndarray) -> list[bytes]:
-        return packet_bodies(visit, ids, self.packet_folder)
+    def _messages(self, visit: VisitAlerts, ids: np.ndarray) -> list[bytes]:
+        return packet_messages(visit, ids, self.packet_folder)
 
 
 def _stream_ids(visit: VisitAlerts, stream: str) -> np.ndarray:
@@ -251,16 +244,16 @@ def _stream_ids(visit: VisitAlerts, stream: str) -> np.ndarray:
     return visit.passed.get(stream, np.empty(0, dtype=np.int64))
 
 
-def packet_bodies(visit: VisitAlerts, ids: np.ndarray, packet_folder: str) -> list[bytes]:
-    """Finished packets of a visit from the packet store, in the order of `ids`."""
+def packet_messages(visit: VisitAlerts, ids: np.ndarray, packet_folder: str) -> list[bytes]:
+    """Finished packets of a visit, as messages, from the packet store, in the order of `ids`."""
     by_file: dict[str, list[int]] = {}
     file_of = dict(zip(visit.alerts["diaSourceId"].to_pylist(), visit.alerts["packetFile"].to_pylist(), strict=True))
     for dia_source_id in ids:
         by_file.setdefault(file_of[int(dia_source_id)], []).append(int(dia_source_id))
-    bodies: dict[int, bytes] = {}
+    messages: dict[int, bytes] = {}
     for name, members in by_file.items():
         for dia_source_id, blobs in zip(
             members, read_blobs(Path(packet_folder) / name, np.array(members)), strict=True
         ):
-            bodies[dia_source_id] = blobs[0]
-    return [bodies[int(dia_source_id)] for dia_source_id in ids]
+            messages[dia_source_id] = blobs[0]
+    return [messages[int(dia_source_id)] for dia_source_id in ids]

@@ -128,7 +128,7 @@ def _natural_key(part: bytes) -> str:
         "visit": lambda: "",
         "detector": lambda: header["detector"],
         "failure": lambda: header["record"],
-        "alerts": lambda: (header["context"]["cell"], header["context"]["detectors"]),
+        "alerts": lambda: header["group"],
     }
     return f"{header['kind']} {speaks_of[header['kind']]()}"
 

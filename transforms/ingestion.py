@@ -1,8 +1,9 @@
-"""ReadVisits: the visits of a night folder, visit by visit, with the watermark moving behind them."""
+"""ReadVisits: the visits of a night, a table or an archive, visit by visit, with the watermark moving behind them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ from apache_beam.utils.timestamp import Duration, Timestamp
 
 from schemas.elements import DetectorVisit, EarlierNights, FailureRecord, StageElement, VisitPart
 from schemas.framing import pack
-from schemas.manifests import Manifest, Visit, manifest_path, read_manifest
+from schemas.manifests import Manifest, Visit
 from transforms.failures import FAILED
 
 STAGE = "ingestion"
@@ -36,29 +37,37 @@ class IngestionResult(NamedTuple):
     failed: beam.PCollection
 
 
+@dataclass(frozen=True)
+class VisitList:
+    """Where visits are announced: a file, and the function that reads it."""
+
+    path: str
+    read: Callable[[Path], Manifest]
+
+
 class ReadVisits(beam.PTransform):
-    """Read the manifest of a night folder.
+    """Announce visits and their detectors.
 
     Output `good`: EarlierNights if there is a history; then for each visit a VisitPart that announces it,
     and one DetectorVisit per detector, with the visit's midpoint as event time; `failed`: what in the
-    manifest cannot be used. Order: (midpoint, visit), whole visits at a time; after each the watermark
-    moves `WATERMARK_LEAD_S` past it, so nobody waits for the next visit. Duplicates in the manifest are
+    list cannot be used. Order: (midpoint, visit), whole visits at a time; after each the watermark
+    moves `WATERMARK_LEAD_S` past it, so nobody waits for the next visit. Duplicates in the list are
     failures. No state.
 
     `spread` puts a Reshuffle behind the detectors, so that they go to all workers; the local runner,
     which then would no longer go visit by visit, does without.
     """
 
-    def __init__(self, night: str, history: tuple[str, ...] = (), *, spread: bool = False) -> None:
+    def __init__(self, visits: VisitList, history: tuple[str, ...] = (), *, spread: bool = False) -> None:
         super().__init__()
-        self.night = night
+        self.visits = visits
         self.history = history
         self.spread = spread
 
     def expand(self, begin: beam.pvalue.PBegin) -> IngestionResult:
         read = (
             begin
-            | "StartNight" >> beam.Create([self.night])
+            | "StartNight" >> beam.Create([self.visits])
             | "EmitVisits"
             >> beam.ParDo(_EmitVisitsFn()).with_output_types(Visit | None).with_outputs(FAILED, main="visits")
         )
@@ -100,14 +109,20 @@ def _announced(visit: Visit | None, history: tuple[str, ...]) -> Iterator[StageE
         yield DetectorVisit(visit, images)
 
 
-def _manifest(night: str) -> Manifest:
-    """The manifest as it is now; parsed once, although the source asks for it at every turn."""
-    return _parsed_manifest(night, manifest_path(Path(night)).stat().st_mtime_ns)
+def _announcements(visits: VisitList) -> _Announcements:
+    """The list as it is now; parsed once, although the source asks for it at every turn."""
+    return _parsed(visits, Path(visits.path).stat().st_mtime_ns)
+
+
+class _Announcements(NamedTuple):
+    manifest: Manifest
+    slices: list[tuple[Visit, ...]]
 
 
 @lru_cache(maxsize=2)
-def _parsed_manifest(night: str, modified_ns: int) -> Manifest:
-    return read_manifest(Path(night))
+def _parsed(visits: VisitList, modified_ns: int) -> _Announcements:
+    manifest = visits.read(Path(visits.path))
+    return _Announcements(manifest, slices_of(manifest))
 
 
 def slices_of(manifest: Manifest) -> list[tuple[Visit, ...]]:
@@ -124,18 +139,18 @@ def slices_of(manifest: Manifest) -> list[tuple[Visit, ...]]:
 class _SliceTrackerProvider(beam.RestrictionProvider):
     """Offset 0 for the manifest's problems, then `_TURNS_PER_SLICE` for each slice."""
 
-    def initial_restriction(self, element: str) -> OffsetRange:
-        return OffsetRange(0, 1 + _TURNS_PER_SLICE * len(slices_of(_manifest(element))))
+    def initial_restriction(self, element: VisitList) -> OffsetRange:
+        return OffsetRange(0, 1 + _TURNS_PER_SLICE * len(_announcements(element).slices))
 
     def create_tracker(self, restriction: OffsetRange) -> OffsetRestrictionTracker:
         return OffsetRestrictionTracker(restriction)
 
-    def restriction_size(self, element: str, restriction: OffsetRange) -> int:
+    def restriction_size(self, element: VisitList, restriction: OffsetRange) -> int:
         return restriction.size()
 
 
 class _WatermarkProvider(WatermarkEstimatorProvider):
-    def initial_estimator_state(self, element: str, restriction: OffsetRange) -> None:
+    def initial_estimator_state(self, element: VisitList, restriction: OffsetRange) -> None:
         return None
 
     def create_watermark_estimator(self, estimator_state: Any) -> ManualWatermarkEstimator:
@@ -148,12 +163,11 @@ class _EmitVisitsFn(beam.DoFn):
     @beam.DoFn.unbounded_per_element()
     def process(
         self,
-        element: str,
+        element: VisitList,
         tracker: Any = beam.DoFn.RestrictionParam(_SliceTrackerProvider()),
         watermark: Any = beam.DoFn.WatermarkEstimatorParam(_WatermarkProvider()),
     ) -> Iterator[Any]:
-        manifest = _manifest(element)
-        slices = slices_of(manifest)
+        manifest, slices = _announcements(element)
         position = tracker.current_restriction().start
         if not tracker.try_claim(position):
             return

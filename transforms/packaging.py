@@ -15,13 +15,15 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from schemas.avro.encoding import AlertColumns, encode_packets
+from schemas.avro.messages import Packet, wire_message
 from schemas.avro.schema_versions import packet_schema
 from schemas.claim_check import ClaimCheckError, read_blobs, write_blobs
 from schemas.elements import AlertBatch, FailureRecord, VisitPart
 from schemas.framing import pack
 from schemas.records import DIA_SOURCE, concatenate_records, records_to_bytes
 from transforms.alert_columns import thin_alerts
-from transforms.distribution import AlertSink, FullStream, alert_key, stream_message
+from transforms.delivery import Delivery
+from transforms.distribution import send_full_streams
 from transforms.failures import FAILED, failure_of, failure_part
 
 STAGE = "packaging"
@@ -53,18 +55,9 @@ class PackageAlerts(beam.PTransform):
     downstream counts it. No state.
     """
 
-    def __init__(
-        self,
-        config: PackagingConfig,
-        *,
-        cutout_folder: str | None,
-        packet_folder: str,
-        streams: tuple[FullStream, ...],
-        sink: AlertSink | None,
-        filter_columns: frozenset[str],
-    ) -> None:
+    def __init__(self, config: PackagingConfig, cutout_folder: str | None, delivery: Delivery) -> None:
         super().__init__()
-        self.package = _PackageAlertsFn(config, cutout_folder, packet_folder, streams, sink, filter_columns)
+        self.package = _PackageAlertsFn(config, cutout_folder, delivery)
 
     def expand(self, batches: beam.PCollection) -> PackagingResult:
         outputs = batches | "EncodePackets" >> beam.ParDo(self.package).with_output_types(
@@ -74,21 +67,14 @@ class PackageAlerts(beam.PTransform):
 
 
 class _PackageAlertsFn(beam.DoFn):
-    def __init__(
-        self,
-        config: PackagingConfig,
-        cutout_folder: str | None,
-        packet_folder: str,
-        streams: tuple[FullStream, ...],
-        sink: AlertSink | None,
-        filter_columns: frozenset[str],
-    ) -> None:
+    def __init__(self, config: PackagingConfig, cutout_folder: str | None, delivery: Delivery) -> None:
         self.config = config
         self.cutout_folder = cutout_folder
-        self.packet_folder = packet_folder
-        self.streams = streams
-        self.sink = sink
-        self.filter_columns = filter_columns
+        self.packet_folder = delivery.packet_folder
+        self.streams = delivery.streams
+        self.sink = delivery.sink
+        self.filter_columns = delivery.filter_columns
+        self.deadline_s = delivery.deadline_s
 
     def setup(self) -> None:
         self.schema = packet_schema(self.config.schema_version)
@@ -119,24 +105,20 @@ class _PackageAlertsFn(beam.DoFn):
             yield beam.pvalue.TaggedOutput(FAILED, failure)
             yield batch.context["visit"], failure_part(failure)
             return
-        file_name = packet_file(batch)
         ids = batch.dia_sources["diaSourceId"]
+        file_name = packet_file(batch.context["visit"], batch.context["cell"], ids)
+        messages = [wire_message(Packet(self.schema, body)) for body in bodies]
         if len(ids):
-            write_blobs(Path(self.packet_folder) / file_name, ids, [(body,) for body in bodies])
+            write_blobs(Path(self.packet_folder) / file_name, ids, [(message,) for message in messages])
+        thin = thin_alerts(batch, file_name, [packet_digest(body) for body in bodies], self.filter_columns)
         if self.sink is not None:
-            self._send(self.sink, batch.dia_sources, bodies)
+            send_full_streams(self.sink, self.streams, thin, messages)
         seconds = time.perf_counter() - started
-        yield batch.context["visit"], visit_part(batch, file_name, bodies, self.filter_columns, seconds)
+        yield batch.context["visit"], visit_part(batch, thin, seconds)
 
     def finish_bundle(self) -> None:
         if self.sink is not None:
-            self.sink.flush(self.config.delivery_deadline_s)
-
-    def _send(self, sink: AlertSink, rows: np.ndarray, bodies: list[bytes]) -> None:
-        for stream in self.streams:
-            for row, body in zip(rows, bodies, strict=True):
-                value, headers = stream_message(stream.encoding, self.schema, body, int(row["diaSourceId"]))
-                sink.send(stream.topic, alert_key(row), value, headers)
+            self.sink.flush(self.deadline_s)
 
     def _cutouts(self, batch: AlertBatch) -> tuple[Cutouts, list[FailureRecord]]:
         """Difference, science and template stamps of each alert; None where they cannot be had."""
@@ -165,10 +147,18 @@ def cutout_file(folder: str, visit: int, detector: int) -> Path:
     return Path(folder) / str(visit) / f"{detector:03d}.cutouts"
 
 
-def packet_file(batch: AlertBatch) -> str:
-    """Name of a batch's packets in the packet store, a function of what is in it."""
-    digest = hashlib.sha256(np.ascontiguousarray(batch.dia_sources["diaSourceId"]).tobytes()).hexdigest()[:12]
-    return f"{batch.context['visit']}/{batch.context['cell']}-{digest}.packets"
+def packet_file(visit: int, group: int, ids: np.ndarray) -> str:
+    """Name of a group of packets in the packet store, a function of what is in it.
+
+    `group` is what they were made from: the sky cell, or the detector of replayed ones.
+    """
+    digest = hashlib.sha256(np.ascontiguousarray(ids).tobytes()).hexdigest()[:12]
+    return f"{visit}/{group}-{digest}.packets"
+
+
+def packet_digest(body: bytes) -> str:
+    """SHA-256 of a packet body, hexadecimal."""
+    return hashlib.sha256(body).hexdigest()
 
 
 def _alert_columns(batch: AlertBatch, cutouts: Cutouts) -> AlertColumns:
@@ -188,31 +178,43 @@ def _alert_columns(batch: AlertBatch, cutouts: Cutouts) -> AlertColumns:
     )
 
 
-def visit_part(
-    batch: AlertBatch, file_name: str, bodies: list[bytes], filter_columns: frozenset[str], seconds: float
-) -> bytes:
+def visit_part(batch: AlertBatch, thin: pa.Table, seconds: float) -> bytes:
     """A batch as it travels to visit space: counts, thin columns, table rows; no packet bytes."""
-    digests = [hashlib.sha256(body).hexdigest() for body in bodies]
-    thin = thin_alerts(batch, file_name, digests, filter_columns)
+    counts = {name: value for name, value in batch.counts.items() if name != "association_us"}
+    has_ss = batch.dia_sources["ssObjectId"] != 0
+    return alerts_part(
+        [batch.context["cell"], batch.context["detectors"]],
+        thin,
+        (
+            concatenate_records([batch.dia_sources, batch.unassociated], DIA_SOURCE),
+            batch.object_states,
+            batch.forced_sources,
+            batch.ss_sources[has_ss],
+        ),
+        counts=counts,
+        seconds={"association": batch.counts["association_us"] * 1e-6, "packaging": seconds},
+    )
+
+
+def alerts_part(
+    group: list[Any],
+    thin: pa.Table,
+    tables: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray],
+    *,
+    counts: dict[str, int],
+    seconds: dict[str, float],
+) -> bytes:
+    """The part of a visit that holds alerts.
+
+    Parameters
+    ----------
+    group : tells this group of alerts from the others of the visit; JSON
+    thin : table of `transforms.alert_columns.thin_schema`
+    tables : rows for the archive: dia_sources, dia_objects, dia_forced_sources, ss_sources
+    counts, seconds : for the ledger
+    """
     stream = pa.BufferOutputStream()
     with pa.ipc.new_stream(stream, thin.schema) as writer:
         writer.write_table(thin)
-    counts = {name: value for name, value in batch.counts.items() if name != "association_us"}
-    header = {
-        "kind": "alerts",
-        "context": batch.context,
-        "counts": counts,
-        "seconds": {"association": batch.counts["association_us"] * 1e-6, "packaging": seconds},
-    }
-    sources = concatenate_records([batch.dia_sources, batch.unassociated], DIA_SOURCE)
-    has_ss = batch.dia_sources["ssObjectId"] != 0
-    return pack(
-        header,
-        (
-            stream.getvalue().to_pybytes(),
-            records_to_bytes(sources),
-            records_to_bytes(batch.object_states),
-            records_to_bytes(batch.forced_sources),
-            records_to_bytes(batch.ss_sources[has_ss]),
-        ),
-    )
+    header = {"kind": "alerts", "group": group, "counts": counts, "seconds": seconds}
+    return pack(header, (stream.getvalue().to_pybytes(), *(records_to_bytes(rows) for rows in tables)))

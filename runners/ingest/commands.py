@@ -34,12 +34,14 @@ class _Failure(click.ClickException):
 def ingest() -> None:
     """Turn data of precursor surveys into the inputs of this program.
 
-    Images become a night folder for `produce`. Inputs that cannot be used are listed with their reasons, the
+    Images become a night folder for `produce`, catalogues a table for `associate`. Inputs that cannot be used are listed with their reasons, the
     rest is ingested: exit code 0. Exit code 1 means that nothing could be ingested.
 
     \b
     nightstream ingest saao ../shared/data/saao_kb13475 --out night
     nightstream produce night --out result
+    nightstream ingest ztf-detections ../shared/data/ztf_alerts --out ztf.parquet
+    nightstream associate ztf.parquet --out result
     """
 
 
@@ -122,6 +124,34 @@ def fits_folder(source: Path, out: Path, map_name: str, templates: Path | None, 
     with _failures(), _progress(quiet or as_json) as tell:
         nights = [ingest_fits(source, header_map, out, templates, tell)]
     _tell(nights, as_json=as_json, quiet=quiet)
+
+
+@ingest.command(name="ztf-detections")
+@_SOURCE
+@click.option("--out", required=True, type=click.Path(dir_okay=False, path_type=Path), help="Parquet file to write.")
+@_JSON
+@_QUIET
+def ztf_detections(source: Path, out: Path, as_json: bool, quiet: bool) -> None:
+    """Detections of ZTF as a table of diaSources, for `nightstream associate`.
+
+    SOURCE is a Parquet file with a row per detection, or a folder with such files (*detections*.parquet). The
+    table asks for ZTF's own association radius of 1.5 arcsec.
+    """
+    from runners.ingest.ztf import ZtfTableError, ingest_ztf_detections
+
+    try:
+        done = ingest_ztf_detections(source, out)
+    except (ZtfTableError, OSError) as error:
+        raise _Failure(str(error)) from error
+    if as_json:
+        facts = {"table": str(done.table), "sources": done.sources, "visits": done.visits, "refused": done.refused}
+        click.echo(json.dumps(facts))
+    if not quiet:
+        lines = [
+            f"{done.table}: {done.sources} sources of {done.visits} visits",
+            *(f"  refused {reason}" for reason in done.refused),
+        ]
+        click.echo("\n".join(lines), err=as_json)
 
 
 @contextlib.contextmanager

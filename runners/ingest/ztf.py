@@ -9,19 +9,22 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from astropy.time import Time
 
-from schemas.exposures import AB_ZERO_POINT_NJY
 from schemas.source_tables import RADIUS_KEY
+from schemas.ztf import (
+    BAND_OF_FID,
+    EXPOSURE_S,
+    JD_RANGE,
+    OBJECT_RADIUS_ARCSEC,
+    midpoint_mjd_tai,
+    psf_flux_err_njy,
+    psf_flux_njy,
+    significance,
+    visit_of_pid,
+)
 from transforms.archiving import write_table
 
-ZTF_RADIUS_ARCSEC = 1.5  # the gate of ZTF's own objectId
-ZTF_EXPOSURE_S = 30.0
-BAND_OF_FID = {1: "g", 2: "r", 3: "i"}
 _COLUMNS = ("objectId", "candid", "jd", "fid", "ra", "dec", "magpsf", "sigmapsf", "isdiffpos", "rcid", "pid")
-# pid = exposure number | rcid, two digits | two digits of processing
-_PID_PER_EXPOSURE = 10_000
-_MAG_ERR_TO_RELATIVE = np.log(10.0) / 2.5
 
 
 class ZtfTableError(ValueError):
@@ -90,15 +93,15 @@ def _read(path: Path) -> pa.Table:
 def _dia_sources(rows: pa.Table) -> tuple[pa.Table, int]:
     columns = {name: rows[name].to_numpy() for name in _COLUMNS if name != "objectId"}
     magnitude, error = columns["magpsf"], columns["sigmapsf"]
-    finite = np.all([np.isfinite(columns[name]) for name in ("jd", "ra", "dec", "magpsf")], axis=0)
-    good = finite & (error > 0) & np.isin(columns["fid"], list(BAND_OF_FID))
+    finite = np.all([np.isfinite(columns[name]) for name in ("ra", "dec", "magpsf")], axis=0)
+    in_time = (columns["jd"] > JD_RANGE[0]) & (columns["jd"] < JD_RANGE[1])
+    good = finite & in_time & (error > 0) & np.isin(columns["fid"], list(BAND_OF_FID))
     columns = {name: values[good] for name, values in columns.items()}
     magnitude, error = magnitude[good], error[good]
-    flux = 10.0 ** (0.4 * (AB_ZERO_POINT_NJY - magnitude))
-    start = Time(columns["jd"], format="jd", scale="utc")
-    midpoint = start.tai.mjd + 0.5 * ZTF_EXPOSURE_S / 86_400.0
-    sign = np.where(columns["isdiffpos"], 1.0, -1.0)
-    visit = columns["pid"] // _PID_PER_EXPOSURE
+    flux = psf_flux_njy(magnitude, columns["isdiffpos"])
+    flux_err = psf_flux_err_njy(magnitude, error)
+    midpoint = midpoint_mjd_tai(columns["jd"], EXPOSURE_S)
+    visit = visit_of_pid(columns["pid"])
     table = pa.table(
         {
             "diaSourceId": pa.array(columns["candid"], pa.int64()),
@@ -108,13 +111,13 @@ def _dia_sources(rows: pa.Table) -> tuple[pa.Table, int]:
             "midpointMjdTai": pa.array(_one_time_per_visit(visit, midpoint), pa.float64()),
             "ra": pa.array(columns["ra"] % 360.0, pa.float64()),
             "dec": pa.array(columns["dec"], pa.float64()),
-            "psfFlux": pa.array((sign * flux).astype(np.float32), pa.float32()),
-            "psfFluxErr": pa.array((flux * error * _MAG_ERR_TO_RELATIVE).astype(np.float32), pa.float32()),
-            "snr": pa.array((1.0 / (error * _MAG_ERR_TO_RELATIVE)).astype(np.float32), pa.float32()),
+            "psfFlux": pa.array(flux.astype(np.float32), pa.float32()),
+            "psfFluxErr": pa.array(flux_err.astype(np.float32), pa.float32()),
+            "snr": pa.array(significance(error).astype(np.float32), pa.float32()),
             "isNegative": pa.array(~columns["isdiffpos"].astype(bool), pa.bool_()),
-            "exposureTime": pa.array(np.full(len(visit), ZTF_EXPOSURE_S, dtype=np.float32), pa.float32()),
+            "exposureTime": pa.array(np.full(len(visit), EXPOSURE_S, dtype=np.float32), pa.float32()),
         },
-        metadata={RADIUS_KEY: str(ZTF_RADIUS_ARCSEC).encode()},
+        metadata={RADIUS_KEY: str(OBJECT_RADIUS_ARCSEC).encode()},
     )
     return table, int(np.count_nonzero(~good))
 

@@ -10,31 +10,36 @@ import hashlib
 import io
 import os
 import threading
+import zlib
 from collections.abc import Iterable, Iterator
-from functools import cache
+from dataclasses import dataclass
+from functools import lru_cache
+from mmap import mmap
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import fastavro
 
 from schemas.avro.encoding import avro_long
-from schemas.avro.schema_versions import PacketSchema
+from schemas.avro.schema_versions import PacketSchema, WriterSchema
 from schemas.avro.wire import PacketFormatError, read_long
 
 BLOCK_PACKETS = 1000
 BLOCK_BYTES = 1_000_000
 _SYNC_BYTES = 16
 _MAGIC = b"Obj\x01"
+ContainerSchema = PacketSchema | WriterSchema
+Buffer = bytes | memoryview | mmap
 
 
-def container_bytes(schema: PacketSchema, bodies: Iterable[bytes], *, docs: bool = True) -> bytes:
+def container_bytes(schema: ContainerSchema, bodies: Iterable[bytes], *, docs: bool = True) -> bytes:
     """A container with the given bodies. Without docs it is 16 KB smaller: for containers of one packet."""
     stream = io.BytesIO()
     _write(stream, schema, bodies, docs=docs)
     return stream.getvalue()
 
 
-def write_container(path: Path, schema: PacketSchema, bodies: Iterable[bytes]) -> int:
+def write_container(path: Path, schema: ContainerSchema, bodies: Iterable[bytes]) -> int:
     """Write a container file and return its number of packets.
 
     The file appears under its name complete or not at all: it is written beside it under a name that begins
@@ -79,7 +84,7 @@ def read_container_stream(stream: BinaryIO, name: str) -> Iterator[dict[str, Any
         ) from error
 
 
-def _write(stream: BinaryIO, schema: PacketSchema, bodies: Iterable[bytes], *, docs: bool) -> int:
+def _write(stream: BinaryIO, schema: ContainerSchema, bodies: Iterable[bytes], *, docs: bool) -> int:
     header, sync = _header(schema, docs)
     stream.write(header)
     block: list[bytes] = []
@@ -96,8 +101,8 @@ def _write(stream: BinaryIO, schema: PacketSchema, bodies: Iterable[bytes], *, d
     return n_packets
 
 
-@cache
-def _header(schema: PacketSchema, docs: bool) -> tuple[bytes, bytes]:
+@lru_cache(maxsize=64)
+def _header(schema: ContainerSchema, docs: bool) -> tuple[bytes, bytes]:
     """The bytes before the first block, and the sync marker that ends them and every block."""
     schema_text = schema.json_text(docs=docs).encode()
     sync = hashlib.sha256(schema_text).digest()[:16]
@@ -110,22 +115,96 @@ def _block(bodies: list[bytes], size: int, sync: bytes) -> bytes:
     return b"".join((avro_long(len(bodies)), avro_long(size), *bodies, sync))
 
 
-def single_body(message: bytes) -> bytes:
-    """The body in a container of one packet without codec, undecoded; PacketFormatError for any other."""
+@dataclass(frozen=True)
+class ContainerHeader:
+    """What a container says before its first block; `end` is where that begins."""
+
+    schema_text: str
+    codec: str
+    sync: bytes
+    end: int
+
+
+def container_header(data: Buffer) -> ContainerHeader:
+    """The header of a container held in memory; PacketFormatError if it is none or breaks off within."""
+    if bytes(data[: len(_MAGIC)]) != _MAGIC:
+        raise PacketFormatError("not an Avro container: it does not start with 'Obj' and byte 1")
+    entries: dict[bytes, bytes] = {}
     try:
         position = len(_MAGIC)
-        n_pairs, position = read_long(message, position)
+        n_pairs, position = read_long(data, position)
         while n_pairs:
-            for _ in range(2 * n_pairs):
-                length, position = read_long(message, position)
-                position += length
-            n_pairs, position = read_long(message, position)
-        sync = message[position : position + _SYNC_BYTES]
-        n_packets, position = read_long(message, position + _SYNC_BYTES)
-        size, position = read_long(message, position)
+            if n_pairs < 0:  # a negative count is followed by the size of its pairs in bytes
+                n_pairs, (_, position) = -n_pairs, read_long(data, position)
+            for _ in range(n_pairs):
+                key, position = _text(data, position)
+                entries[key], position = _text(data, position)
+            n_pairs, position = read_long(data, position)
+        sync = bytes(data[position : position + _SYNC_BYTES])
     except IndexError:
-        raise PacketFormatError(f"the container ends within its header, after {len(message)} bytes") from None
+        raise PacketFormatError(f"the container ends within its header, after {len(data)} bytes") from None
+    if len(sync) < _SYNC_BYTES or b"avro.schema" not in entries:
+        raise PacketFormatError("a container without a schema or sync marker")
+    try:
+        schema_text = entries[b"avro.schema"].decode()
+    except UnicodeDecodeError as error:
+        raise PacketFormatError(f"the container's schema is not UTF-8: {error}") from error
+    codec = entries.get(b"avro.codec", b"null").decode("ascii", "replace")
+    return ContainerHeader(schema_text, codec, sync, position + _SYNC_BYTES)
+
+
+class ContainerBlock(NamedTuple):
+    """One block of a container: where it begins, how many packets it holds, and their bytes, compressed."""
+
+    offset: int
+    n_packets: int
+    payload: Buffer
+
+
+def container_blocks(data: Buffer, header: ContainerHeader) -> Iterator[ContainerBlock]:
+    """The blocks of a container held in memory; PacketFormatError where they break off."""
+    position = header.end
+    while position < len(data):
+        block, position = container_block(data, header, position)
+        yield block
+
+
+def container_block(data: Buffer, header: ContainerHeader, offset: int) -> tuple[ContainerBlock, int]:
+    """The block that begins at `offset`, and where it ends; PacketFormatError if it is broken."""
+    try:
+        n_packets, position = read_long(data, offset)
+        size, position = read_long(data, position)
+    except IndexError:
+        raise PacketFormatError(f"the container ends within the block at byte {offset}") from None
     end = position + size
-    if message[: len(_MAGIC)] != _MAGIC or n_packets != 1 or size < 0 or message[end:] != sync:
+    if n_packets < 0 or size < 0 or bytes(data[end : end + _SYNC_BYTES]) != header.sync:
+        raise PacketFormatError(f"the container's block at byte {offset} is broken")
+    return ContainerBlock(offset, n_packets, data[position:end]), end + _SYNC_BYTES
+
+
+def block_bytes(block: ContainerBlock, codec: str) -> bytes:
+    """The packet bodies of a block, one after the other. PacketFormatError for a broken block or another codec."""
+    if codec == "null":
+        return bytes(block.payload)
+    if codec != "deflate":
+        raise PacketFormatError(f"codec {codec!r}, expected null or deflate")
+    try:
+        return zlib.decompress(block.payload, wbits=-15)
+    except zlib.error as error:
+        raise PacketFormatError(f"the container's block at byte {block.offset} is broken: {error}") from error
+
+
+def single_body(message: bytes) -> tuple[ContainerHeader, bytes]:
+    """Header and body of a container of one packet; PacketFormatError for any other."""
+    header = container_header(message)
+    block, end = container_block(message, header, header.end)
+    if block.n_packets != 1 or end != len(message):
         raise PacketFormatError("not a container of one packet")
-    return message[position:end]
+    return header, block_bytes(block, header.codec)
+
+
+def _text(data: Buffer, position: int) -> tuple[bytes, int]:
+    length, position = read_long(data, position)
+    if length < 0 or position + length > len(data):
+        raise IndexError
+    return bytes(data[position : position + length]), position + length

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import fastavro
 
 from schemas.avro.container import read_container_stream
-from schemas.avro.schema_versions import PacketSchema, SchemaVersionError, packet_schema_by_id
+from schemas.avro.schema_versions import PacketSchema, SchemaVersionError, WriterSchema, packet_schema_by_id
 from schemas.avro.wire import PacketFormatError, read_long, unwrap
 
 
@@ -54,17 +54,17 @@ def decode_body_of_container(message: bytes) -> dict[str, Any]:
     return packets[0]
 
 
-def decode_body(schema: PacketSchema, body: bytes) -> dict[str, Any]:
+def decode_body(schema: PacketSchema | WriterSchema, body: bytes) -> dict[str, Any]:
     """The packet in a schemaless body. PacketFormatError if it is broken or longer than its packet."""
     stream = io.BytesIO(body)
     try:
         packet = fastavro.schemaless_reader(stream, schema.parsed, None)
     except Exception as error:  # fastavro raises many kinds on broken bytes: all are one thing to us
         raise PacketFormatError(
-            f"broken v{schema.version} packet of {len(body)} bytes: {type(error).__name__}: {error}"
+            f"broken {schema.label} packet of {len(body)} bytes: {type(error).__name__}: {error}"
         ) from error
     if stream.tell() != len(body):
-        raise PacketFormatError(f"{len(body) - stream.tell()} bytes behind a v{schema.version} packet")
+        raise PacketFormatError(f"{len(body) - stream.tell()} bytes behind a {schema.label} packet")
     if not isinstance(packet, dict):
         raise PacketFormatError(f"a packet is a record, got {type(packet).__name__}")
     return packet

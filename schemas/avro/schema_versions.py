@@ -10,9 +10,10 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from importlib import resources
 from typing import Any
 
@@ -24,6 +25,15 @@ NEWEST_VERSION = "11.1"
 DEFAULT_VERSION = "11.0"  # what every public reader knows today
 
 PRIMITIVE_KINDS = ("long", "int", "float", "double", "boolean", "string", "bytes", "timestamp-micros")
+
+
+def schema_id_of(version: str) -> int:
+    """The id of a version in the wire header: 100 * major + minor."""
+    major, minor = version.split(".")
+    return 100 * int(major) + int(minor)
+
+
+PACKET_SCHEMA_IDS = tuple(schema_id_of(version) for version in VERSIONS)
 
 
 class SchemaVersionError(ValueError):
@@ -73,9 +83,73 @@ class PacketSchema:
         # Workers rebuild it from the version: the bytes on the way stay few, the cache stays one.
         return packet_schema, (self.version,)
 
+    @property
+    def label(self) -> str:
+        """What messages call it."""
+        return f"v{self.version}"
+
     def json_text(self, *, docs: bool) -> str:
         """The schema as JSON text, the same bytes every time, with or without docs."""
         return json.dumps(self.avro if docs else _without_docs(self.avro), separators=(",", ":"))
+
+
+@dataclass(frozen=True, eq=False)
+class WriterSchema:
+    """The schema that a container of any survey brings along.
+
+    Attributes
+    ----------
+    text : as it stands in the container
+    label : full name of its record, such as "lsst.v10_0.alert" or "ztf.alert"
+    schema_id : id in the wire header if it is one of LSST's, else None
+    parsed : as fastavro keeps it
+    fingerprint : SHA-256 of its parsing canonical form, hexadecimal
+    """
+
+    text: str
+    label: str
+    schema_id: int | None
+    parsed: dict[str, Any]
+    fingerprint: str
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return writer_schema, (self.text,)
+
+    def json_text(self, *, docs: bool) -> str:
+        """The text as it came, whatever `docs` says."""
+        return self.text
+
+
+@lru_cache(maxsize=64)
+def writer_schema(text: str) -> WriterSchema:
+    """The schema with the given JSON text; SchemaVersionError if it is none of a record."""
+    try:
+        avro = json.loads(text)
+        parsed = fastavro.parse_schema(avro)
+        canonical = fastavro.schema.to_parsing_canonical_form(avro)
+        name = parsed["name"]
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+        fastavro.schema.SchemaParseException,
+    ) as error:
+        raise SchemaVersionError(f"no schema of a record: {type(error).__name__}: {error}") from error
+    fingerprint = hashlib.sha256(canonical.encode()).hexdigest()
+    return WriterSchema(text, name, _lsst_schema_id(name, fingerprint), parsed, fingerprint)
+
+
+def _lsst_schema_id(name: str, fingerprint: str) -> int | None:
+    """The wire id of an alert record of LSST; None for another, or one that only bears the name of ours."""
+    match = re.fullmatch(r"lsst\.v(\d{1,3})_(\d{1,2})\.alert", name)
+    if match is None:
+        return None
+    version = f"{int(match[1])}.{int(match[2])}"
+    if version in VERSIONS and packet_schema(version).fingerprint != fingerprint:
+        return None
+    return schema_id_of(version)
 
 
 @cache
@@ -105,12 +179,11 @@ def packet_schema(version: str) -> PacketSchema:
         Unknown version.
     """
     records = record_definitions(version)
-    major, minor = (int(part) for part in version.split("."))
-    avro = _alert_record(f"lsst.v{major}_{minor}", records)
+    avro = _alert_record(f"lsst.v{version.replace('.', '_')}", records)
     canonical = fastavro.schema.to_parsing_canonical_form(avro)
     return PacketSchema(
         version=version,
-        schema_id=100 * major + minor,
+        schema_id=schema_id_of(version),
         records=records,
         avro=avro,
         parsed=fastavro.parse_schema(avro),
@@ -121,12 +194,10 @@ def packet_schema(version: str) -> PacketSchema:
 
 def packet_schema_by_id(schema_id: int) -> PacketSchema:
     """The schema with the given wire id (1100, 1101); SchemaVersionError if unknown."""
-    for version in VERSIONS:
-        schema = packet_schema(version)
-        if schema.schema_id == schema_id:
-            return schema
-    known = ", ".join(str(packet_schema(version).schema_id) for version in VERSIONS)
-    raise SchemaVersionError(f"unknown schema id {schema_id}, known are {known}")
+    if schema_id not in PACKET_SCHEMA_IDS:
+        known = ", ".join(str(one) for one in PACKET_SCHEMA_IDS)
+        raise SchemaVersionError(f"unknown schema id {schema_id}, known are {known}")
+    return packet_schema(VERSIONS[PACKET_SCHEMA_IDS.index(schema_id)])
 
 
 def _alert_record(namespace: str, records: Mapping[str, tuple[FieldDefinition, ...]]) -> dict[str, Any]:

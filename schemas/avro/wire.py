@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from mmap import mmap
 
 _HEADER = struct.Struct(">bi")
 HEADER_BYTES = _HEADER.size
@@ -27,7 +28,7 @@ def unwrap(message: bytes) -> tuple[int, bytes]:
     return schema_id, message[HEADER_BYTES:]
 
 
-def read_long(data: bytes, position: int) -> tuple[int, int]:
+def read_long(data: bytes | memoryview | mmap, position: int) -> tuple[int, int]:
     """The zigzag varint at `position` and where it ends.
 
     Raises

@@ -19,7 +19,9 @@ import numpy as np
 
 from pipelines.night_simulation import simulate_night
 from runners.configuration import load_brokers, load_checked_filters, load_production_config
-from runners.local import ProduceRequest, produce
+from runners.entries import night_input
+from runners.local import local_engine
+from runners.running import RunRequest, run_chain
 from runners.summary import RunSummary, summarise
 
 SKY_STAGES = ("association", "packaging")
@@ -41,9 +43,9 @@ def main() -> None:
 
 def _run(night: Path, out: Path) -> tuple[RunSummary, float, float]:
     filters, _ = load_checked_filters(None)
-    request = ProduceRequest(night, out, load_production_config(None), load_brokers(None), filters)
+    request = RunRequest(out, load_production_config(None), load_brokers(None), filters)
     cpu = time.process_time()
-    result = produce(request, lambda n_visits: _nothing())
+    result = run_chain(request, night_input(night, request), lambda n_visits: _nothing(), local_engine(()))
     return summarise(out), result.seconds, time.process_time() - cpu
 
 

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from astropy.io import fits
 
-from runners import local
+from runners import running
 from runners.kafka import check_kafka
 
 FIRST_DAY = 20261122
@@ -312,7 +312,7 @@ def test_a_kafka_broker_that_does_not_answer_ends_the_run_soon_and_before_it_beg
     one_visit: Path, produce: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert inspect.signature(check_kafka).parameters["timeout_s"].default <= 15.0
-    monkeypatch.setattr(local, "check_kafka", functools.partial(check_kafka, timeout_s=2.0))  # not to wait so long
+    monkeypatch.setattr(running, "check_kafka", functools.partial(check_kafka, timeout_s=2.0))  # not to wait so long
     started = time.monotonic()
     run = produce(one_visit, tmp_path / "out", "--kafka", "localhost:1")
     _refused(run, 1, "no Kafka broker answered at localhost:1 within 2 s")

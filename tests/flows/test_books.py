@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from runners.local import BeamOptionsError, beam_options, check_books
+from runners.local import BeamOptionsError, beam_options
+from runners.output_folder import check_books
 from schemas.manifests import DetectorImages, Manifest, Visit
 
 VISIT = 2026112200001

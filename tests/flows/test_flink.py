@@ -21,9 +21,11 @@ import transforms.ingestion
 from pipelines.night_simulation import simulate_night
 from runners.cli import main
 from runners.configuration import load_brokers, load_checked_filters, load_production_config
+from runners.entries import night_input
 from runners.flink import flink_engine
 from runners.flink_setup import FlinkSetupError, JobServerVersions, jar_versions, java_command, load_flink_settings
-from runners.local import BeamOptionsError, ProduceRequest, produce
+from runners.local import BeamOptionsError, Run, local_engine
+from runners.running import RunRequest, run_chain
 
 PATIENCE_S = 120.0
 TIMINGS = {"latency_s", "seconds"}
@@ -46,11 +48,10 @@ def night(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def request_of(night: Path, out: Path, *beam_options: str) -> ProduceRequest:
+def produce(night: Path, out: Path, engine: contextlib.AbstractContextManager[Run]) -> None:
     filters, problems = load_checked_filters(None)
-    return ProduceRequest(
-        night, out, load_production_config(None), load_brokers(None), filters, problems, beam_options=beam_options
-    )
+    request = RunRequest(out, load_production_config(None), load_brokers(None), filters, problems)
+    run_chain(request, night_input(night, request), no_progress, engine)
 
 
 def no_progress(n_visits: int) -> contextlib.AbstractContextManager[object]:
@@ -99,12 +100,12 @@ class TwoRuns:
 @pytest.fixture(scope="module")
 def runs(ready: JobServerVersions, night: Path) -> Iterator[TwoRuns]:
     local, flink = night.parent / "local", night.parent / "flink"
-    produce(request_of(night, local), no_progress)
+    produce(night, local, local_engine(()))
     held = HeldSource(flink / "ledger", [])
     announced: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(transforms.ingestion, "slices_of", held.slices_of(transforms.ingestion.slices_of))
-        produce(request_of(night, flink), no_progress, flink_engine((), announced.append))
+        produce(night, flink, flink_engine((), announced.append))
     yield TwoRuns(local, flink, announced, held.at_release)
 
 
@@ -152,10 +153,9 @@ def test_the_line_of_versions_is_announced(runs: TwoRuns, ready: JobServerVersio
 def test_an_option_that_no_part_of_beam_knows_is_refused_before_anything_is_written(
     ready: JobServerVersions, night: Path, tmp_path: Path
 ) -> None:
-    request = request_of(night, tmp_path / "out", "--paralelism=3")
     with pytest.raises(BeamOptionsError, match="unexpected paralelism"):
-        produce(request, no_progress, flink_engine(request.beam_options, lambda line: None))
-    assert not request.out.exists()
+        produce(night, tmp_path / "out", flink_engine(("--paralelism=3",), lambda line: None))
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_jar_of_another_flink_is_refused(ready: JobServerVersions) -> None:

@@ -17,7 +17,14 @@ from sample_alerts import expected_packet, random_batch, random_records
 
 from schemas.avro.container import BLOCK_PACKETS, container_bytes, read_container, write_container
 from schemas.avro.encoding import PacketContentError, encode_packets
-from schemas.avro.encodings import UnknownEncodingError, encode_message, message_headers
+from schemas.avro.messages import (
+    Packet,
+    UnknownEncodingError,
+    container_message,
+    encoded,
+    message_headers,
+    wire_message,
+)
 from schemas.avro.reading import decode_container, decode_packet, packet_prefix, to_json
 from schemas.avro.schema_versions import VERSIONS, packet_schema
 from schemas.avro.wire import PacketFormatError, unwrap, wrap
@@ -271,18 +278,21 @@ def test_encodings_hold_the_same_packet(version: str) -> None:
     batch = random_batch(1, np.random.default_rng(12))
     (body,) = encode_packets(schema, batch)
     expected = expected_packet(version, batch, 0)
-    assert _same(decode_packet(encode_message("rubin", schema, body)), expected)
-    assert _same(decode_container(encode_message("ocf", schema, body)), [expected])
-    assert message_headers("ocf") == [("_format", b"avro")]
-    assert message_headers("rubin") == []
+    wire, container = (encoded(encoding, wire_message(Packet(schema, body))) for encoding in ("rubin", "ocf"))
+    assert _same(decode_packet(wire), expected)
+    assert _same(decode_container(container), [expected])
+    assert encoded("rubin", container) == wire
+    assert encoded("ocf", wire) == encoded("ocf", container) == container
+    assert message_headers(container) == [("_format", b"avro")]
+    assert message_headers(wire) == []
     with pytest.raises(UnknownEncodingError, match="'json', known are rubin, ocf"):
-        encode_message("json", schema, body)
+        encoded("json", wire)
 
 
 def test_a_message_container_fits_beside_its_cutouts() -> None:
     """Docs stay out of messages: 19 KB of schema a message instead of 35 KB."""
     schema = packet_schema("11.0")
-    assert len(encode_message("ocf", schema, b"")) < 19_000 < len(container_bytes(schema, [b""]))
+    assert len(container_message(Packet(schema, b""))) < 19_000 < len(container_bytes(schema, [b""]))
 
 
 def test_json_is_strict_and_keeps_ids_exact() -> None:

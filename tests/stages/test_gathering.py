@@ -16,6 +16,7 @@ from apache_beam.testing.util import assert_that, equal_to
 from apache_beam.transforms.window import TimestampedValue
 
 from schemas.avro.encoding import encode_packets
+from schemas.avro.messages import Packet, wire_message
 from schemas.avro.schema_versions import packet_schema
 from schemas.claim_check import write_blobs
 from schemas.elements import AlertBatch, FailureRecord, VisitAlerts
@@ -27,6 +28,7 @@ from schemas.records import (
     SS_SOURCE,
     empty_records,
 )
+from transforms.alert_columns import thin_alerts
 from transforms.cutouts import detector_account
 from transforms.distribution import BrokerConfig, DistributeAlerts, full_streams
 from transforms.failures import failure_part
@@ -81,11 +83,13 @@ def _batch(first_id: int, n: int, cell: int = 7) -> AlertBatch:
 
 
 def _part(batch: AlertBatch, columns: frozenset[str], packets: Path | None = None) -> bytes:
-    n = len(batch.dia_sources)
-    bodies = encode_packets(packet_schema("11.0"), _alert_columns(batch, ([None] * n, [None] * n, [None] * n)))
+    n, ids = len(batch.dia_sources), batch.dia_sources["diaSourceId"]
+    schema = packet_schema("11.0")
+    bodies = encode_packets(schema, _alert_columns(batch, ([None] * n, [None] * n, [None] * n)))
+    name = packet_file(VISIT, batch.context["cell"], ids)
     if packets is not None:
-        write_blobs(packets / packet_file(batch), batch.dia_sources["diaSourceId"], [(body,) for body in bodies])
-    return visit_part(batch, packet_file(batch), bodies, columns, 0.01)
+        write_blobs(packets / name, ids, [(wire_message(Packet(schema, body)),) for body in bodies])
+    return visit_part(batch, thin_alerts(batch, name, ["digest"] * n, columns), 0.01)
 
 
 def _ids(visit: VisitAlerts) -> list[int]:
@@ -192,7 +196,6 @@ def test_filtered_topic_is_sent_once_and_files_hold_the_same_packets(bright: Che
     )
     distribute = DistributeAlerts(
         brokers,
-        schema_version="11.0",
         packet_folder=str(tmp_path / "packets"),
         broker_folder=str(tmp_path / "brokers"),
         filter_folder=str(tmp_path / "filters"),
@@ -210,7 +213,6 @@ def test_missing_packet_file_is_a_failure_of_that_broker_only(bright: CheckedFil
     visit = visit_alerts(VISIT, 0, {0: {_part(_batch(100, 4), bright.columns)}}, bright.columns)
     distribute = DistributeAlerts(
         (BrokerConfig(name="c", sink="files"), BrokerConfig(name="k", topic="t")),
-        schema_version="11.0",
         packet_folder=str(tmp_path / "nowhere"),
         broker_folder=str(tmp_path / "brokers"),
         filter_folder=str(tmp_path / "filters"),

@@ -1,0 +1,126 @@
+"""The three entries into the chain: a night folder, a table of diaSources, archived packets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from pipelines.alert_production import AlertProduction
+from pipelines.catalogue_association import CatalogueAssociation
+from pipelines.packet_replay import PacketReplay
+from runners.output_folder import fingerprint, history_digest
+from runners.running import Entry, RunInput, RunRequest
+from schemas.elements import FailureRecord
+from schemas.manifests import ManifestError, manifest_lines, manifest_path, night_folder, read_manifest
+from schemas.packet_index import index_packets, packet_files, read_index_visits
+from schemas.source_tables import read_table_visits
+from transforms.association import read_history
+from transforms.delivery import Delivery
+from transforms.distribution import BrokerConfig
+from transforms.failures import failure_of
+from transforms.ingestion import VisitList
+from transforms.solar_system import EphemeridesError, read_ephemerides
+
+ZTF_TOPIC = "ztf-alerts"
+
+
+class HistoryError(ValueError):
+    """A folder given as history that is none."""
+
+
+def night_input(night: Path, request: RunRequest, history: tuple[Path, ...] = ()) -> RunInput:
+    """A night folder. ManifestError or HistoryError if it or the history cannot be read."""
+    manifest = read_manifest(night)
+    if not manifest.visits and not manifest.problems:
+        raise ManifestError(f"{night}: visits.jsonl announces no visit")
+    check_history(history, request.out)
+    folders = tuple(str(folder) for folder in history)
+
+    def enter(store: Path) -> Entry:
+        ephemerides, problem = usable_ephemerides(night)
+
+        def dataflow(delivery: Delivery) -> AlertProduction:
+            visits = VisitList(str(manifest_path(night)), read_manifest)
+            return AlertProduction(visits, delivery, request.config, ephemerides, folders)
+
+        return Entry(manifest, dataflow, request.brokers, () if problem is None else (problem,))
+
+    # The order of lines does not decide anything, unless some cannot be used: of two that contradict each
+    # other the first stands.
+    lines = manifest_lines(night)
+    images = {path for visit in manifest.visits for one in visit.detectors for path in (one.science, one.template)}
+    beside = [str(night_folder(night) / "ephemerides.parquet")]
+    parts = [
+        "night",
+        lines if manifest.problems else sorted(lines),
+        [fingerprint(Path(path)) for path in sorted(path for path in images if path is not None) + beside],
+        [history_digest(folder) for folder in history],
+    ]
+    return RunInput(str(night), parts, enter)
+
+
+def table_input(table: Path, request: RunRequest, history: tuple[Path, ...] = ()) -> RunInput:
+    """A DIA-source table. ManifestError or HistoryError if it or the history cannot be read."""
+    manifest = read_table_visits(table)
+    if not manifest.visits and not manifest.problems:
+        raise ManifestError(f"{table}: there is no source in it")
+    check_history(history, request.out)
+    folders = tuple(str(folder) for folder in history)
+
+    def enter(store: Path) -> Entry:
+        def dataflow(delivery: Delivery) -> CatalogueAssociation:
+            visits, config = VisitList(str(table), read_table_visits), request.config
+            return CatalogueAssociation(visits, delivery, config.association, config.packaging, folders)
+
+        return Entry(manifest, dataflow, request.brokers)
+
+    parts = ["table", fingerprint(table), [history_digest(folder) for folder in history]]
+    return RunInput(str(table), parts, enter)
+
+
+def packets_input(sources: Sequence[Path], request: RunRequest, tell: Callable[[int], None] | None = None) -> RunInput:
+    """Archived packets, files or folders of them. `tell` is told how many were found so far."""
+
+    def enter(store: Path) -> Entry:
+        path = store / "packets.parquet"
+        index = index_packets(sources, path, store / "unpacked", tell)
+        dataflow = partial(PacketReplay, VisitList(str(path), read_index_visits))
+        return Entry(index.manifest, dataflow, brokers_of_survey(request.brokers, index.survey))
+
+    files = [(path.name, fingerprint(path)) for path in packet_files(sources)]
+    return RunInput(", ".join(str(source) for source in sources), ["packets", files], enter)
+
+
+def brokers_of_survey(brokers: tuple[BrokerConfig, ...], survey: str) -> tuple[BrokerConfig, ...]:
+    """The brokers as they are served with packets of a survey: ZTF's have a topic and an encoding of their own."""
+    if survey != "ztf":
+        return brokers
+    return tuple(
+        replace(broker, encoding="ocf", topic=ZTF_TOPIC if broker.stream == "full" else broker.topic)
+        for broker in brokers
+    )
+
+
+def check_history(history: tuple[Path, ...], out: Path) -> None:
+    """HistoryError unless every folder of the history is the output of another run."""
+    for folder in history:
+        if folder.resolve() == out.resolve():
+            raise HistoryError(f"--history {folder} is the output folder of this run")
+    try:
+        read_history(tuple(str(folder) for folder in history))
+    except (OSError, ValueError, KeyError) as error:
+        raise HistoryError(f"--history {', '.join(str(folder) for folder in history)}: {error}") from error
+
+
+def usable_ephemerides(night: Path) -> tuple[str | None, FailureRecord | None]:
+    """The night's ephemerides; without them, or with broken ones, the night goes on."""
+    path = night_folder(night) / "ephemerides.parquet"
+    if not path.is_file():
+        return None, None
+    try:
+        read_ephemerides(str(path))
+    except EphemeridesError as error:
+        return None, failure_of(error, "solar_system", None, lost="solar-system association of the night")
+    return str(path), None

@@ -1,0 +1,201 @@
+"""One run of a pipeline: claims the output folder, starts Kafka and its readers, runs, closes the books."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from threadpoolctl import threadpool_limits
+
+from pipelines.alert_production import AlertProductionConfig
+from runners.kafka import BrokerReader, BrokerReceipt, EmbeddedKafka, KafkaAlertSink, check_kafka
+from runners.local import Dataflow, Run
+from runners.output_folder import (
+    check_books,
+    check_output,
+    claim_output,
+    clear_scratch,
+    close_books,
+    delivered_per_broker,
+    digest_of,
+    remove_scratch,
+)
+from schemas.avro.adaptation import adapt_packet
+from schemas.avro.messages import packet_of, write_messages
+from schemas.avro.reading import decode_body, packet_prefix
+from schemas.avro.schema_versions import PACKET_SCHEMA_IDS
+from schemas.elements import FailureRecord
+from schemas.manifests import Manifest
+from transforms.delivery import Delivery
+from transforms.distribution import BrokerConfig
+from transforms.filters.checking import CheckedFilter
+from transforms.filters.definition import FilterProblem
+
+EMBEDDED = "embedded"
+NO_KAFKA = "none"
+_READER_PATIENCE_S = 60.0
+
+
+@dataclass(frozen=True)
+class RunRequest:
+    """What `produce`, `associate` and `replay` are asked for alike."""
+
+    out: Path
+    config: AlertProductionConfig
+    brokers: tuple[BrokerConfig, ...]
+    filters: tuple[CheckedFilter, ...]
+    filter_problems: tuple[FilterProblem, ...] = ()
+    kafka: str = NO_KAFKA
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An entry into the chain, ready to run.
+
+    Attributes
+    ----------
+    manifest : the visits to come
+    dataflow : makes the pipeline, given who gets what
+    brokers : those of the request, as they are served from this entry
+    problems : what is wrong with the input as a whole; the run goes on without it
+    """
+
+    manifest: Manifest
+    dataflow: Callable[[Delivery], Dataflow]
+    brokers: tuple[BrokerConfig, ...]
+    problems: tuple[FailureRecord, ...] = ()
+
+
+@dataclass(frozen=True)
+class RunInput:
+    """What a run starts from.
+
+    Attributes
+    ----------
+    source : its name, for messages
+    digest_parts : all of it that decides what comes out
+    enter : opens it, given a folder for files that the flow needs as long as it runs
+    """
+
+    source: str
+    digest_parts: list[Any]
+    enter: Callable[[Path], Entry]
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """How long it took, and what the embedded readers received."""
+
+    seconds: float
+    receipts: dict[str, BrokerReceipt]
+
+
+def run_chain(
+    request: RunRequest,
+    given: RunInput,
+    progress: Callable[[int], contextlib.AbstractContextManager[object]],
+    engine: contextlib.AbstractContextManager[Run],
+) -> RunResult:
+    """Run the chain from one of its entries.
+
+    Parameters
+    ----------
+    request : RunRequest
+    given : RunInput
+    progress : callable (n_visits) -> context manager
+        Entered while the flow runs; watches the ledger.
+    engine : context manager of a Run
+        Where it runs.
+
+    Raises
+    ------
+    ManifestError, OutputFolderError, BeamOptionsError, KafkaUnreachableError
+        Before anything of an earlier output is touched.
+    RuntimeError
+        The flow as a whole failed. The output folder can be given again: what was written stays good.
+    """
+    started = time.perf_counter()
+    out = request.out
+    with contextlib.ExitStack() as stack:
+        run = stack.enter_context(engine)
+        stack.enter_context(threadpool_limits(1))
+        bootstrap = _bootstrap(request.kafka, stack)
+        digest = digest_of([*given.digest_parts, _request_parts(request)])
+        check_output(out, digest)
+        entry = _entered(given, out)
+        claim_output(out, given.source, digest)
+        delivery = Delivery(
+            out=str(out),
+            store=str(out / ".store"),
+            brokers=entry.brokers,
+            filters=request.filters,
+            sink=None if bootstrap is None else KafkaAlertSink(bootstrap),
+            deadline_s=request.config.packaging.delivery_deadline_s,
+        )
+        readers = _start_readers(delivery, str(bootstrap), stack) if request.kafka == EMBEDDED else {}
+        with progress(len(entry.manifest.visits)):
+            run(entry.dataflow(delivery))
+        close_books(out, request.filter_problems, entry.problems)
+        check_books(out, entry.manifest)
+        receipts = _stop_readers(out, readers)
+    remove_scratch(out)
+    return RunResult(time.perf_counter() - started, receipts)
+
+
+def _entered(given: RunInput, out: Path) -> Entry:
+    """The input opened, in a fresh scratch folder; nothing stays behind where it cannot be."""
+    store = clear_scratch(out)
+    try:
+        return given.enter(store)
+    except BaseException:
+        remove_scratch(out)
+        with contextlib.suppress(OSError):
+            out.rmdir()
+        raise
+
+
+def _request_parts(request: RunRequest) -> list[Any]:
+    return [
+        asdict(request.config),
+        [asdict(broker) for broker in request.brokers],
+        [asdict(one.definition) for one in request.filters],
+    ]
+
+
+def _bootstrap(kafka: str, stack: contextlib.ExitStack) -> str | None:
+    if kafka == NO_KAFKA:
+        return None
+    if kafka == EMBEDDED:
+        return stack.enter_context(EmbeddedKafka()).bootstrap
+    check_kafka(kafka)
+    return kafka
+
+
+def _start_readers(delivery: Delivery, bootstrap: str, stack: contextlib.ExitStack) -> dict[str, BrokerReader]:
+    spool = Path(delivery.out) / ".spool"
+    return {
+        broker.name: stack.enter_context(BrokerReader(broker.name, bootstrap, broker.kafka_topic, _visit_of, spool))
+        for broker in delivery.brokers
+        if broker.sink == "kafka"
+    }
+
+
+def _stop_readers(out: Path, readers: dict[str, BrokerReader]) -> dict[str, BrokerReceipt]:
+    delivered = delivered_per_broker(out)
+    receipts = {}
+    for name, reader in readers.items():
+        receipts[name] = reader.stop(delivered.get(name, 0), _READER_PATIENCE_S)
+        reader.write(out / "brokers" / name, write_messages)
+    return receipts
+
+
+def _visit_of(message: bytes) -> int:
+    """The visit of a message, whatever its encoding and survey."""
+    packet = packet_of(message)
+    if packet.schema.schema_id in PACKET_SCHEMA_IDS:
+        return packet_prefix(packet.body).visit
+    return adapt_packet(decode_body(packet.schema, packet.body)).visit

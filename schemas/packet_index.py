@@ -1,0 +1,374 @@
+"""Archived packets as visits: what `nightstream replay` reads, found once and listed in an index.
+
+The index says of each packet where it lies, to the byte, and which visit it belongs to. Files are
+containers (one packet or many, codec null or deflate), wire messages, tars of such files, and all these
+behind gzip, which are unpacked first.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import json
+import mmap
+import os
+import shutil
+import tarfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import fastavro
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from schemas.avro.adaptation import AdaptedPacket, adapt_packet
+from schemas.avro.container import (
+    ContainerBlock,
+    ContainerHeader,
+    ContainerSchema,
+    block_bytes,
+    container_block,
+    container_blocks,
+    container_header,
+)
+from schemas.avro.messages import Packet, container_message, packet_of, schema_of_container
+from schemas.avro.reading import decode_body
+from schemas.avro.schema_versions import SchemaVersionError
+from schemas.avro.wire import PacketFormatError
+from schemas.manifests import Manifest, ManifestError, ManifestProblem, Visit, visit_without_images
+
+_SUFFIXES = (".avro", ".tar", ".tar.gz", ".tgz", ".avro.gz")
+_GZIP_MAGIC = b"\x1f\x8b"
+_CONTAINER_MAGIC = b"Obj"
+_WHOLE = -1  # the message is all of the extent
+_FIRST_MJD, _LAST_MJD = 10_000.0, 100_000.0
+_PROBLEMS_KEY = b"problems"
+_SURVEY_KEY = b"survey"
+_COLUMNS = {
+    "file": pa.string(),
+    "start": pa.int64(),
+    "length": pa.int64(),
+    "block": pa.int64(),
+    "body_start": pa.int64(),
+    "body_length": pa.int64(),
+    "diaSourceId": pa.int64(),
+    "visit": pa.int64(),
+    "detector": pa.int64(),
+    "band": pa.string(),
+    "midpointMjdTai": pa.float64(),
+    "exposureTime": pa.float64(),
+}
+
+
+class PacketPlace(NamedTuple):
+    """Where a packet lies: an extent of a file and, in a container of many, a block there and bytes of that."""
+
+    file: str
+    start: int
+    length: int
+    block: int
+    body_start: int
+    body_length: int
+
+
+@dataclass(frozen=True)
+class PacketIndex:
+    """What an index says: whose packets they are, how many, in which visits, and what could not be used."""
+
+    survey: str
+    n_packets: int
+    manifest: Manifest
+
+
+def index_packets(
+    sources: Sequence[Path], index: Path, spool: Path, tell: Callable[[int], None] | None = None
+) -> PacketIndex:
+    """Look through files, and folders of files, for packets and write the index.
+
+    Parameters
+    ----------
+    sources : files; of folders all files below that are named as packets are
+    index : Parquet file to write
+    spool : folder for what must be unpacked; it has to stay as long as the index is used
+    tell : told the number of packets found so far
+
+    Of packets with one diaSourceId the first stands; others that differ from it are problems.
+
+    Raises
+    ------
+    ManifestError
+        No packet that can be used, or packets of two surveys.
+    """
+    rows: list[tuple[Any, ...]] = []
+    problems: list[ManifestProblem] = []
+    known: dict[int, bytes] = {}
+    surveys: dict[str, str] = {}
+    for path in packet_files(sources):
+        for found in _packets_in_file(path, spool, problems):
+            adapted = found.adapted
+            key = adapted.dia_source_id
+            if key in known:
+                if known[key] != found.digest:
+                    reason = f"{found.name}: diaSourceId {key} came before with different content; the first stands"
+                    problems.append(_problem("DuplicatePacket", reason, adapted.visit, adapted.detector))
+                continue
+            known[key] = found.digest
+            surveys.setdefault(adapted.survey, found.name)
+            exposure = (
+                adapted.visit,
+                adapted.detector,
+                adapted.band,
+                adapted.midpoint_mjd_tai,
+                adapted.exposure_time_s,
+            )
+            rows.append((*found.place, key, *exposure))
+            if tell is not None:
+                tell(len(rows))
+    where = ", ".join(str(source) for source in sources)
+    if not rows:
+        reasons = "; ".join(problem.reason for problem in problems[:3]) or f"no file named {', '.join(_SUFFIXES)}"
+        raise ManifestError(f"{where}: no packet to replay: {reasons}")
+    if len(surveys) > 1:
+        held = " and ".join(f"{survey} ({name})" for survey, name in sorted(surveys.items()))
+        raise ManifestError(f"{where}: packets of {held}: replay one survey at a time")
+    _write_index(index, rows, problems, next(iter(surveys)))
+    return read_index(index)
+
+
+def read_index(path: Path) -> PacketIndex:
+    """Read what `index_packets` wrote."""
+    table = pq.ParquetFile(path).read()
+    metadata = table.schema.metadata
+    problems = tuple(ManifestProblem(**problem) for problem in json.loads(metadata[_PROBLEMS_KEY]))
+    survey = metadata[_SURVEY_KEY].decode()
+    visits = _visits(table, survey)
+    return PacketIndex(survey, len(table), Manifest(visits, problems))
+
+
+def read_index_visits(path: Path) -> Manifest:
+    """The visits of an index."""
+    return read_index(path).manifest
+
+
+class PacketReader:
+    """Finds the packets of a detector of a visit by an index."""
+
+    def __init__(self, index: Path) -> None:
+        table = pq.ParquetFile(index).read()
+        self.columns = {name: table[name].to_pylist() for name in PacketPlace._fields}
+        self.ids = table["diaSourceId"].to_numpy()
+        self.rows: dict[tuple[int, int], list[int]] = {}
+        for row, key in enumerate(zip(table["visit"].to_pylist(), table["detector"].to_pylist(), strict=True)):
+            self.rows.setdefault(key, []).append(row)
+
+    def places(self, visit: int, detector: int) -> list[tuple[int, PacketPlace]]:
+        """(diaSourceId, place) of the packets of one exposure, in order of id."""
+        rows = sorted(self.rows.get((visit, detector), ()), key=lambda row: int(self.ids[row]))
+        return [
+            (int(self.ids[row]), PacketPlace(*(self.columns[name][row] for name in PacketPlace._fields)))
+            for row in rows
+        ]
+
+
+def read_packet(place: PacketPlace) -> bytes:
+    """The packet at a place, as a message: its own bytes, or a container of its own if it shared one.
+
+    Raises
+    ------
+    PacketFormatError
+        The file has changed.
+    OSError
+        It is gone.
+    """
+    extent = _extent(place.file, os.stat(place.file).st_mtime_ns)[place.start : place.start + place.length]
+    if place.block == _WHOLE:
+        return bytes(extent)
+    header, bodies = _block(place.file, place.start, place.length, place.block, os.stat(place.file).st_mtime_ns)
+    body = bodies[place.body_start : place.body_start + place.body_length]
+    return container_message(Packet(schema_of_container(header.schema_text), body))
+
+
+@lru_cache(maxsize=4)
+def _extent(file: str, modified_ns: int) -> memoryview:
+    with open(file, "rb") as stream:
+        return memoryview(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ))
+
+
+@lru_cache(maxsize=4)
+def _block(file: str, start: int, length: int, offset: int, modified_ns: int) -> tuple[ContainerHeader, bytes]:
+    data = _extent(file, modified_ns)[start : start + length]
+    header = container_header(data)
+    block, _ = container_block(data, header, offset)
+    return header, block_bytes(block, header.codec)
+
+
+class _Found(NamedTuple):
+    name: str
+    place: PacketPlace
+    adapted: AdaptedPacket
+    digest: bytes
+
+
+def packet_files(sources: Sequence[Path]) -> Iterator[Path]:
+    """The files given, and of folders all below them that are named as packets are, in order of path."""
+    for source in sources:
+        if not source.is_dir():
+            yield source
+            continue
+        below = (path.relative_to(source) for path in source.rglob("*") if path.is_file())
+        for path in sorted(path for path in below if path.name.endswith(_SUFFIXES)):
+            if not any(part[0] in "._" for part in path.parts):
+                yield source / path
+
+
+def _packets_in_file(path: Path, spool: Path, problems: list[ManifestProblem]) -> Iterator[_Found]:
+    """Packets of one file; what cannot be read in it becomes problems."""
+    try:
+        readable = _unpacked(path, spool)
+        if readable.stat().st_size == 0:
+            raise PacketFormatError("an empty file")
+        for name, start, length in _extents(readable, path.name):
+            try:
+                yield from _packets_in_extent(name, str(readable), start, length, problems)
+            except (PacketFormatError, SchemaVersionError) as error:
+                problems.append(_problem("UnreadablePackets", f"{name}: {error}"))
+    except (OSError, EOFError, ValueError, tarfile.TarError) as error:
+        problems.append(_problem("UnreadableFile", f"{path.name}: {error}"))
+
+
+def _unpacked(path: Path, spool: Path) -> Path:
+    """The file itself, or what is behind its gzip, unpacked into the spool."""
+    with path.open("rb") as stream:
+        if stream.read(2) != _GZIP_MAGIC:
+            return path.resolve()
+    spool.mkdir(parents=True, exist_ok=True)
+    name = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]
+    target = spool / f"{name}-{path.name.removesuffix('.gz')}"
+    try:
+        with gzip.open(path) as packed, target.open("wb") as unpacked:
+            shutil.copyfileobj(packed, unpacked, 1 << 20)
+    except EOFError as error:
+        raise PacketFormatError(f"broken gzip: {error}") from error
+    return target.resolve()
+
+
+def _extents(path: Path, name: str) -> Iterator[tuple[str, int, int]]:
+    """Name, start and length of each stretch of a file that is a container or a wire message."""
+    with path.open("rb") as stream:
+        head = stream.read(len(_CONTAINER_MAGIC))
+    if head == _CONTAINER_MAGIC or not tarfile.is_tarfile(path):
+        yield name, 0, path.stat().st_size
+        return
+    with tarfile.open(path, "r:") as members:
+        for member in members:
+            if member.isfile() and member.size and not Path(member.name).name.startswith("."):
+                yield f"{name}/{member.name}", member.offset_data, member.size
+
+
+def _packets_in_extent(
+    name: str, file: str, start: int, length: int, problems: list[ManifestProblem]
+) -> Iterator[_Found]:
+    data = _extent(file, os.stat(file).st_mtime_ns)[start : start + length]
+    whole = PacketPlace(file, start, length, _WHOLE, 0, length)
+    if bytes(data[: len(_CONTAINER_MAGIC)]) != _CONTAINER_MAGIC:
+        packet = packet_of(bytes(data))
+        decoded = decode_body(packet.schema, packet.body)
+        yield from _found(name, whole, decoded, packet.body, problems)
+        return
+    header = container_header(data)
+    schema = schema_of_container(header.schema_text)
+    blocks = container_blocks(data, header)
+    while True:
+        try:
+            block = next(blocks, None)
+        except PacketFormatError as error:
+            problems.append(_problem("UnreadablePackets", f"{name}: {error}; the rest of it is lost"))
+            return
+        if block is None:
+            return
+        bodies, decoded_packets = _decoded_block(name, block, header, schema, problems)
+        alone = block.n_packets == 1 and start + length == start + _end_of(data, header, block)
+        for first, last, decoded in decoded_packets:
+            place = PacketPlace(file, start, length, block.offset, first, last - first)
+            is_whole = alone and block.offset == header.end
+            yield from _found(name, whole if is_whole else place, decoded, bodies[first:last], problems)
+
+
+def _end_of(data: memoryview, header: ContainerHeader, block: ContainerBlock) -> int:
+    return container_block(data, header, block.offset)[1]
+
+
+def _decoded_block(
+    name: str, block: ContainerBlock, header: ContainerHeader, schema: ContainerSchema, problems: list[ManifestProblem]
+) -> tuple[bytes, list[tuple[int, int, dict[str, Any]]]]:
+    """The bytes of a block, and of each packet in it first byte, byte behind the last, and content."""
+    decoded: list[tuple[int, int, dict[str, Any]]] = []
+    bodies = b""
+    try:
+        bodies = block_bytes(block, header.codec)
+        stream = io.BytesIO(bodies)
+        for _ in range(block.n_packets):
+            first = stream.tell()
+            packet: Any = fastavro.schemaless_reader(stream, schema.parsed, None)
+            decoded.append((first, stream.tell(), packet))
+    except Exception as error:  # fastavro raises many kinds on broken bytes: all are one thing to us
+        lost = block.n_packets - len(decoded)
+        reason = f"{name}: {lost} of {block.n_packets} packets of the block at byte {block.offset}: {error}"
+        problems.append(_problem("UnreadablePackets", reason))
+    return bodies, decoded
+
+
+def _found(
+    name: str, place: PacketPlace, decoded: Any, body: bytes, problems: list[ManifestProblem]
+) -> Iterator[_Found]:
+    try:
+        adapted = adapt_packet(decoded)
+        if not _FIRST_MJD <= adapted.midpoint_mjd_tai <= _LAST_MJD:
+            raise PacketFormatError(f"midpoint {adapted.midpoint_mjd_tai} is no MJD of any survey")
+    except PacketFormatError as error:
+        problems.append(_problem("UnusablePacket", f"{name}: {error}"))
+        return
+    yield _Found(name, place, adapted, hashlib.sha256(body).digest())
+
+
+def _problem(error: str, reason: str, visit: int | None = None, detector: int | None = None) -> ManifestProblem:
+    return ManifestProblem(0, visit, detector, error, reason)
+
+
+def _write_index(index: Path, rows: list[tuple[Any, ...]], problems: list[ManifestProblem], survey: str) -> None:
+    columns = {
+        name: pa.array([row[place] for row in rows], kind) for place, (name, kind) in enumerate(_COLUMNS.items())
+    }
+    metadata = {
+        _PROBLEMS_KEY: json.dumps([asdict(problem) for problem in problems]).encode(),
+        _SURVEY_KEY: survey.encode(),
+    }
+    index.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table(columns, metadata=metadata), index)
+
+
+def _visits(table: pa.Table, survey: str) -> tuple[Visit, ...]:
+    """Visits of an index. Packets of one exposure may differ in how they round its time: the earliest counts."""
+    columns = {name: table[name].to_numpy() for name in ("visit", "detector", "midpointMjdTai", "exposureTime")}
+    bands = table["band"].to_pylist()
+    order = np.lexsort((columns["midpointMjdTai"], columns["visit"]))
+    visits = []
+    for rows in np.split(order, np.flatnonzero(np.diff(columns["visit"][order])) + 1):
+        first = int(rows[0])
+        exposure_time = float(columns["exposureTime"][first])
+        visits.append(
+            visit_without_images(
+                int(columns["visit"][first]),
+                float(columns["midpointMjdTai"][first]),
+                bands[first],
+                np.unique(columns["detector"][rows]).tolist(),
+                source=survey,
+                exposure_time_s=exposure_time if np.isfinite(exposure_time) else 0.0,
+            )
+        )
+    return tuple(sorted(visits, key=lambda visit: (visit.midpoint_mjd_tai, visit.visit)))
