@@ -3,12 +3,14 @@
 Frames are registered by their stars to the best of them. That frame gets a nominal TAN WCS from the pointing in its
 header; the others get the same WCS composed with their affine transformation, which a CD matrix and CRPIX express
 exactly. So positions agree between frames to the accuracy of the registration, and with the sky to that of the
-pointing. Zero points are relative to the same frame, measured on the stars, on a nominal scale.
+pointing. Zero points are relative to the same frame, measured on the stars, on a nominal scale. PSFs are measured on
+the stars that stand alone in the template, the same in all frames: in one frame of a crowded field blends look like
+stars.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ from astropy.io import fits
 from astropy.wcs import WCS
 from numpy.typing import NDArray
 from scipy import ndimage
+from scipy.spatial import cKDTree
 
 from runners.ingest.night_folder import (
     IngestedNight,
@@ -33,6 +36,7 @@ from schemas.exposures import AB_ZERO_POINT_NJY, Exposure, mask_bits, write_expo
 from schemas.manifests import DetectorImages, Visit
 from transforms.numerics.background import subtract_background
 from transforms.numerics.image_stacking import StackingError, affine_grid, find_hits, stack_exposures
+from transforms.numerics.psf_modelling import DetectedSources, PsfEstimationError, estimate_psf
 from transforms.numerics.registration import Registration, RegistrationError, StarList, find_stars, register
 from transforms.numerics.warping import warp_exposure
 
@@ -51,6 +55,9 @@ _BLEED_OFFSET_PIX = 6
 _BLEED_GAP_PIX = 5
 _HOT_PART = 0.3  # of the frames in which a pixel is a hit before it is taken as hot
 _LEAST_SIDE_PIX = 128
+_ALONE_FWHM = 3.0  # no star of a tenth of the flux or more within this distance
+_ALONE_FLUX_RATIO = 0.1
+_NEAR_BAD_PIX = 5
 _NOMINAL_CARDS = {
     "WCSNOM": (True, "nominal: pointing, scale and angle assumed"),
     "ZPNOM": (True, "nominal: relative to the template only"),
@@ -88,6 +95,16 @@ class _RegisteredFrame:
     hits: NDArray[np.bool_]
 
 
+@dataclass(frozen=True, eq=False)
+class _Template:
+    """What the written template tells: how many frames are in it, and which of its stars stand alone."""
+
+    n_stacked: int
+    x: NDArray[np.float64]  # of these stars, pixels of the common frame
+    y: NDArray[np.float64]
+    flux: NDArray[np.float64]  # adu of the common frame
+
+
 def ingest_saao(source: Path, out: Path, progress: Progress | None = None) -> IngestedNight:
     """Ingest a folder of SAAO frames (searched for .fits, .fits.fz and .fits.gz below it).
 
@@ -117,20 +134,22 @@ def ingest_saao(source: Path, out: Path, progress: Progress | None = None) -> In
     registered = _register_frames(frames, refused, progress)
     hot = _hot_pixels([one.hits for one in registered])
     template_path = out / "templates" / f"{registered[0].frame.band}_000.fits"
-    n_stacked = _write_template(registered, hot, template_path)
-    visits = []
+    template = _write_template(registered, hot, template_path)
+    visits, n_without_psf = [], 0
     names = [one.frame.name for one in registered]
     for name, one in zip(watched(names, "writing", progress), registered, strict=False):
         path = out / "science" / f"{_stem(name)}.fits"
-        exposure, zero_point = _science_exposure(one, registered[0], hot)
+        exposure, zero_point = _science_exposure(one, registered[0], hot, template)
+        n_without_psf += exposure.psf is None
         write_exposure(path, exposure, header=_cards(one.frame, zero_point))
         visits.append(_visit(one.frame, exposure, path, template_path))
     numbered = number_visits(visits)
     notes = (
         f"registered to {registered[0].frame.name}",
-        f"template: clipped mean of {n_stacked} frames, the sharpest with a sky below {_SKY_LIMIT} of the median",
+        f"template: clipped mean of {template.n_stacked} frames, the sharpest with a sky below {_SKY_LIMIT} medians",
         f"nominal WCS: pointing of the header, {PIXEL_SCALE_ARCSEC} arcsec a pixel, north up, east left",
         f"nominal zero point: {NOMINAL_ZERO_POINT} for 1 adu of {registered[0].frame.name}",
+        f"PSF: measured on stars that stand alone in the template; {n_without_psf} frames have too few of them",
     )
     night = IngestedNight(
         folder=out,
@@ -298,8 +317,8 @@ def _hot_pixels(hits: list[NDArray[np.bool_]]) -> NDArray[np.bool_]:
     return np.asarray((part > _HOT_PART) & (len(hits) >= 5))
 
 
-def _write_template(registered: list[_RegisteredFrame], hot: NDArray[np.bool_], path: Path) -> int:
-    """Clipped mean of the best frames on the union of their pixels; returns how many frames it holds."""
+def _write_template(registered: list[_RegisteredFrame], hot: NDArray[np.bool_], path: Path) -> _Template:
+    """Clipped mean of the best frames on the union of their pixels."""
     chosen = registered[:TEMPLATE_FRAMES]
     ny, nx = chosen[0].frame.pixels.shape
     corners = np.array([[0, 0], [nx - 1, 0], [0, ny - 1], [nx - 1, ny - 1]], dtype=np.float64)
@@ -333,16 +352,64 @@ def _write_template(registered: list[_RegisteredFrame], hot: NDArray[np.bool_], 
     image = np.where(core, filled, stack.image)
     variance = np.where(core, np.abs(filled), stack.variance)
     scale = np.float32(10.0 ** (0.4 * (AB_ZERO_POINT_NJY - NOMINAL_ZERO_POINT)))
-    wcs = _nominal_wcs(registered[0], np.array([[1.0, 0.0, -first[0]], [0.0, 1.0, -first[1]]]))
+    to_template = np.array([[1.0, 0.0, -first[0]], [0.0, 1.0, -first[1]]])
+    stars = _stars_alone(image, mask != 0)
+    template = _Template(len(chosen), stars.x + first[0], stars.y + first[1], stars.flux)
+    psf = _psf(image, variance, mask != 0, template, to_template, stars)
     exposure = Exposure(
         image=(image * scale).astype(np.float32),
         variance=(variance * scale**2).astype(np.float32),
         mask=mask,
-        wcs=wcs,
-        psf=None,
+        wcs=_nominal_wcs(registered[0], to_template),
+        psf=psf,
     )
     write_exposure(path, exposure, header=_NOMINAL_CARDS | {"NFRAMES": len(chosen)})
-    return len(chosen)
+    return template
+
+
+def _stars_alone(image: NDArray[np.floating], bad: NDArray[np.bool_]) -> StarList:
+    """The stars of the template without another star near them that is not much fainter."""
+    try:
+        stars = find_stars(image, bad)
+    except RegistrationError as error:
+        raise IngestError(f"no stars in the template: {error}") from error
+    positions = np.column_stack((stars.x, stars.y))
+    near = cKDTree(positions).query_ball_point(positions, _ALONE_FWHM * stars.fwhm_pix)
+    brightest_other = np.array([max((stars.flux[j] for j in js if j != i), default=0.0) for i, js in enumerate(near)])
+    alone = brightest_other < _ALONE_FLUX_RATIO * stars.flux
+    return replace(stars, x=stars.x[alone], y=stars.y[alone], flux=stars.flux[alone])
+
+
+def _psf(
+    image: NDArray[np.floating],
+    variance: NDArray[np.floating],
+    bad: NDArray[np.bool_],
+    template: _Template,
+    affine: NDArray[np.float64],
+    stars: StarList,
+    flux_ratio: float = 1.0,
+) -> NDArray[np.float64] | None:
+    """PSF of an image without sky from the template's stars, brought there by an affine; None if too few are on it."""
+    x, y = affine[:, :2] @ np.stack((template.x, template.y)) + affine[:, 2:]
+    ny, nx = bad.shape
+    column, row = np.rint(x).astype(np.intp), np.rint(y).astype(np.intp)
+    inside = (column >= 0) & (row >= 0) & (column < nx) & (row < ny)
+    near_bad = ndimage.maximum_filter(bad, _NEAR_BAD_PIX)
+    clean = inside & ~near_bad[np.clip(row, 0, ny - 1), np.clip(column, 0, nx - 1)]
+    noise = stars.sky_rms * np.sqrt(np.pi) * stars.fwhm_pix
+    sources = DetectedSources(
+        x=x,
+        y=y,
+        flux=template.flux,
+        snr=template.flux * flux_ratio / noise,
+        half_light_radius_pix=np.full(len(x), 0.5 * stars.fwhm_pix),
+        ellipticity=np.zeros(len(x)),
+        clean=clean,
+    )
+    try:
+        return estimate_psf(np.where(bad, 0.0, image), variance, bad, sources).psf
+    except PsfEstimationError:
+        return None
 
 
 def _to_common(affine: NDArray[np.float64], points: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -366,10 +433,10 @@ def _nominal_wcs(common: _RegisteredFrame, affine: NDArray[np.float64]) -> WCS:
 
 
 def _science_exposure(
-    one: _RegisteredFrame, common: _RegisteredFrame, hot: NDArray[np.bool_]
+    one: _RegisteredFrame, common: _RegisteredFrame, hot: NDArray[np.bool_], template: _Template
 ) -> tuple[Exposure, float]:
-    frame = one.frame
-    zero_point = NOMINAL_ZERO_POINT + 2.5 * float(np.log10(one.registration.flux_ratio))
+    frame, registration = one.frame, one.registration
+    zero_point = NOMINAL_ZERO_POINT + 2.5 * float(np.log10(registration.flux_ratio))
     scale = np.float32(10.0 ** (0.4 * (AB_ZERO_POINT_NJY - zero_point)))
     mask = np.zeros(frame.pixels.shape, dtype=np.int32)
     mask[frame.saturated] |= mask_bits("SAT")
@@ -378,8 +445,18 @@ def _science_exposure(
     edge = np.ones(frame.pixels.shape, dtype=bool)
     edge[_EDGE_PIX:-_EDGE_PIX, _EDGE_PIX:-_EDGE_PIX] = False
     mask[edge] |= mask_bits("EDGE")
-    wcs = _nominal_wcs(common, one.registration.affine)
-    return Exposure(frame.pixels * scale, frame.variance * scale**2, mask, wcs, None), zero_point
+    wcs = _nominal_wcs(common, registration.affine)
+    bad = frame.saturated | one.hits | hot
+    sky = subtract_background(frame.pixels, bad, _BACKGROUND_BOX_PIX)
+    psf = _psf(sky.image, frame.variance, bad, template, registration.affine, one.stars, registration.flux_ratio)
+    exposure = Exposure(
+        image=frame.pixels * scale,
+        variance=frame.variance * scale**2,
+        mask=mask,
+        wcs=wcs,
+        psf=psf,
+    )
+    return exposure, zero_point
 
 
 def _cards(frame: _Frame, zero_point: float) -> dict[str, object]:
