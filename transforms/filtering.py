@@ -29,6 +29,7 @@ from schemas.records import (
 from transforms.alert_columns import thin_schema
 from transforms.failures import FAILED
 from transforms.filters.checking import CheckedFilter
+from transforms.filters.engine import FilterConnection
 from transforms.filters.execution import FilterOutcome, run_filters
 
 STAGE = "filtering"
@@ -255,6 +256,12 @@ class _RunFiltersFn(beam.DoFn):
     def __init__(self, filters: tuple[CheckedFilter, ...]) -> None:
         self.filters = filters
 
+    def setup(self) -> None:
+        self.connection = FilterConnection()
+
+    def teardown(self) -> None:
+        self.connection.close()
+
     def process(self, visit: VisitAlerts) -> Iterator[Any]:
         passed: dict[str, np.ndarray] = {one.definition.full_name: np.empty(0, dtype=np.int64) for one in self.filters}
         counts = {name: {"seen": 0, "passed": 0, "capped": 0, "error": None} for name in passed}
@@ -262,7 +269,7 @@ class _RunFiltersFn(beam.DoFn):
         revisions = visit.alerts["revision"].to_numpy()
         for number in range(visit.revision + 1):
             rows = visit.alerts.filter(pa.array(revisions == number))
-            for one, outcome in zip(self.filters, run_filters(self.filters, rows), strict=True):
+            for one, outcome in zip(self.filters, run_filters(self.filters, rows, self.connection), strict=True):
                 name = one.definition.full_name
                 room = one.definition.max_per_visit - len(passed[name])
                 taken = outcome.passed[: max(room, 0)]

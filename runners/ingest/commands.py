@@ -34,8 +34,8 @@ class _Failure(click.ClickException):
 def ingest() -> None:
     """Turn data of precursor surveys into the inputs of this program.
 
-    Images become a night folder for `produce`, catalogues a table for `associate`. Inputs that cannot be used are listed with their reasons, the
-    rest is ingested: exit code 0. Exit code 1 means that nothing could be ingested.
+    Images become a night folder for `produce`, catalogues a table for `associate`. Inputs that cannot be used are
+    listed with their reasons, the rest is ingested: exit code 0. Exit code 1 means that nothing could be ingested.
 
     \b
     nightstream ingest saao ../shared/data/saao_kb13475 --out night

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from schemas.tables import alerts_arrow_schema, project_alerts_schema
 from transforms.filters.checking import CheckedFilter, check_filter
 from transforms.filters.definition import FilterDefinition, load_filters
+from transforms.filters.engine import MEMORY_LIMIT_MB, FilterConnection
 from transforms.filters.execution import AlertsTableError, FilterOutcome, run_filters
 
 ROOT = Path(__file__).parents[2]
@@ -28,8 +30,18 @@ def check(where: str = "true", **parts: Any) -> CheckedFilter:
     return check_filter(FilterDefinition(**{"name": "probe", "owner": "demo", "where": where, **parts}))
 
 
+def filtered(
+    filters: Sequence[CheckedFilter], alerts: pa.Table, *, memory_limit_mb: int = MEMORY_LIMIT_MB, **limits: Any
+) -> list[FilterOutcome]:
+    connection = FilterConnection(memory_limit_mb)
+    try:
+        return run_filters(filters, alerts, connection, **limits)
+    finally:
+        connection.close()
+
+
 def run_one(checked: CheckedFilter, alerts: pa.Table, **limits: Any) -> FilterOutcome:
-    (outcome,) = run_filters([checked], alerts, **limits)
+    (outcome,) = filtered([checked], alerts, **limits)
     return outcome
 
 
@@ -171,7 +183,7 @@ def test_every_shuffle_gives_the_same_outcome() -> None:
     )
     filters = [*EXAMPLES.values(), slope]
     table = as_table(random_alerts(250, 6))
-    expected = run_filters(filters, table)
+    expected = filtered(filters, table)
     assert all(outcome.n_passed > 0 for outcome in expected)
 
     @settings(max_examples=12, deadline=None)
@@ -179,7 +191,7 @@ def test_every_shuffle_gives_the_same_outcome() -> None:
     def shuffled(seed: int, pieces: int) -> None:
         order = np.random.default_rng(seed).permutation(table.num_rows)
         parts = [table.take(part) for part in np.array_split(order, pieces)]
-        for first, second in zip(expected, run_filters(filters, pa.concat_tables(parts)), strict=True):
+        for first, second in zip(expected, filtered(filters, pa.concat_tables(parts)), strict=True):
             assert first.passed.tobytes() == second.passed.tobytes()
             assert first.columns.equals(second.columns)
             assert (first.n_seen, first.n_passed, first.n_capped) == (second.n_seen, second.n_passed, second.n_capped)
@@ -200,7 +212,7 @@ def test_a_slice_of_a_table_is_filtered_as_a_table_of_its_rows() -> None:
     rows = random_alerts(200, 8)
     filters = list(EXAMPLES.values())
     for part, whole in zip(
-        run_filters(filters, as_table(rows).slice(37, 101)), run_filters(filters, as_table(rows[37:138])), strict=True
+        filtered(filters, as_table(rows).slice(37, 101)), filtered(filters, as_table(rows[37:138])), strict=True
     ):
         assert part.passed.tolist() == whole.passed.tolist()
         assert part.columns.equals(whole.columns)
@@ -303,7 +315,7 @@ def test_a_filter_that_fails_at_run_time_does_not_stop_the_others() -> None:
     failing = check("diaSource.band::INTEGER = 1", name="failing")
     failing_output = check(select="diaSource.band::INTEGER AS n", name="failing-output")
     table = small([5.0, 6.0], band=["r", "1"])
-    outcomes = run_filters([check(), failing, failing_output, check(name="last")], table)
+    outcomes = filtered([check(), failing, failing_output, check(name="last")], table)
     assert [outcome.filter for outcome in outcomes] == [
         "demo.probe",
         "demo.failing",
@@ -323,7 +335,7 @@ def test_a_filter_without_end_is_stopped_and_the_next_one_runs() -> None:
     history = [{"diaSourceId": n, "snr": float(n)} for n in range(100)]
     rows = [{"diaSource": {"diaSourceId": n, "snr": 1.0}, "prvDiaSources": history} for n in range(10)]
     table = pa.Table.from_pylist(rows, schema=alerts_arrow_schema())
-    stopped, after = run_filters([endless, check()], table, timeout_s=0.3)
+    stopped, after = filtered([endless, check()], table, timeout_s=0.3)
     assert stopped.error is not None and "stopped after 0.3 s" in stopped.error
     assert 0.3 <= stopped.seconds < 10  # 1e16 rows would take years
     assert (stopped.n_passed, after.error, after.n_passed) == (0, None, 10)
@@ -337,16 +349,16 @@ def test_a_filter_that_wants_too_much_memory_fails_alone() -> None:
     history = [{"diaSourceId": n, "snr": float(n)} for n in range(2500)]
     rows = [{"diaSource": {"diaSourceId": n, "snr": 1.0}, "prvDiaSources": history} for n in range(2)]
     table = pa.Table.from_pylist(rows, schema=alerts_arrow_schema())
-    failed, after = run_filters([greedy, check()], table, memory_limit_mb=64)
+    failed, after = filtered([greedy, check()], table, memory_limit_mb=64)
     assert failed.error is not None and "OutOfMemory" in failed.error
     assert (after.error, after.n_passed) == (None, 2)
 
 
 def test_no_alerts_and_no_filters_are_fine() -> None:
     empty = alerts_arrow_schema().empty_table()
-    (outcome,) = run_filters([EXAMPLES["bright-new"]], empty)
+    (outcome,) = filtered([EXAMPLES["bright-new"]], empty)
     assert (outcome.n_seen, outcome.n_passed, outcome.error, outcome.columns.num_rows) == (0, 0, None, 0)
-    assert run_filters([], empty) == []
+    assert filtered([], empty) == []
 
 
 @pytest.mark.parametrize(
@@ -373,3 +385,18 @@ def test_no_alerts_and_no_filters_are_fine() -> None:
 def test_a_table_that_cannot_be_filtered_is_refused_with_the_evidence(change: Any, reason: str) -> None:
     with pytest.raises(AlertsTableError, match=reason):
         run_one(check("diaObject.nDiaSources = 1 OR diaSource.snr > 1"), change(small([1.0, 2.0])))
+
+
+def test_visits_on_one_connection_do_not_see_each_other() -> None:
+    connection = FilterConnection()
+    kept = check(where="diaSource.snr > 0", select="diaSource.ra")
+    broken = check(where="CAST(diaSource.band AS DOUBLE) > 0")
+    first, second = as_table(random_alerts(40, 1)), as_table(random_alerts(30, 2))
+    alone = [filtered([kept], table)[0].passed.tolist() for table in (first, second, first)]
+    together = []
+    for table in (first, second, first):
+        outcome, failed = run_filters([kept, broken], table, connection)
+        together.append(outcome.passed.tolist())
+        assert failed.error is not None
+    connection.close()
+    assert together == alone

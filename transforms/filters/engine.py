@@ -61,6 +61,29 @@ def open_connection(memory_limit_mb: int = MEMORY_LIMIT_MB) -> duckdb.DuckDBPyCo
     return connection
 
 
+class FilterConnection:
+    """A connection kept from visit to visit: opening one takes longer than a filter.
+
+    What a filter may say leaves nothing behind in it; after an error it is dropped all the same.
+    """
+
+    def __init__(self, memory_limit_mb: int = MEMORY_LIMIT_MB) -> None:
+        self._memory_limit_mb = memory_limit_mb
+        self._connection: duckdb.DuckDBPyConnection | None = None
+
+    def get(self) -> duckdb.DuckDBPyConnection:
+        """The connection, opened where there is none."""
+        if self._connection is None:
+            self._connection = open_connection(self._memory_limit_mb)
+        return self._connection
+
+    def close(self) -> None:
+        """Drop the connection; the next `get` opens another."""
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+
 @contextmanager
 def time_limit(connection: duckdb.DuckDBPyConnection, timeout_s: float) -> Iterator[None]:
     """Interrupt what runs on `connection` inside this block once `timeout_s` seconds have passed.

@@ -1,6 +1,6 @@
 """Running checked filters on the alerts of one visit.
 
-Filters run one after the other on one fresh connection per call, each under a time limit. The limit is an
+Filters run one after the other on one connection, each under a time limit. The limit is an
 interrupt, which DuckDB honours between vectors, not inside one call; running filters in a process that
 can be killed from outside is a later step.
 """
@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 
 from schemas.tables import project_alerts_schema
 from transforms.filters.checking import CheckedFilter
-from transforms.filters.engine import MEMORY_LIMIT_MB, TABLE, TIMEOUT_S, open_connection, tidy_message, time_limit
+from transforms.filters.engine import TABLE, TIMEOUT_S, FilterConnection, tidy_message, time_limit
 
 
 class AlertsTableError(ValueError):
@@ -48,9 +48,9 @@ class FilterOutcome:
 def run_filters(
     filters: Sequence[CheckedFilter],
     alerts: pa.Table,
+    connection: FilterConnection,
     *,
     timeout_s: float = TIMEOUT_S,
-    memory_limit_mb: int = MEMORY_LIMIT_MB,
 ) -> list[FilterOutcome]:
     """Run every filter on all alerts of one visit.
 
@@ -61,10 +61,10 @@ def run_filters(
     alerts : pa.Table
         One row per alert in any order, with at least the columns the filters need
         (`schemas.tables.project_alerts_schema`). Filters see NaN as null and a null history list as empty.
+    connection : FilterConnection
+        Holds no table between two calls.
     timeout_s : float
         Wall time each filter may take, > 0.
-    memory_limit_mb : int
-        Memory DuckDB may take, MB.
 
     Returns
     -------
@@ -79,21 +79,16 @@ def run_filters(
     """
     needed = frozenset({"diaSource.diaSourceId"}.union(*(one.columns for one in filters)))
     visible = _as_filters_see(alerts, project_alerts_schema(needed))
-    connection = open_connection(memory_limit_mb)
     outcomes = []
-    try:
-        for one in filters:
-            begin = time.perf_counter()
-            try:
-                outcome = _run(connection, one, visible, timeout_s)
-            except Exception as error:  # whatever one author's SQL does must not stop the others
-                outcome = _failed(one, visible.num_rows, error)
-                # DuckDB refuses everything after an internal error; and nothing of a failed query may stay behind.
-                connection.close()
-                connection = open_connection(memory_limit_mb)
-            outcomes.append(replace(outcome, seconds=time.perf_counter() - begin))
-    finally:
-        connection.close()
+    for one in filters:
+        begin = time.perf_counter()
+        try:
+            outcome = _run(connection.get(), one, visible, timeout_s)
+        except Exception as error:  # whatever one author's SQL does must not stop the others
+            outcome = _failed(one, visible.num_rows, error)
+            # DuckDB refuses everything after an internal error; and nothing of a failed query may stay behind.
+            connection.close()
+        outcomes.append(replace(outcome, seconds=time.perf_counter() - begin))
     return outcomes
 
 
@@ -110,6 +105,7 @@ def _run(
         if one.output_sql is not None:
             connection.register(TABLE, _rows_of(thin, passed))
             columns = _in_order(connection.sql(one.output_sql).to_arrow_table(), passed, one.output_names)
+        connection.unregister(TABLE)
     return FilterOutcome(
         filter=one.definition.full_name,
         passed=passed,
