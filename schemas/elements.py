@@ -87,7 +87,8 @@ class SubtractedExposure(FusedElement):
     ----------
     visit, detector : which exposure
     science, science_variance, difference, difference_variance, matched_template,
-    template_variance : (ny, nx) float32, nJy or nJy^2; science without its background
+    template_variance : (ny, nx) float32, nJy or nJy^2; science without its background; the variance of the
+        difference is that of uncorrelated noise which gives PSF fluxes their errors (`DifferenceResult`)
     mask : (ny, nx) int32, science planes and the template's as `_TEMPLATE`
     psf : (k, k) float64, sum 1, the PSF of science and difference
     wcs : WCS of the science image

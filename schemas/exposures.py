@@ -119,7 +119,7 @@ def read_exposure(path: str | Path) -> Exposure:
             # Values too large for float32 become infinite: pixels without data.
             with (
                 np.errstate(over="ignore", invalid="ignore"),
-                _opened(path) as stream,  # astropy leaves a file open when it fails half-way
+                open_unpacked(path) as stream,  # astropy leaves a file open when it fails half-way
                 fits.open(stream, memmap=False, lazy_load_hdus=False) as hdus,
             ):
                 return _exposure_from_hdus(hdus, path.name)
@@ -129,8 +129,13 @@ def read_exposure(path: str | Path) -> Exposure:
         raise ExposureError(f"{path.name}: broken FITS file: {type(error).__name__}: {error}") from error
 
 
-def _opened(path: Path) -> BinaryIO:
-    """The file to read FITS from: unpacked here, as astropy takes a packed file cut short for a short one."""
+def open_unpacked(path: Path) -> BinaryIO:
+    """The file to read FITS from: unpacked here, as astropy takes a packed file cut short for a short one.
+
+    Raises
+    ------
+    OSError, EOFError, zlib.error, lzma.LZMAError : it cannot be read, or is no whole packed file
+    """
     with path.open("rb") as stream:
         head = stream.read(8)
     for magic, unpack in _UNPACKERS.items():
@@ -282,7 +287,7 @@ def _read_psf(hdu: fits.ImageHDU | None, name: str) -> np.ndarray | None:
 
 def write_exposure(path: Path, exposure: Exposure, *, header: dict[str, object] | None = None) -> None:
     """Write an exposure in nJy, atomically; `header` holds further cards of the IMAGE HDU."""
-    image_header = exposure.wcs.to_header()
+    image_header = exposure.wcs.to_header(relax=True)  # SIP and other distortions are no standard
     image_header["BUNIT"] = "nJy"
     for card, value in (header or {}).items():
         image_header[card] = value

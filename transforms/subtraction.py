@@ -16,7 +16,7 @@ from schemas.claim_check import ImageStore
 from schemas.elements import DetectorVisit, StageElement, SubtractedExposure
 from schemas.exposures import MASK_BITS, Exposure, mask_bits, read_exposure
 from transforms.failures import FAILED, StageFn, failed_in, failure_of
-from transforms.numerics.differencing import ImagePlanes, SubtractionParameters, subtract
+from transforms.numerics.differencing import DifferenceResult, ImagePlanes, SubtractionParameters, subtract
 from transforms.numerics.warping import warp_exposure, wcs_coordinate_grid
 
 STAGE = "subtraction"
@@ -129,7 +129,7 @@ def subtract_detector(element: DetectorVisit, config: SubtractionConfig, started
     science_bad = (science.mask & mask_bits("BAD", "SAT", "CR", "NO_DATA")) != 0
     result = subtract(
         ImagePlanes(science.image, science.variance, science_bad, science.psf),
-        ImagePlanes(warped.image, warped.variance, template_bad, template.psf),
+        ImagePlanes(warped.image, warped.white_variance, template_bad, template.psf),
         config.parameters(),
     )
     mask = _joined_mask(science, warped.mask, result.invalid)
@@ -139,9 +139,9 @@ def subtract_detector(element: DetectorVisit, config: SubtractionConfig, started
         science=result.difference + result.matched_template,
         science_variance=science.variance,
         difference=result.difference,
-        difference_variance=result.variance,
+        difference_variance=result.white_variance,
         matched_template=result.matched_template,
-        template_variance=np.maximum(result.variance - science.variance, 0.0, dtype=np.float32),
+        template_variance=_template_variance(result, science.variance),
         mask=mask,
         psf=np.asarray(result.psf, dtype=np.float64),
         wcs=science.wcs,
@@ -154,6 +154,13 @@ def subtract_detector(element: DetectorVisit, config: SubtractionConfig, started
             *((f"no PSF: measured on {result.n_psf_stars} stars",) if result.n_psf_stars else ()),
         ),
     )
+
+
+def _template_variance(result: DifferenceResult, science_variance: np.ndarray) -> np.ndarray:
+    """What the template adds to the variance, infinite where there is no difference."""
+    variance = np.full(science_variance.shape, np.inf, dtype=np.float32)
+    np.subtract(result.white_variance, science_variance, out=variance, where=~result.invalid)
+    return np.maximum(variance, 0.0, dtype=np.float32)
 
 
 def _kernel_notes(validation_chi2: float) -> Iterator[str]:

@@ -8,9 +8,10 @@ sky is subtracted from itself.
 from __future__ import annotations
 
 import math
+import os
 import re
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -18,19 +19,24 @@ from typing import Any, Literal
 import numpy as np
 import yaml
 from astropy.io import fits
+from astropy.io.fits.card import Undefined
 from astropy.utils.exceptions import AstropyWarning
-from astropy.wcs import WCS
 from numpy.typing import NDArray
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as checked_dataclass
 
 from runners.ingest.assembly import (
+    UNUSABLE_PLANES,
     ConvertedExposure,
+    celestial_wcs,
     checked_detector,
+    checked_exposure_time,
+    exposure_in_njy,
     group_fields,
     separation_deg,
-    sky_extent,
     visits_of,
+    without_repeats,
+    write_checked,
 )
 from runners.ingest.night_folder import (
     IngestedNight,
@@ -38,19 +44,22 @@ from runners.ingest.night_folder import (
     Progress,
     Refusal,
     RefusedInput,
+    checked_midpoint,
     claim_folder,
+    files_below,
     finish_folder,
     mjd_of_iso,
     tai_of_utc_mjd,
     watched,
 )
 from schemas.exposures import (
-    AB_ZERO_POINT_NJY,
     MASK_BITS,
+    MAX_STORED_BITS,
     READ_NOISE_DEFAULT_E,
     Exposure,
     ExposureError,
     mask_bits,
+    open_unpacked,
     read_exposure,
     write_exposure,
 )
@@ -63,8 +72,8 @@ from transforms.numerics.warping import WarpError, warp_exposure, wcs_coordinate
 TEMPLATE_PART = 1.0 / 3.0
 MAX_TEMPLATE_EXPOSURES = 10
 _BACKGROUND_BOX_PIX = 128
-_FITS_ENDINGS = (".fits", ".fits.fz", ".fits.gz", ".fit", ".fts")
-_UNUSABLE = ("BAD", "SAT", "CR", "NO_DATA")
+_FITS_ENDINGS = (".fits", ".fits.fz", ".fits.gz", ".fits.bz2", ".fits.xz", ".fit", ".fts")
+_GAIN_RANGE = (1e-6, 1e6)
 _STRICT = ConfigDict(extra="forbid")
 
 
@@ -187,15 +196,17 @@ def load_header_map(name_or_path: str) -> HeaderMap:
 
 
 def _check_map(header_map: HeaderMap, name: str) -> None:
-    for key in ("instrument", "band", "exposure_time_s", "zero_point", "detector", "gain", "read_noise_e"):
+    for key in (one.name for one in fields(header_map)):
         entry = getattr(header_map, key)
-        if entry is not None and (entry.card is None) == (entry.value is None):
+        if isinstance(entry, (Value, BandValue, ZeroPointValue)) and (entry.card is None) == (entry.value is None):
             raise HeaderMapError(f"{name}: {key}: give either card or value")
     for given, band in {**header_map.band.names, "value": header_map.band.value or BANDS[0]}.items():
         if band not in BANDS:
             raise HeaderMapError(f"{name}: band: {given}: {band!r} is not one of {', '.join(BANDS)}")
     for bit, plane in (header_map.mask.bits if header_map.mask else {}).items():
-        if plane not in MASK_BITS or not 0 <= bit < 63:
+        if not 0 <= bit < MAX_STORED_BITS:
+            raise HeaderMapError(f"{name}: mask: bits: {bit} is not in [0, {MAX_STORED_BITS})")
+        if plane not in MASK_BITS:
             raise HeaderMapError(f"{name}: mask: bits: {bit}: {plane!r} is not one of {', '.join(MASK_BITS)}")
     try:
         re.compile(header_map.ignore)
@@ -231,30 +242,34 @@ def ingest_fits(
     IngestError
         No files there, none of them can be used, or `out` holds something else.
     """
-    paths = _fits_paths(source, header_map)
-    if templates is not None:
-        template_root = templates.resolve()
-        paths = [path for path in paths if template_root not in path.resolve().parents]
+    given = [] if templates is None else _fits_paths(templates, header_map, out)
+    if templates is not None and not given:
+        raise IngestError(f"no FITS files in {templates}: no templates")
+    apart = {os.path.realpath(path) for path in given}
+    paths = [path for path in _fits_paths(source, header_map, out) if os.path.realpath(path) not in apart]
     if not paths:
-        raise IngestError(f"no FITS files in {source}")
+        raise IngestError(f"no FITS files in {source}" + (" but the templates" if given else ""))
     claim_folder(out)
     refused: list[Refusal] = []
     converted = _convert_all(paths, source, header_map, out / "science", refused, progress, timed=True)
     if not converted:
         raise IngestError(f"none of {len(paths)} files can be used; {refused[0].source}: {refused[0].reason}")
-    converted = _one_instrument(converted, refused)
+    converted = without_repeats(_one_instrument(converted, refused), refused)
     notes: list[str] = []
     if templates is None:
         chosen = _build_templates(converted, out / "templates", refused, notes, progress)
     else:
-        given = _fits_paths(templates, header_map)
+        n_before = len(refused)
         made = _convert_all(given, templates, header_map, out / "templates", refused, progress, timed=False)
+        if not made:
+            name, reason = refused[n_before]
+            raise IngestError(f"none of {len(given)} templates can be used; {name}: {reason}")
         chosen = {one.path: _nearest_template(one, made) for one in converted}
         notes.append(f"{len(made)} templates given")
     science = [one for one in converted if one.path in chosen]
     lacking = [one.source for one in science if chosen[one.path] is None]
     notes += [f"no template for {name}" for name in lacking]
-    visits = visits_of(science, chosen, refused)
+    visits = visits_of(science, chosen)
     night = IngestedNight(
         folder=out,
         instrument=converted[0].instrument,
@@ -267,12 +282,10 @@ def ingest_fits(
     return finish_folder(night, visits)
 
 
-def _fits_paths(folder: Path, header_map: HeaderMap) -> list[Path]:
-    if not folder.is_dir():
-        raise IngestError(f"{folder} is not a folder")
+def _fits_paths(folder: Path, header_map: HeaderMap, out: Path) -> list[Path]:
     ignored = re.compile(header_map.ignore) if header_map.ignore else None
-    found = (path for path in folder.rglob("*") if path.name.lower().endswith(_FITS_ENDINGS) and path.is_file())
-    return sorted(path for path in found if ignored is None or not ignored.search(path.name))
+    found = (path for path in files_below(folder, without=out) if path.name.lower().endswith(_FITS_ENDINGS))
+    return [path for path in found if ignored is None or not ignored.search(path.name)]
 
 
 def _convert_all(
@@ -326,9 +339,10 @@ class _Opened:
         if entry.card is None:
             return entry.value
         for header in (self.image.header, self.primary):
-            if entry.card in header:
-                return header[entry.card]
-        raise RefusedInput(f"{key}: no card {entry.card}")
+            value = header.get(entry.card)
+            if value is not None and not isinstance(value, Undefined):
+                return value
+        raise RefusedInput(f"{key}: no card {entry.card} with a value")
 
     def number(self, entry: Value | ZeroPointValue, key: str) -> float:
         found = self.look_up(entry, key)
@@ -357,7 +371,7 @@ def _convert(path: Path, name: str, header_map: HeaderMap, target: Path, *, time
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", category=AstropyWarning)
             warnings.filterwarnings("error", message=".*truncated")  # only a warning to astropy, broken to us
-            with fits.open(path, memmap=False, lazy_load_hdus=False) as hdus:
+            with open_unpacked(path) as stream, fits.open(stream, memmap=False, lazy_load_hdus=False) as hdus:
                 return _convert_opened(_open_image(hdus, header_map), name, header_map, target, timed=timed)
     except RefusedInput:
         raise
@@ -382,9 +396,7 @@ def _convert_opened(
     opened: _Opened, name: str, header_map: HeaderMap, target: Path, *, timed: bool
 ) -> ConvertedExposure:
     band = _band(opened, header_map.band)
-    exposure_time_s = opened.number(header_map.exposure_time_s, "exposure_time_s")
-    if exposure_time_s <= 0:
-        raise RefusedInput(f"exposure_time_s must be positive, got {exposure_time_s}")
+    exposure_time_s = checked_exposure_time(opened.number(header_map.exposure_time_s, "exposure_time_s"))
     midpoint = _midpoint_mjd_tai(opened, header_map.time, exposure_time_s) if timed else math.nan
     try:
         detector = checked_detector(opened.look_up(header_map.detector, "detector"))
@@ -396,16 +408,12 @@ def _convert_opened(
     if not 0.0 < zero_point < 60.0:
         raise RefusedInput(f"zero_point {zero_point} is no AB magnitude of 1 adu")
     exposure = _exposure(opened, header_map, zero_point)
-    ra, dec, radius = sky_extent(exposure)
-    if not all(math.isfinite(value) for value in (ra, dec, radius)):
-        raise RefusedInput("the WCS gives no position for the centre of the image")
     instrument = str(opened.look_up(header_map.instrument, "instrument")).strip()
     if not instrument:
         raise RefusedInput("instrument: the card is empty")
     named = None if header_map.target is None else str(opened.look_up(header_map.target, "target")).strip()
     fwhm_pix = _fwhm_pix(opened, header_map, exposure)
-    cards: dict[str, object] = {"MAGZERO": (zero_point, "AB mag of 1 adu of the input"), "FRAME": name[-60:]}
-    write_exposure(target, exposure, header=cards)
+    ra, dec, radius = write_checked(target, exposure, zero_point=zero_point, source=name)
     return ConvertedExposure(
         source=name,
         path=target,
@@ -440,19 +448,12 @@ def _midpoint_mjd_tai(opened: _Opened, entry: TimeValue, exposure_time_s: float)
         mjd = opened.number(Value(card=entry.card), "time") - (2400000.5 if entry.format == "jd" else 0.0)
     if entry.scale == "utc":
         mjd = tai_of_utc_mjd(mjd)
-    elif not 36934.0 <= mjd < 88069.0:
-        raise RefusedInput(f"time: MJD {mjd} is not between 1960 and 2100")
     shift_s = {"start": 0.5, "middle": 0.0, "end": -0.5}[entry.at] * exposure_time_s
-    return mjd + shift_s / 86400.0
+    return checked_midpoint(mjd + shift_s / 86400.0)
 
 
 def _exposure(opened: _Opened, header_map: HeaderMap, zero_point: float) -> Exposure:
-    try:
-        wcs = WCS(opened.image.header)
-    except Exception as error:  # wcslib raises many kinds
-        raise RefusedInput(f"unusable WCS: {type(error).__name__}: {error}") from error
-    if not wcs.has_celestial:
-        raise RefusedInput("no celestial WCS in the image header")
+    wcs = celestial_wcs(opened.image.header)
     pixels = np.array(opened.image.data, dtype=np.float64)
     mask = _mask(opened, header_map, pixels)
     variance = _variance(opened, header_map, pixels)
@@ -460,15 +461,7 @@ def _exposure(opened: _Opened, header_map: HeaderMap, zero_point: float) -> Expo
         usable = np.isfinite(pixels) & np.isfinite(variance) & (variance > 0)
     if not usable.any():
         raise RefusedInput("no pixel has both a finite value and a positive variance")
-    mask[~usable] |= mask_bits("NO_DATA")
-    scale = 10.0 ** (0.4 * (AB_ZERO_POINT_NJY - zero_point))
-    return Exposure(
-        image=np.where(usable, pixels * scale, np.nan).astype(np.float32),
-        variance=np.where(usable, variance * scale**2, np.inf).astype(np.float32),
-        mask=mask,
-        wcs=wcs.celestial,
-        psf=_psf(opened, header_map),
-    )
+    return exposure_in_njy(pixels, variance, usable, mask, wcs, _psf(opened, header_map), zero_point)
 
 
 def _mask(opened: _Opened, header_map: HeaderMap, pixels: NDArray[np.float64]) -> NDArray[np.int32]:
@@ -482,15 +475,23 @@ def _mask(opened: _Opened, header_map: HeaderMap, pixels: NDArray[np.float64]) -
     if hdu.data.shape != pixels.shape or not np.issubdtype(hdu.data.dtype, np.integer):
         raise RefusedInput(f"mask: shape {hdu.data.shape} of {hdu.data.dtype}, integers of {pixels.shape} are needed")
     stored = np.asarray(hdu.data).astype(np.int64)
-    planes = header_map.mask.bits or {
-        int(bit): card[3:].upper() for card, bit in hdu.header.items() if card.upper().startswith("MP_")
-    }
+    planes = header_map.mask.bits or _bits_of_cards(hdu.header)
     if not planes:
         mask[stored != 0] |= mask_bits("BAD")
     for bit, plane in planes.items():
         if plane in MASK_BITS:
             mask[(stored >> bit) & 1 == 1] |= mask_bits(plane)
     return mask
+
+
+def _bits_of_cards(header: fits.Header) -> dict[int, str]:
+    planes = {}
+    for card, bit in header.items():
+        if card.upper().startswith("MP_"):
+            if isinstance(bit, bool) or not isinstance(bit, int) or not 0 <= bit < MAX_STORED_BITS:
+                raise RefusedInput(f"mask: {card} must be a bit number in [0, {MAX_STORED_BITS}), got {bit!r}")
+            planes[bit] = card[3:].upper()
+    return planes
 
 
 def _variance(opened: _Opened, header_map: HeaderMap, pixels: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -500,7 +501,7 @@ def _variance(opened: _Opened, header_map: HeaderMap, pixels: NDArray[np.float64
             raise RefusedInput(f"noise: shape {hdu.data.shape}, the image {pixels.shape}")
         plane = np.array(hdu.data, dtype=np.float64)
         if header_map.noise.kind == "sigma":
-            return plane**2
+            return np.where(plane > 0, plane, np.nan) ** 2
         if header_map.noise.kind == "inverse_variance":
             return np.asarray(1.0 / np.where(plane > 0, plane, np.nan))
         return plane
@@ -510,8 +511,11 @@ def _variance(opened: _Opened, header_map: HeaderMap, pixels: NDArray[np.float64
     read_noise_e = READ_NOISE_DEFAULT_E
     if header_map.read_noise_e is not None:
         read_noise_e = opened.number(header_map.read_noise_e, "read_noise_e")
-    if gain <= 0 or read_noise_e < 0:
-        raise RefusedInput(f"gain must be positive and read noise not negative, got {gain} and {read_noise_e}")
+    low, high = _GAIN_RANGE
+    if not (low <= gain <= high and 0 <= read_noise_e <= high):
+        raise RefusedInput(
+            f"gain must be in [{low:g}, {high:g}] and read noise in [0, {high:g}], got {gain} and {read_noise_e}"
+        )
     return np.asarray((np.maximum(pixels, 0.0) * gain + read_noise_e**2) / gain**2)
 
 
@@ -527,11 +531,14 @@ def _psf(opened: _Opened, header_map: HeaderMap) -> NDArray[np.float64] | None:
 def _fwhm_pix(opened: _Opened, header_map: HeaderMap, exposure: Exposure) -> float:
     """Seeing by the card, the PSF or the stars; NaN where none of these says."""
     if header_map.fwhm_pix is not None:
-        return opened.number(header_map.fwhm_pix, "fwhm_pix")
+        fwhm_pix = opened.number(header_map.fwhm_pix, "fwhm_pix")
+        if fwhm_pix <= 0:
+            raise RefusedInput(f"fwhm_pix must be positive, got {fwhm_pix}")
+        return fwhm_pix
     try:
         if exposure.psf is not None:
             return psf_fwhm_pix(exposure.psf)
-        bad = (exposure.mask & mask_bits(*_UNUSABLE)) != 0
+        bad = (exposure.mask & mask_bits(*UNUSABLE_PLANES)) != 0
         sky = subtract_background(exposure.image, bad, _BACKGROUND_BOX_PIX)
         variance = np.where(bad, np.float32(np.median(exposure.variance[~bad])), exposure.variance)
         return estimate_psf(sky.image, variance, bad).fwhm_pix
@@ -543,16 +550,13 @@ def _fwhm_pix(opened: _Opened, header_map: HeaderMap, exposure: Exposure) -> flo
 
 
 def _nearest_template(one: ConvertedExposure, templates: list[ConvertedExposure]) -> Path | None:
-    """The given template of the band whose centre is nearest, if it covers the exposure's centre."""
-    near = [
-        (separation_deg(one.ra_deg, one.dec_deg, other.ra_deg, other.dec_deg), other.source, other)
-        for other in templates
-        if other.band == one.band
-    ]
-    if not near:
-        return None
-    distance, _, nearest = min(near, key=lambda item: item[:2])
-    return nearest.path if distance < nearest.radius_deg else None
+    """Of the given templates of the band that cover the exposure's centre the one whose centre is nearest."""
+    near = []
+    for other in templates:
+        distance = separation_deg(one.ra_deg, one.dec_deg, other.ra_deg, other.dec_deg)
+        if other.band == one.band and distance < other.radius_deg:
+            near.append((distance, other.source, other.path))
+    return min(near)[2] if near else None
 
 
 def _build_templates(
@@ -571,7 +575,7 @@ def _build_templates(
         if n_stacked < 1:
             chosen |= {one.path: None for one in group}
             continue
-        ranked = sorted(group, key=lambda one: (one.seeing_deg, one.midpoint_mjd_tai, one.source))
+        ranked = sorted(group, key=lambda one: (one.seeing_pix, one.midpoint_mjd_tai, one.source))
         path = folder / f"{ranked[0].band}_{int(number):03d}.fits"
         try:
             write_exposure(path, _stacked(ranked[:n_stacked]), header={"NFRAMES": n_stacked})
@@ -596,12 +600,12 @@ def _stacked(group: list[ConvertedExposure]) -> Exposure:
     shape = (first.image.shape[0], first.image.shape[1])
     for one in group:
         exposure = read_exposure(one.path)
-        bad = (exposure.mask & mask_bits(*_UNUSABLE)) != 0
+        bad = (exposure.mask & mask_bits(*UNUSABLE_PLANES)) != 0
         sky = subtract_background(exposure.image, bad, _BACKGROUND_BOX_PIX)
         grid = wcs_coordinate_grid(first.wcs, exposure.wcs, shape)
         warped = warp_exposure(sky.image, exposure.variance, exposure.mask, grid, shape, mask_bits("NO_DATA"))
         images.append(warped.image)
-        variances.append(warped.variance)
+        variances.append(warped.white_variance)
         masks.append(warped.mask)
         usable.append(~warped.no_data & ((warped.mask & mask_bits("BAD", "CR")) == 0))
     stack = stack_exposures(np.array(images), np.array(variances), np.array(usable), min_exposures=1)

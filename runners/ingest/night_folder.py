@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -12,7 +13,16 @@ from typing import NamedTuple
 
 import erfa
 
-from schemas.manifests import MAX_SEQ_NUM, Visit, write_manifest
+from schemas.manifests import (
+    FIRST_DAY_OBS,
+    FIRST_MIDPOINT_MJD,
+    LAST_DAY_OBS,
+    LAST_MIDPOINT_MJD,
+    MAX_SEQ_NUM,
+    Visit,
+    day_obs_of,
+    write_manifest,
+)
 
 Progress = Callable[[str, int, int], None]  # what is being done, how many are done, how many there are
 _MJD_EPOCH = datetime(1858, 11, 17, tzinfo=UTC)
@@ -61,16 +71,13 @@ def tai_of_utc_mjd(mjd_utc: float) -> float:
 
     Raises
     ------
-    RefusedInput : not a time since 1960
+    RefusedInput : not a time between 1960 and 2100
     """
+    if not 36934.0 <= mjd_utc < 88069.0:
+        raise RefusedInput(f"MJD {mjd_utc} is not between 1960 and 2100")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", erfa.ErfaWarning)  # beyond the table the last step holds
-        try:
-            tai_jd1, tai_jd2 = erfa.utctai(_MJD_ZERO_JD, mjd_utc)
-        except erfa.ErfaError as error:
-            raise RefusedInput(f"MJD {mjd_utc} is no time in UTC: {error}") from error
-    if not 36934.0 <= mjd_utc < 88069.0:  # 1960 to 2100
-        raise RefusedInput(f"MJD {mjd_utc} is not between 1960 and 2100")
+        tai_jd1, tai_jd2 = erfa.utctai(_MJD_ZERO_JD, mjd_utc)
     return float(tai_jd1 - _MJD_ZERO_JD + tai_jd2)
 
 
@@ -85,10 +92,12 @@ def mjd_of_iso(text: str) -> float:
     return (moment - _MJD_EPOCH) / timedelta(days=1)
 
 
-def day_obs_of(mjd_tai: float) -> int:
-    """Calendar date YYYYMMDD of a time minus 12 hours, so that one night has one date (TAI for UTC: 37 s apart)."""
-    day = _MJD_EPOCH + timedelta(days=mjd_tai - 0.5)
-    return day.year * 10000 + day.month * 100 + day.day
+def checked_midpoint(mjd_tai: float) -> float:
+    """A visit's midpoint; RefusedInput when the ids have no bits for its night."""
+    known = FIRST_MIDPOINT_MJD <= mjd_tai <= LAST_MIDPOINT_MJD
+    if not known or not FIRST_DAY_OBS <= day_obs_of(mjd_tai) <= LAST_DAY_OBS:
+        raise RefusedInput(f"midpoint MJD {mjd_tai} (TAI) is not in a night from {FIRST_DAY_OBS} to {LAST_DAY_OBS}")
+    return mjd_tai
 
 
 def number_visits(visits: Sequence[Visit]) -> list[Visit]:
@@ -108,16 +117,54 @@ def visit_number(day_obs: int, seq_num: int) -> int:
     return day_obs * 100_000 + seq_num
 
 
+def files_below(folder: Path, *, without: Path) -> list[Path]:
+    """All files in a folder and below, in order of their paths; linked folders are followed, each folder once.
+
+    Links that lead nowhere are listed like files, so that they can be refused by name; the folder `without`, where
+    the night is written, is left out. IngestError: not a folder, or that very folder.
+    """
+    if not folder.is_dir():
+        raise IngestError(f"{folder} is not a folder")
+    left_out = os.path.realpath(without)
+    if os.path.realpath(folder) == left_out:
+        raise IngestError(f"{folder} is to be read and written: give a new folder to write")
+    found: list[Path] = []
+    seen: set[str] = set()
+    for place, names, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        if real in seen or real == left_out:
+            names.clear()
+            continue
+        seen.add(real)
+        names.sort()
+        found += [Path(place, name) for name in files]
+    return sorted(found)
+
+
 def claim_folder(out: Path) -> None:
-    """Make the folder; one that holds anything but what an unfinished ingest left is refused."""
-    if out.exists() and not out.is_dir():
-        raise IngestError(f"{out} is a file, not a folder")
-    if out.is_dir() and (strange := sorted({item.name for item in out.iterdir()} - _OWN_NAMES)):
-        raise IngestError(f"{out} is not empty (it holds {', '.join(strange[:3])}): give a new folder")
-    out.mkdir(parents=True, exist_ok=True)
+    """Make the folder, or take over what an ingest left there; one that holds anything else is refused.
+
+    Until the new manifest is written a folder taken over has none: it is not complete.
+    """
+    try:
+        if out.exists() and not out.is_dir():
+            raise IngestError(f"{out} is a file, not a folder")
+        out.mkdir(parents=True, exist_ok=True)
+        strange = [item.name for item in out.iterdir() if item.name not in _OWN_NAMES and not _is_ingested(item)]
+        if strange:
+            raise IngestError(f"{out} is not empty (it holds {', '.join(sorted(strange)[:3])}): give a new folder")
+        if (out / "visits.jsonl").exists() and not _is_ingested(out):
+            raise IngestError(f"{out} holds a night that was not made by ingest: give a new folder")
+        (out / "visits.jsonl").unlink(missing_ok=True)
+    except OSError as error:
+        raise IngestError(f"{out} cannot be written: {error}") from error
 
 
 _OWN_NAMES = {"science", "templates", "ingest.json", ".visits.jsonl", "visits.jsonl"}
+
+
+def _is_ingested(folder: Path) -> bool:
+    return (folder / "ingest.json").is_file()
 
 
 def finish_folder(night: IngestedNight, visits: Sequence[Visit]) -> IngestedNight:
@@ -130,8 +177,11 @@ def finish_folder(night: IngestedNight, visits: Sequence[Visit]) -> IngestedNigh
         "refused": [refusal._asdict() for refusal in night.refused],
         "notes": list(night.notes),
     }
-    (night.folder / "ingest.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-    write_manifest(night.folder, list(visits))
+    try:
+        (night.folder / "ingest.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        write_manifest(night.folder, list(visits))
+    except OSError as error:
+        raise IngestError(f"{night.folder} cannot be written: {error}") from error
     return night
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +60,57 @@ def aperture_flux(exposure: Exposure, x: float, y: float, radius_pix: float) -> 
     distance = np.hypot(columns - x, rows - y)
     sky = np.nanmedian(exposure.image[(distance > 2 * radius_pix) & (distance < 3 * radius_pix)])
     return float(np.nansum(exposure.image[distance < radius_pix] - sky))
+
+
+def companion(image: Path, kind: str) -> Path:
+    return image.with_name(image.name.replace("_ooi_", f"_{kind}_"))
+
+
+def change(path: Path, modify: Callable[[fits.HDUList], object]) -> None:
+    """Rewrite a FITS file with its HDUs modified."""
+    with fits.open(path) as opened:
+        hdus = fits.HDUList([hdu.copy() for hdu in opened])
+    modify(hdus)
+    hdus.writeto(path, overwrite=True, output_verify="ignore")
+
+
+def set_pixels(image: Path, kind: str, modify: Callable[[np.ndarray], np.ndarray]) -> None:
+    def replace_data(hdus: fits.HDUList) -> None:
+        hdus[1].data = modify(hdus[1].data)
+
+    change(companion(image, kind), replace_data)
+
+
+def set_cards(image: Path, hdu: int, **cards: object) -> None:
+    change(image, lambda hdus: hdus[hdu].header.update(cards))
+
+
+def cut_gzip(image: Path) -> None:
+    packed = gzip.compress(image.read_bytes())
+    image.write_bytes(packed[: len(packed) // 2])
+
+
+def change_table(tree: Path, modify: Callable[[np.ndarray], object]) -> None:
+    (path,) = tree.rglob("survey-ccds*")
+    rows = fits.getdata(path, 1).copy()
+    changed = modify(rows)
+    path.unlink()
+    fits.BinTableHDU(rows if changed is None else changed).writeto(path)
+
+
+def tree_of(tmp_path: Path) -> tuple[Path, dict[str, Path]]:
+    """A copy of the nine DECam exposures, and its images by date and time."""
+    tree = tmp_path / "tree"
+    shutil.copytree(DATA / "testcase4", tree)
+    return tree, {path.name[4:17]: path for path in tree.rglob("*_ooi_*.fits") if "calib" not in path.parts}
+
+
+def ingest_tree(tree: Path, out: Path) -> tuple[dict[str, object], dict[str, str]]:
+    """What the command says, and the refusals by name."""
+    result = CliRunner().invoke(ingest, ["decam", str(tree), "--out", str(out), "--json"])
+    assert result.exit_code == 0, result.stderr
+    summary = json.loads(result.stdout)
+    return summary, {item["source"]: item["reason"] for item in summary["refused"]}
 
 
 def test_each_instrument_gets_a_night_folder(nights: dict[str, IngestedNight]) -> None:
@@ -181,6 +234,188 @@ def test_bad_inputs_are_listed_and_the_rest_ingested(tmp_path: Path) -> None:
     assert summary["visits"] + summary["templates"] + len(reasons) == 9
     assert summary["visits"] >= 1
     assert len(read_manifest(tmp_path / "night").visits) == summary["visits"]
+
+
+# what is done to an image of the tree, and what its refusal must say
+DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "empty file": (lambda image: image.write_bytes(b""), "broken FITS file"),
+    "no FITS": (lambda image: image.write_text("<html>404</html>"), "broken FITS file"),
+    "gzip cut short": (cut_gzip, "broken FITS file: EOFError"),
+    "no image": (lambda image: change(image, lambda hdus: hdus.pop(1)), "no two-dimensional image"),
+    "cube": (lambda image: set_pixels(image, "ooi", lambda data: np.stack([data, data])), "no two-dimensional image"),
+    "several CCDs": (lambda image: change(image, lambda hdus: hdus.append(hdus[1].copy())), "2 images in the file"),
+    "no pixel": (lambda image: set_pixels(image, "ooi", lambda data: data * np.nan), "no pixel has a finite value"),
+    "no weight": (lambda image: set_pixels(image, "oow", lambda data: data * 0), "no pixel has a finite value"),
+    "all masked": (lambda image: set_pixels(image, "ood", np.ones_like), "0.0% of the pixels are good"),
+    "codes with fractions": (
+        lambda image: set_pixels(image, "ood", lambda data: data.astype("f4")),
+        "codes must be integers, got >f4",
+    ),
+    "mask of one axis": (lambda image: set_pixels(image, "ood", np.ravel), "ood_"),
+    "position no number": (lambda image: set_cards(image, 1, CRVAL1="here"), "CRVAL1 must be a number, got 'here'"),
+    "singular WCS": (
+        lambda image: set_cards(image, 1, CD1_1=1e-5, CD1_2=1e-5, CD2_1=1e-5, CD2_2=1e-5),
+        "unusable WCS",
+    ),
+    "galactic": (lambda image: set_cards(image, 1, CTYPE1="GLON-TPV", CTYPE2="GLAT-TPV"), "axes RA, DEC"),
+    "wild distortion": (lambda image: set_cards(image, 1, PV1_7=1e9), "unusable WCS"),
+    "CCD a text": (lambda image: set_cards(image, 1, CCDNUM="many"), "detector must be an integer, got 'many'"),
+    "CCD out of range": (lambda image: set_cards(image, 1, CCDNUM=10**12), "detector must be an integer in [0, 255]"),
+    "no instrument": (lambda image: set_cards(image, 0, INSTRUME=fits.card.UNDEFINED), "no INSTRUME"),
+}
+OTHER_THAN_Z = ("170329_044212", "170522_005829", "180128_083845", "180225_074106", "180314_055922")
+
+
+@pytest.mark.parametrize("first", range(0, len(DAMAGES), 6))
+def test_a_damaged_image_is_refused_with_its_reason_and_the_rest_ingested(tmp_path: Path, first: int) -> None:
+    """Six kinds of damage a run: to the best z exposure, which would be the template, and to all g and r exposures."""
+    tree, images = tree_of(tmp_path)
+    chosen = list(DAMAGES.items())[first : first + 6]
+    expected = {}
+    for (_, (damage, reason)), key in zip(chosen, ("170316_062107", *OTHER_THAN_Z), strict=True):
+        damage(images[key])
+        expected[images[key].name] = reason
+    summary, reasons = ingest_tree(tree, tmp_path / "night")
+    assert sorted(reasons) == sorted(expected)
+    for name, reason in expected.items():
+        assert reason in reasons[name]
+    assert (summary["visits"], summary["templates"]) == (2, 1)
+    written_files = {
+        path.name for folder in ("science", "templates") for path in (tmp_path / "night" / folder).iterdir()
+    }
+    assert len(written_files) == 3  # nothing is left of what was refused
+
+
+def test_rows_of_the_table_that_make_no_sense_cost_their_image_only(tmp_path: Path) -> None:
+    tree, images = tree_of(tmp_path)
+
+    def spoil(rows: np.ndarray) -> np.ndarray:
+        at = {name: next(i for i, row in enumerate(rows) if name in row["image_filename"]) for name in images}
+        rows["ccdzpt"][at["170329_044212"]] = np.nan
+        rows["exptime"][at["170522_005829"]] = 0.0
+        rows["exptime"][at["180128_083845"]] = 1e30
+        rows["mjd_obs"][at["180225_074106"]] = np.nan
+        rows["mjd_obs"][at["180314_055922"]] = 50000.0
+        twice = np.concatenate([rows, rows[at["170316_062107"] :][:1]])
+        twice["ccdzpt"][-1] += 1.0
+        return twice
+
+    change_table(tree, spoil)
+    summary, reasons = ingest_tree(tree, tmp_path / "night")
+    expected = {
+        "170329_044212": "ccdzpt nan is not between",
+        "170522_005829": "exposure time must be in (0, 86400] s, got 0.0",
+        "180128_083845": "exposure time must be in (0, 86400] s, got 1.0",
+        "180225_074106": "MJD nan is not between 1960 and 2100",
+        "180314_055922": "is not in a night from 20100101 to 20541231",
+        "170316_062107": "2 different rows in survey-ccds tables",
+    }
+    assert sorted(reasons) == sorted(images[key].name for key in expected)
+    for key, reason in expected.items():
+        assert reason in reasons[images[key].name]
+    assert summary["visits"] == 2
+
+
+def test_copies_are_refused_before_one_is_the_template_of_the_other(tmp_path: Path) -> None:
+    tree, images = tree_of(tmp_path)
+    best = images["170316_062107"]
+    again = best.name.replace("_ls9", "_v2")
+    (tree / "zz").mkdir()
+    for kind in ("ooi", "ood", "oow"):
+        shutil.copy(companion(best, kind), tree / "zz" / again.replace("_ooi_", f"_{kind}_"))
+        shutil.copy(companion(best, kind), tree / "zz")
+
+    def add_row(rows: np.ndarray) -> np.ndarray:
+        index = next(i for i, row in enumerate(rows) if best.name in row["image_filename"])
+        more = np.concatenate([rows, rows[index : index + 1]])
+        more["image_filename"][-1] = f"decam/{again}"
+        return more
+
+    change_table(tree, add_row)
+    summary, reasons = ingest_tree(tree, tmp_path / "night")
+    assert (summary["visits"], summary["templates"]) == (6, 3)
+    assert "an image of this name is there already" in reasons[best.name]
+    assert f"detector 33 as {best.name}" in reasons[again]
+
+
+def test_broken_tables_are_listed_where_another_is_there_and_fatal_where_not(tmp_path: Path) -> None:
+    tree, _ = tree_of(tmp_path)
+    (tree / "survey-ccds-2.fits").write_bytes(b"SIMPLE")
+    fits.PrimaryHDU(np.zeros((3, 3))).writeto(tree / "survey-ccds-3.fits")
+    summary, reasons = ingest_tree(tree, tmp_path / "night")
+    assert summary["visits"] == 6
+    assert "unusable table: broken FITS file" in reasons["survey-ccds-2.fits"]
+    assert "no table in the first extension" in reasons["survey-ccds-3.fits"]
+    (table,) = tree.rglob("survey-ccds-1*")
+    columns = [column for column in fits.getdata(table, 1).columns if column.name != "ccdzpt"]
+    fits.BinTableHDU.from_columns(columns).writeto(table, overwrite=True)
+    with pytest.raises(IngestError, match=r"zero points are not known; survey-ccds-1.fits.gz: .* no column ccdzpt"):
+        ingest_decam(tree, tmp_path / "other")
+
+
+def test_psf_models_that_cannot_be_read_cost_their_image_and_missing_ones_are_noted(tmp_path: Path) -> None:
+    tree, images = tree_of(tmp_path)
+    models = {path.name[4:17]: path for path in tree.rglob("*ls9-[NS]*-psfex.fits")}
+    models["170522_005829"].write_bytes(models["170522_005829"].read_bytes()[:6000])
+    change(models["180128_083845"], lambda hdus: hdus[1].header.update({"POLSCAL1": 0.0}))
+    change(models["180314_055922"], lambda hdus: hdus[1].data["psf_mask"].__imul__(np.nan))
+    models["170419_042827"].unlink()
+
+    def make_constant(hdus: fits.HDUList) -> None:
+        planes = hdus[1].data["psf_mask"][:, :1]
+        column = fits.Column("psf_mask", f"{planes.size}E", dim=str(planes.shape[:0:-1]).replace(" ", ""), array=planes)
+        cards = {card: hdus[1].header[card] for card in ("PSF_SAMP",)}
+        hdus[1] = fits.BinTableHDU.from_columns([column], header=fits.Header({**cards, "POLNAXIS": 0}))
+
+    change(models["180225_074106"], make_constant)
+    summary, reasons = ingest_tree(tree, tmp_path / "night")
+    assert sorted(reasons) == sorted(images[key].name for key in ("170522_005829", "180128_083845", "180314_055922"))
+    assert all("unusable PSFEx table c4d_" in reason for reason in reasons.values())
+    notes = json.loads((tmp_path / "night" / "ingest.json").read_text())["notes"]
+    assert any(f"no PSF model for {images['170419_042827'].name}" in note for note in notes)
+    assert (summary["visits"], summary["templates"]) == (4, 2)
+    (constant,) = (tmp_path / "night").rglob("*180225_074106*")
+    psf = read_exposure(constant).psf
+    assert psf is not None
+    assert psf.sum() == pytest.approx(1.0)
+
+
+def test_links_are_followed_once_and_a_night_within_the_source_is_not_read(tmp_path: Path) -> None:
+    tree, images = tree_of(tmp_path)
+    (tree / "images" / "loop").symlink_to(tree)
+    (tree / "images" / "x_ooi_folder.fits").mkdir()
+    lost = tree / "images" / "lost_ooi_z.fits"
+    lost.symlink_to(tmp_path / "nowhere")
+    elsewhere = tmp_path / "elsewhere"
+    shutil.move(images["170316_062107"].parent, elsewhere)
+    (tree / "linked").symlink_to(elsewhere)
+    for _ in range(2):  # the second time the first night is there
+        summary, reasons = ingest_tree(tree, tree / "night")
+        assert list(reasons) == [lost.name]
+        assert summary["visits"] == 6
+
+
+def test_weights_without_photon_noise_get_it(nights: dict[str, IngestedNight]) -> None:
+    """MOSAIC-3 and 90prime: photoelectrons a second. Of DECam the weights know the sources already."""
+    for name in ("Mosaic3", "90prime"):
+        for path in written(nights[name]):
+            exposure = read_exposure(path)
+            image, weight = (fits.getdata(input_of(path.name, kind), 1).astype(float) for kind in ("ooi", "oow"))
+            row = table_row(input_of(path.name).name)
+            sky = np.median(image)
+            assert np.ptp(weight) < 0.02 * weight.mean()  # no source in it
+            expected = 1.0 / weight + np.maximum(image - sky, 0.0) / row["exptime"]
+            scale = 10 ** (0.4 * (31.4 - row["ccdzpt"]))
+            np.testing.assert_allclose(exposure.variance, scale**2 * expected, rtol=1e-5)
+            # the unit: sky noise squared is the sky over the time for electrons, 0.5 to 0.7 of that for adu of gain
+            # 1.9 and 1.4; the archive's weights of one image are a third too large
+            assert 0.65 < row["exptime"] / np.median(weight) / sky < 1.2
+    for path in written(nights["DECam"]):
+        image, weight, codes = (fits.getdata(input_of(path.name, kind), 1) for kind in ("ooi", "oow", "ood"))
+        sky, sky_variance = np.median(image), 1.0 / np.median(weight)
+        bright = (image - sky > 20.0 * np.sqrt(sky_variance)) & (codes == 0)
+        per_adu = np.median((1.0 / weight[bright] - sky_variance) / (image[bright] - sky))
+        assert per_adu == pytest.approx(1.0 / fits.getval(input_of(path.name), "GAINA", 1), rel=0.15)
 
 
 def test_a_tree_without_a_table_of_zero_points_is_refused(tmp_path: Path) -> None:

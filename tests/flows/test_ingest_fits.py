@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -242,6 +245,13 @@ def test_planes_of_the_map_are_read(tmp_path: Path) -> None:
         ("ignore: '('", "no regular expression"),
         ("mask: {hdu: MASK, bits: {0: BROKEN}}", "'BROKEN' is not one of BAD"),
         ("instrument: [", "no YAML"),
+        ("instrument: {value: [1]}", "instrument.value"),
+        ("band: r", "band: Input should be a dictionary"),
+        ("saturation: {}", "saturation: give either card or value"),
+        ("target: {}", "target: give either card or value"),
+        ("mask: {hdu: 1, bits: {-1: BAD}}", "-1 is not in [0, 63)"),
+        ("mask: {hdu: 1, bits: {a: BAD}}", "valid integer"),
+        ("time: 2020-01-01", "time: Input should be"),
     ],
 )
 def test_a_wrong_map_is_refused_with_file_and_key(tmp_path: Path, line: str, message: str) -> None:
@@ -253,6 +263,234 @@ def test_a_wrong_map_is_refused_with_file_and_key(tmp_path: Path, line: str, mes
         load_header_map(str(path))
     assert str(path) in str(caught.value)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"- a", b"5", b"a: &a [*a]", b"\tx: 1", b"x: !!python/none", b"\xff\xfe"])
+def test_what_is_no_map_at_all_is_refused_by_name(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_bytes(content)
+    with pytest.raises(HeaderMapError, match=r"mine\.yaml"):
+        load_header_map(str(path))
+    with pytest.raises(HeaderMapError, match="cannot be read"):
+        load_header_map(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("fwhm_pix: {value: wide}", "fwhm_pix: value must be a number, got 'wide'"),
+        ("fwhm_pix: {value: -3}", "fwhm_pix must be positive, got -3.0"),
+        ("fwhm_pix: {card: SEEING}", "fwhm_pix: no card SEEING with a value"),
+        ("mask: {hdu: MASK}", "mask: no HDU 'MASK', there are 0 PRIMARY"),
+        ("image_hdu: SCI", "image_hdu: no HDU 'SCI'"),
+        ("psf_hdu: 0", "an odd square image with a positive sum is needed"),
+        ("detector: {value: abc}", "detector must be an integer, got 'abc'"),
+        ("instrument: {value: ' '}", "instrument: the card is empty"),
+        ("ignore: '.'", "no FITS files"),
+    ],
+)
+def test_a_map_that_fits_no_file_says_what_is_missing(tmp_path: Path, line: str, message: str) -> None:
+    key = line.split(":")[0]
+    text = [one for one in shipped_maps()["generic"].splitlines() if not one.startswith(f"{key}:")]
+    (tmp_path / "mine.yaml").write_text("\n".join([*text, line]))
+    write_frame(tmp_path / "in/frame.fits", 0)
+    with pytest.raises(IngestError) as caught:
+        ingest_fits(tmp_path / "in", load_header_map(str(tmp_path / "mine.yaml")), tmp_path / "night")
+    assert message in str(caught.value)
+
+
+def change(path: Path, modify: Callable[[fits.PrimaryHDU], object]) -> None:
+    """Rewrite a frame with its HDU modified."""
+    with fits.open(path) as opened:
+        hdu = opened[0].copy()
+    modify(hdu)
+    hdu.writeto(path, overwrite=True, output_verify="ignore")
+
+
+def set_data(path: Path, modify: Callable[[np.ndarray], np.ndarray]) -> None:
+    change(path, lambda hdu: setattr(hdu, "data", modify(hdu.data)))
+
+
+def spoil_card(path: Path, card: bytes, text: bytes) -> None:
+    content = path.read_bytes()
+    at = content.index(card) + 10
+    path.write_bytes(content[:at] + text + content[at + len(text) :])
+
+
+def with_cards(**cards: object) -> Callable[[Path], object]:
+    return lambda path: change(path, lambda hdu: hdu.header.update(cards))
+
+
+# what is done to a frame, and what its refusal must say
+DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "cut": (lambda path: path.write_bytes(path.read_bytes()[:90_000]), "truncated"),
+    "cut_behind_the_header": (lambda path: path.write_bytes(path.read_bytes()[:2880]), "truncated"),
+    "empty": (lambda path: path.write_bytes(b""), "broken FITS file"),
+    "packed_and_cut": (lambda path: path.write_bytes(gzip.compress(path.read_bytes())[:40_000]), "EOFError"),
+    "cube": (lambda path: set_data(path, lambda data: np.stack([data, data])), "two-dimensional, got shape (2, 256"),
+    "spectrum": (lambda path: set_data(path, np.ravel), "two-dimensional, got shape (65536,)"),
+    "stamp": (lambda path: set_data(path, lambda data: data[:10, :10]), "too small, at least 32 x 32"),
+    "nothing_seen": (lambda path: set_data(path, lambda data: data * np.nan), "no pixel has both a finite value"),
+    "too_bright": (lambda path: set_data(path, lambda data: np.full_like(data, 3e38)), "0.0% of the pixels are good"),
+    "card_in_ruins": (lambda path: spoil_card(path, b"EXPTIME", b"  ?!@#$ '  "), "EXPTIME"),
+    "card_binary": (lambda path: spoil_card(path, b"EXPTIME", b"\x00\xff\xfe\x01"), "EXPTIME"),
+    "blank_instrument": (with_cards(INSTRUME=fits.card.UNDEFINED), "instrument: no card INSTRUME with a value"),
+    "blank_band": (with_cards(FILTER=fits.card.UNDEFINED), "band: no card FILTER with a value"),
+    "time_text": (with_cards(**{"MJD-OBS": "yesterday"}), "time: MJD-OBS must be a number, got 'yesterday'"),
+    "time_huge": (with_cards(**{"MJD-OBS": 1e300}), "MJD 1e+300 is not between 1960 and 2100"),
+    "time_before_the_ids": (with_cards(**{"MJD-OBS": 50000.0}), "is not in a night from 20100101 to 20541231"),
+    "no_exposure_time": (with_cards(EXPTIME=0), "exposure time must be in (0, 86400] s, got 0.0"),
+    "endless": (with_cards(EXPTIME=1e9), "exposure time must be in (0, 86400] s"),
+    "zero_point_nan": (with_cards(MAGZERO="NaN"), "MAGZERO must be a finite number, got 'NaN'"),
+    "zero_point_negative": (with_cards(MAGZERO=-99.0), "zero_point -99.0 is no AB magnitude"),
+    "no_gain": (with_cards(GAIN=0.0), "gain must be in [1e-06, 1e+06]"),
+    "gain_huge": (with_cards(GAIN=1e300), "gain must be in [1e-06, 1e+06]"),
+    "gain_true": (with_cards(GAIN=True), "GAIN must be a finite number, got True"),
+    "position_text": (with_cards(CRVAL1="x"), "CRVAL1 must be a number, got 'x'"),
+    "position_missing": (lambda path: change(path, lambda hdu: hdu.header.remove("CRVAL2")), "CRVAL2 must be a number"),
+    "no_scale": (with_cards(CDELT1=0.0), "unusable WCS"),
+    "tiny_scale": (with_cards(CDELT1=1e-30, CDELT2=1e-30), "unusable WCS: to the sky and back"),
+    "galactic": (with_cards(CTYPE1="GLON-TAN", CTYPE2="GLAT-TAN"), "must have axes RA, DEC"),
+    "old_equinox": (with_cards(RADESYS="FK4"), "must be ICRS or FK5 of J2000"),
+    "beyond_the_pole": (with_cards(CRVAL2=95.0), "unusable WCS"),
+}
+
+
+def test_each_kind_of_damage_has_its_reason_and_costs_its_file_only(tmp_path: Path) -> None:
+    source = tmp_path / "in"
+    for number in range(4):
+        write_frame(source / f"good{number}.fits", number)
+    for number, (name, (damage, _)) in enumerate(DAMAGES.items(), start=10):
+        write_frame(source / f"{name}.fits", number)
+        damage(source / f"{name}.fits")
+    (source / "folder.fits").mkdir()
+    (source / "circle.fits").symlink_to(source / "circle.fits")
+    (source / "nowhere.fits").symlink_to(tmp_path / "nowhere")
+    (source / "again").symlink_to(source)
+    result = CliRunner().invoke(ingest, ["fits", str(source), "--out", str(tmp_path / "night"), "--json"])
+    assert result.exit_code == 0, result.stderr
+    summary = json.loads(result.stdout)
+    reasons = {item["source"].removesuffix(".fits"): item["reason"] for item in summary["refused"]}
+    assert sorted(reasons) == sorted([*DAMAGES, "circle", "nowhere"])
+    for name, (_, reason) in DAMAGES.items():
+        assert reason in reasons[name], name
+    assert "symbolic links" in reasons["circle"]
+    assert "No such file" in reasons["nowhere"]
+    assert (summary["visits"], summary["templates"]) == (3, 1)
+    assert len(list((tmp_path / "night" / "science").iterdir())) == 3
+
+
+@pytest.mark.parametrize("where", [{"CRVAL1": 0.0}, {"CRVAL2": 90.0}, {"CRVAL2": -90.0}, {"CRVAL1": 359.9999}])
+def test_fields_at_ra_zero_and_the_poles_are_one_field(tmp_path: Path, where: dict[str, float]) -> None:
+    for number in range(4):
+        write_frame(tmp_path / f"in/{number}.fits", number, **where)
+    made = ingest_fits(tmp_path / "in", load_header_map("generic"), tmp_path / "night")
+    assert (made.visits, made.templates, made.refused) == (3, 1, ())
+    for visit in read_manifest(made.folder).visits:
+        assert 0.0 <= visit.boresight_ra_deg < 360.0
+
+
+def test_a_distortion_survives_the_ingest(tmp_path: Path) -> None:
+    """SIP is no part of the standard: astropy leaves it out of a header unless told otherwise."""
+    write_frame(
+        tmp_path / "in/frame.fits",
+        0,
+        CTYPE1="RA---TAN-SIP",
+        CTYPE2="DEC--TAN-SIP",
+        A_ORDER=2,
+        B_ORDER=2,
+        A_2_0=1e-4,
+        B_0_2=1e-4,
+    )
+    made = ingest_fits(tmp_path / "in", load_header_map("generic"), tmp_path / "night")
+    kept = read_exposure(read_manifest(made.folder).visits[0].detectors[0].science).wcs
+    given = WCS(fits.getheader(tmp_path / "in/frame.fits"))
+    x, y = [0.0, SIDE - 1.0, 30.0], [0.0, 40.0, SIDE - 1.0]
+    np.testing.assert_allclose(kept.all_pix2world(x, y, 0), given.all_pix2world(x, y, 0), atol=1e-9)
+    assert np.hypot(*(np.array(given.all_pix2world(255, 0, 0)) - given.wcs_pix2world(255, 0, 0))) > SCALE_DEG
+
+
+def test_names_of_any_kind_are_ingested(tmp_path: Path) -> None:
+    source = tmp_path / "in"
+    for number, name in enumerate(["été ✨.fits", "x" * 240 + ".fits", "with space.fits"]):
+        write_frame(source / "plain.fits", number)
+        (source / "plain.fits").rename(source / name)
+    write_frame(source / "plain.fits", 3)
+    os.rename(bytes(source / "plain.fits"), bytes(source) + b"/\xff\xfe.fits")
+    result = CliRunner().invoke(ingest, ["fits", str(source), "--out", str(tmp_path / "night"), "--json"])
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["detectors"] == 3
+    assert json.loads(result.stdout)["refused"] == []
+
+
+def test_compressed_files_are_read_and_two_of_a_name_are_told_apart(tmp_path: Path) -> None:
+    source = tmp_path / "in"
+    for number in range(4):
+        write_frame(source / f"{number}.fits", number)
+    with fits.open(source / "0.fits") as hdus:
+        packed = fits.CompImageHDU(hdus[0].data, hdus[0].header, compression_type="GZIP_1")
+        fits.HDUList([fits.PrimaryHDU(), packed]).writeto(source / "0.fits.fz")
+    (source / "0.fits").unlink()
+    (source / "1.fits.gz").write_bytes(gzip.compress((source / "1.fits").read_bytes()))
+    made = ingest_fits(source, load_header_map("generic"), tmp_path / "night")
+    assert [(refusal.source, refusal.reason) for refusal in made.refused] == [
+        ("1.fits.gz", "another file is written as 1.fits already")
+    ]
+    assert made.visits == 3
+
+
+def test_folders_that_cannot_be_read_or_written_are_refused_as_a_whole(tmp_path: Path) -> None:
+    source, far = tmp_path / "in", tmp_path / "far"
+    for number in range(3):
+        write_frame(source / f"{number}.fits", number)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad/one.fits").write_bytes(b"x")
+    (tmp_path / "file").write_text("")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/visits.jsonl").write_text("{}\n")
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis/chapter1").write_text("")
+    header_map = load_header_map("generic")
+    for folder, out, templates, message in [
+        (tmp_path / "empty", "night", None, "no FITS files in"),
+        (tmp_path / "file", "night", None, "is not a folder"),
+        (source, "in", None, "is to be read and written: give a new folder"),
+        (source, "file", None, "is a file, not a folder"),
+        (source, "file/night", None, "cannot be written"),
+        (source, "mine", None, "holds a night that was not made by ingest"),
+        (source, "thesis", None, "is not empty"),
+        (source, "night", tmp_path / "empty", "no templates"),
+        (source, "night", tmp_path / "bad", "none of 1 templates can be used; one.fits: broken FITS file"),
+        (source, "other", source, "but the templates"),
+    ]:
+        with pytest.raises(IngestError, match=message):
+            ingest_fits(folder, header_map, tmp_path / out, templates)
+    assert (tmp_path / "mine/visits.jsonl").read_text() == "{}\n"
+    write_frame(far / "r.fits", 1, CRVAL1=RA + 1.0)
+    made = ingest_fits(source, header_map, tmp_path / "lonely", far)
+    assert (made.visits, made.templates) == (3, 0)
+    assert [note for note in made.notes if note.startswith("no template for")] != []
+
+
+def test_a_night_is_written_again_and_meanwhile_has_no_manifest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(3):
+        write_frame(tmp_path / f"in/{number}.fits", number)
+    header_map, night = load_header_map("generic"), tmp_path / "night"
+    ingest_fits(tmp_path / "in", header_map, night)
+    first = {path.name: path.read_bytes() for path in night.rglob("*") if path.is_file()}
+    ingest_fits(tmp_path / "in", header_map, night)
+    assert {path.name: path.read_bytes() for path in night.rglob("*") if path.is_file()} == first
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("runners.ingest.assembly.write_exposure", full)
+    with pytest.raises(IngestError, match=r"cannot be written: OSError: .*No space left"):
+        ingest_fits(tmp_path / "in", header_map, night)
+    assert not (night / "visits.jsonl").exists()
 
 
 def test_command_prints_a_summary_and_shows_maps(survey: Path, tmp_path: Path) -> None:

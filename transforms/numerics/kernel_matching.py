@@ -15,6 +15,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 from scipy import ndimage
+from scipy.signal import fftconvolve
 from scipy.spatial import cKDTree
 
 from transforms.numerics.psf_modelling import DetectedSources
@@ -91,6 +92,19 @@ class KernelSolution:
         local = np.einsum("nt,bt->nb", terms, self.coefficients)
         kernels = np.einsum("nb,bp->np", local, self.basis.reshape(len(self.basis), -1))
         return kernels.reshape(-1, side, side)
+
+    def passed_noise(
+        self, x: NDArray[np.floating], y: NDArray[np.floating], psf: NDArray[np.floating]
+    ) -> NDArray[np.float64]:
+        """Part of the template's uncorrelated noise that a PSF finds behind the kernel, at positions (n,).
+
+        ``sum (P * K)^2 / sum P^2``, variance over variance; ``sum K^2``, that of a single pixel, is smaller where
+        the kernel smooths. `psf` is an odd square image.
+        """
+        smoothed = np.array([fftconvolve(psf, function) for function in self.basis])
+        overlap = np.einsum("ayx,byx->ab", smoothed, smoothed) / np.sum(np.square(psf))
+        local = np.einsum("nt,bt->nb", _position_terms(x, y, self.shape, self.spatial_order), self.coefficients)
+        return np.einsum("na,na->n", np.einsum("na,ab->nb", local, overlap), local)
 
     def background_plane(self) -> NDArray[np.float32]:
         """Differential background on the whole image, (ny, nx), science image's unit."""

@@ -51,12 +51,15 @@ class WarpedExposure:
     ----------
     image : (ny, nx) float32, flux per output pixel; NaN where `no_data`
     variance : (ny, nx) float32, square of the image's unit; infinite where `no_data`
+    white_variance : (ny, nx) float32, variance of uncorrelated noise that gives sums over several pixels the error
+        they have; above `variance`, as interpolation smooths; infinite where `no_data`
     mask : (ny, nx) int32, bits of the input mask; 0 where `no_data`
     no_data : (ny, nx) bool, True where any of the 64 taps has no data or lies outside the input
     """
 
     image: NDArray[np.float32]
     variance: NDArray[np.float32]
+    white_variance: NDArray[np.float32]
     mask: NDArray[np.int32]
     no_data: NDArray[np.bool_]
 
@@ -120,8 +123,9 @@ def warp_exposure(
 
     Images are flux per pixel, so the interpolated value is multiplied with the area of the output pixel in input
     pixels: ``out = |J| sum_t w_t in_t`` with ``sum_t w_t = 1``; the total flux of a star is kept. The variance is
-    ``|J|^2 sum_t w_t^2 v_t``; covariance between neighbours, which interpolation creates, is ignored. Mask bits
-    are ORed over the nearest 4 x 4 pixels (beyond them a tap weighs at most 4 %).
+    ``|J|^2 sum_t w_t^2 v_t``, of a single pixel. Interpolation correlates neighbours and leaves what is wider than
+    two pixels as it was: ``white_variance = |J|^2 sum_t w_t^2 v_t / sum_t w_t^2`` is what convolution with a PSF or a
+    kernel finds. Mask bits are ORed over the nearest 4 x 4 pixels (beyond them a tap weighs at most 4 %).
 
     Parameters
     ----------
@@ -158,6 +162,7 @@ def warp_exposure(
     out = WarpedExposure(
         image=np.full(shape, np.nan, dtype=np.float32),
         variance=np.full(shape, np.inf, dtype=np.float32),
+        white_variance=np.full(shape, np.inf, dtype=np.float32),
         mask=np.zeros(shape, dtype=np.int32),
         no_data=np.ones(shape, dtype=np.bool_),
     )
@@ -172,6 +177,7 @@ def warp_exposure(
             _WEIGHT_TABLE,
             out.image,
             out.variance,
+            out.white_variance,
             out.mask,
             out.no_data,
         )
@@ -214,6 +220,7 @@ def _resample(
     table: NDArray[np.float64],
     out_image: NDArray[np.float32],
     out_variance: NDArray[np.float32],
+    out_white_variance: NDArray[np.float32],
     out_mask: NDArray[np.int32],
     out_no_data: NDArray[np.bool_],
 ) -> None:
@@ -243,9 +250,13 @@ def _resample(
             position_y = (y_in - int(y_in)) * steps
             row_x, row_y = int(position_x), int(position_y)
             part_x, part_y = position_x - row_x, position_y - row_y
+            square_x = 0.0
+            square_y = 0.0
             for t in range(TAPS):
                 weight_x[t] = table[row_x, t] + part_x * (table[row_x + 1, t] - table[row_x, t])
                 weight_y[t] = table[row_y, t] + part_y * (table[row_y + 1, t] - table[row_y, t])
+                square_x += weight_x[t] * weight_x[t]
+                square_y += weight_y[t] * weight_y[t]
             value = 0.0
             noise = 0.0
             for b in range(TAPS):
@@ -268,5 +279,6 @@ def _resample(
             area = abs(dx_du * (y_low - y_top) - dy_du * (x_low - x_top)) / (step * step)
             out_image[y, x] = area * value
             out_variance[y, x] = area * area * noise
+            out_white_variance[y, x] = area * area * noise / (square_x * square_y)
             out_mask[y, x] = bits
             out_no_data[y, x] = False
