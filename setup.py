@@ -15,7 +15,7 @@ setup(
         "runners.ingest",
     ],
     package_data={
-        "schemas.avro": ["definitions/*.csv"],
+        "schemas.avro": ["definitions/*.csv", "definitions/archived/*.csv"],
         "runners": ["templates/*.html"],
         "runners.config": ["*.yaml", "filters/*.yaml", "flink/*", "ingest/*.yaml"],
     },

@@ -541,7 +541,7 @@ class BrokerReader:
 
     def _is_complete(self, expected: int | None) -> bool:
         if expected is not None:
-            return len(self._by_id) >= expected
+            return len(self._by_id) + self._counts["malformed"] >= expected
         return _at_end(self._bootstrap, self.topic, dict(self._next_offset))
 
     def _halt(self) -> None:

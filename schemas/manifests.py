@@ -100,13 +100,14 @@ def day_obs_of(mjd: float) -> int:
 
 @dataclass(frozen=True)
 class ManifestProblem:
-    """A line of the manifest, or a detector in it, that cannot be used and why."""
+    """A line of the manifest, or something in it, that cannot be used, why, and what is lost by it."""
 
     line: int
     visit: int | None
     detector: int | None
     error: str
     reason: str
+    lost: str = "the visit as announced there"
 
 
 @dataclass(frozen=True)

@@ -115,7 +115,7 @@ def index_packets(
             if key in known:
                 if known[key] != found.digest:
                     reason = f"{found.name}: diaSourceId {key} came before with different content; the first stands"
-                    problems.append(_problem("DuplicatePacket", reason, adapted.visit, adapted.detector))
+                    problems.append(_problem("DuplicatePacket", reason, "the packet", adapted.visit, adapted.detector))
                 continue
             known[key] = found.digest
             surveys.setdefault(adapted.survey, found.name)
@@ -236,9 +236,9 @@ def _packets_in_file(path: Path, spool: Path, problems: list[ManifestProblem]) -
             try:
                 yield from _packets_in_extent(name, str(readable), start, length, problems)
             except (PacketFormatError, SchemaVersionError) as error:
-                problems.append(_problem("UnreadablePackets", f"{name}: {error}"))
+                problems.append(_problem("UnreadablePackets", f"{name}: {error}", "what is in it"))
     except (OSError, EOFError, ValueError, tarfile.TarError) as error:
-        problems.append(_problem("UnreadableFile", f"{path.name}: {error}"))
+        problems.append(_problem("UnreadableFile", f"{path.name}: {error}", "what is in it"))
 
 
 def _unpacked(path: Path, spool: Path) -> Path:
@@ -276,6 +276,8 @@ def _packets_in_extent(
     data = _extent(file, os.stat(file).st_mtime_ns)[start : start + length]
     whole = PacketPlace(file, start, length, _WHOLE, 0, length)
     if bytes(data[: len(_CONTAINER_MAGIC)]) != _CONTAINER_MAGIC:
+        if data[0] != 0:
+            raise PacketFormatError("neither an Avro container nor a wire message")
         packet = packet_of(bytes(data))
         decoded = decode_body(packet.schema, packet.body)
         yield from _found(name, whole, decoded, packet.body, problems)
@@ -287,7 +289,7 @@ def _packets_in_extent(
         try:
             block = next(blocks, None)
         except PacketFormatError as error:
-            problems.append(_problem("UnreadablePackets", f"{name}: {error}; the rest of it is lost"))
+            problems.append(_problem("UnreadablePackets", f"{name}: {error}", "the rest of the file"))
             return
         if block is None:
             return
@@ -317,9 +319,8 @@ def _decoded_block(
             packet: Any = fastavro.schemaless_reader(stream, schema.parsed, None)
             decoded.append((first, stream.tell(), packet))
     except Exception as error:  # fastavro raises many kinds on broken bytes: all are one thing to us
-        lost = block.n_packets - len(decoded)
-        reason = f"{name}: {lost} of {block.n_packets} packets of the block at byte {block.offset}: {error}"
-        problems.append(_problem("UnreadablePackets", reason))
+        lost = f"{block.n_packets - len(decoded)} of {block.n_packets} packets of the block at byte {block.offset}"
+        problems.append(_problem("UnreadablePackets", f"{name}: {type(error).__name__}: {error}", lost))
     return bodies, decoded
 
 
@@ -331,13 +332,15 @@ def _found(
         if not _FIRST_MJD <= adapted.midpoint_mjd_tai <= _LAST_MJD:
             raise PacketFormatError(f"midpoint {adapted.midpoint_mjd_tai} is no MJD of any survey")
     except PacketFormatError as error:
-        problems.append(_problem("UnusablePacket", f"{name}: {error}"))
+        problems.append(_problem("UnusablePacket", f"{name}: {error}", "the packet"))
         return
     yield _Found(name, place, adapted, hashlib.sha256(body).digest())
 
 
-def _problem(error: str, reason: str, visit: int | None = None, detector: int | None = None) -> ManifestProblem:
-    return ManifestProblem(0, visit, detector, error, reason)
+def _problem(
+    error: str, reason: str, lost: str, visit: int | None = None, detector: int | None = None
+) -> ManifestProblem:
+    return ManifestProblem(0, visit, detector, error, reason, lost)
 
 
 def _write_index(index: Path, rows: list[tuple[Any, ...]], problems: list[ManifestProblem], survey: str) -> None:

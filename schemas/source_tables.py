@@ -76,8 +76,8 @@ def read_source_table(path: Path) -> SourceTable:
     records = take_records(records, order)
     kept, problems = _usable(records)
     if null.any():
-        reason = f"{null.sum()} rows without id, visit, time or place"
-        problems.append(ManifestProblem(0, None, None, "NullKey", reason))
+        lost = f"{null.sum()} diaSources"
+        problems.append(ManifestProblem(0, None, None, "NullKey", "no id, visit, detector, time or place", lost))
     records = take_records(records, kept)
     return SourceTable(records, Manifest(_visits(records), tuple(problems)))
 
@@ -100,7 +100,8 @@ def _usable(records: np.ndarray) -> tuple[np.ndarray, list[ManifestProblem]]:
     for reason, wrong in rules.items():
         dropped = kept & wrong
         for visit, count in zip(*np.unique(records["visit"][dropped], return_counts=True), strict=True):
-            problems.append(ManifestProblem(0, int(visit), None, "UnusableSource", f"{count} sources: {reason}"))
+            lost = f"{count} diaSources"
+            problems.append(ManifestProblem(0, int(visit), None, "UnusableSource", reason, lost))
         kept &= ~wrong
     return kept, problems
 

@@ -180,7 +180,7 @@ class _EmitVisitsFn(beam.DoFn):
                     STAGE,
                     problem.error,
                     problem.reason,
-                    "the visit as announced there",
+                    problem.lost,
                 )
                 yield beam.pvalue.TaggedOutput(FAILED, TimestampedValue(record, first))
             yield TimestampedValue(None, first)  # the night begins: what earlier nights left comes first

@@ -13,7 +13,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from schemas.avro.container import ContainerSchema, container_bytes, single_body, write_container
-from schemas.avro.schema_versions import PACKET_SCHEMA_IDS, SchemaVersionError, packet_schema_by_id, writer_schema
+from schemas.avro.schema_versions import (
+    PACKET_SCHEMA_IDS,
+    SchemaVersionError,
+    lsst_schema_by_id,
+    packet_schema_by_id,
+    writer_schema,
+)
 from schemas.avro.wire import PacketFormatError, unwrap, wrap
 
 ENCODINGS = ("rubin", "ocf")
@@ -55,7 +61,7 @@ def packet_of(message: bytes) -> Packet:
             header, body = single_body(message)
             return Packet(schema_of_container(header.schema_text), body)
         schema_id, body = unwrap(message)
-        return Packet(packet_schema_by_id(schema_id), body)
+        return Packet(lsst_schema_by_id(schema_id), body)
     except SchemaVersionError as error:
         raise PacketFormatError(str(error)) from error
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import fastavro
 
 from schemas.avro.container import read_container_stream
-from schemas.avro.schema_versions import PacketSchema, SchemaVersionError, WriterSchema, packet_schema_by_id
+from schemas.avro.schema_versions import PacketSchema, SchemaVersionError, WriterSchema, lsst_schema_by_id
 from schemas.avro.wire import PacketFormatError, read_long, unwrap
 
 
@@ -35,7 +35,7 @@ def decode_packet(message: bytes) -> dict[str, Any]:
     """
     schema_id, body = unwrap(message)
     try:
-        schema = packet_schema_by_id(schema_id)
+        schema = lsst_schema_by_id(schema_id)
     except SchemaVersionError as error:
         raise PacketFormatError(str(error)) from error
     return decode_body(schema, body)

@@ -1,5 +1,8 @@
 """The versions of the alert packet schema, read from one table per version in `definitions/`.
 
+Those in `definitions/archived/` were in use before and are only read. Their tables hold no meanings, but the
+alert record too: `name?` may be null, `[name]` is an array, and a name that is no primitive is a record.
+
 A table lists the fields of every nested record in wire order with type, unit and meaning; the alert
 record that binds them is the same in every version here and stands below. A `?` behind a type means
 `["null", type]` with default null.
@@ -21,6 +24,7 @@ import fastavro
 import fastavro.schema
 
 VERSIONS = ("11.0", "11.1")
+ARCHIVED_VERSIONS = ("7.0", "7.1", "7.2", "7.3", "7.4", "8.0", "9.0", "10.0")
 NEWEST_VERSION = "11.1"
 DEFAULT_VERSION = "11.0"  # what every public reader knows today
 
@@ -142,7 +146,7 @@ def writer_schema(text: str) -> WriterSchema:
 
 
 def _lsst_schema_id(name: str, fingerprint: str) -> int | None:
-    """The wire id of an alert record of LSST; None for another, or one that only bears the name of ours."""
+    """The wire id of an alert record of LSST; None for another, or one that only bears the name of a known one."""
     match = re.fullmatch(r"lsst\.v(\d{1,3})_(\d{1,2})\.alert", name)
     if match is None:
         return None
@@ -150,6 +154,45 @@ def _lsst_schema_id(name: str, fingerprint: str) -> int | None:
     if version in VERSIONS and packet_schema(version).fingerprint != fingerprint:
         return None
     return schema_id_of(version)
+
+
+@cache
+def archived_schema(version: str) -> WriterSchema:
+    """The schema of one of `ARCHIVED_VERSIONS`; SchemaVersionError if unknown."""
+    if version not in ARCHIVED_VERSIONS:
+        raise SchemaVersionError(f"unknown archived version {version!r}, known are {', '.join(ARCHIVED_VERSIONS)}")
+    name = f"v{version.replace('.', '_')}"
+    table = resources.files("schemas.avro") / "definitions" / "archived" / f"{name}.csv"
+    records: dict[str, list[tuple[str, str]]] = {}
+    with table.open(encoding="utf-8") as lines:
+        for row in csv.DictReader(lines):
+            records.setdefault(row["record"], []).append((row["field"], row["type"]))
+    defined: set[str] = set()
+
+    def avro_type(kind: str) -> Any:
+        if kind.endswith("?"):
+            return ["null", avro_type(kind[:-1])]
+        if kind.startswith("["):
+            return {"type": "array", "items": avro_type(kind[1:-1])}
+        if kind == "timestamp-micros":
+            return {"type": "long", "logicalType": kind}
+        if kind in PRIMITIVE_KINDS:
+            return kind
+        if kind in defined:
+            return f"lsst.{name}.{kind}"
+        defined.add(kind)
+        fields = [{"name": field, "type": avro_type(of)} for field, of in records[kind]]
+        return {"type": "record", "name": f"lsst.{name}.{kind}", "fields": fields}
+
+    return writer_schema(json.dumps(avro_type("alert"), separators=(",", ":")))
+
+
+def lsst_schema_by_id(schema_id: int) -> PacketSchema | WriterSchema:
+    """The schema with the given wire id, also of an archived version; SchemaVersionError if unknown."""
+    for version in ARCHIVED_VERSIONS:
+        if schema_id_of(version) == schema_id:
+            return archived_schema(version)
+    return packet_schema_by_id(schema_id)
 
 
 @cache
@@ -195,7 +238,7 @@ def packet_schema(version: str) -> PacketSchema:
 def packet_schema_by_id(schema_id: int) -> PacketSchema:
     """The schema with the given wire id (1100, 1101); SchemaVersionError if unknown."""
     if schema_id not in PACKET_SCHEMA_IDS:
-        known = ", ".join(str(one) for one in PACKET_SCHEMA_IDS)
+        known = ", ".join(str(schema_id_of(one)) for one in (*ARCHIVED_VERSIONS, *VERSIONS))
         raise SchemaVersionError(f"unknown schema id {schema_id}, known are {known}")
     return packet_schema(VERSIONS[PACKET_SCHEMA_IDS.index(schema_id)])
 
