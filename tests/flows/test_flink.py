@@ -105,6 +105,7 @@ def runs(ready: JobServerVersions, night: Path) -> Iterator[TwoRuns]:
     announced: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(transforms.ingestion, "slices_of", held.slices_of(transforms.ingestion.slices_of))
+        transforms.ingestion._parsed.cache_clear()
         produce(night, flink, flink_engine((), announced.append))
     yield TwoRuns(local, flink, announced, held.at_release)
 
