@@ -240,6 +240,7 @@ def fit_matching_kernel(
     -----
     Cost O(n_stars stamp^2 n_basis^2), about 0.3 ms a star.
     """
+    _require_stars(len(star_x), len(star_x), "offered")
     ratio, kept = _flux_ratio(science, template, science_bad | template_bad, star_x, star_y)
     _require_stars(len(kept), len(star_x), "with like flux ratios")
     x, y = np.rint(star_x[kept]).astype(np.intp), np.rint(star_y[kept]).astype(np.intp)
