@@ -78,7 +78,7 @@ def test_nan_spreads_over_footprint_only() -> None:
     image[10, 10] = np.nan
     result = convolve(image, np.ones((5, 5)))
     expected = ndimage.maximum_filter(np.isnan(image), 5)
-    # a kernel's rows are padded with zero taps to a multiple of four, and zero times NaN is NaN
+    # a kernel has rows of zeros around it, for the rows of a tile, and zero times NaN is NaN
     assert np.all(np.isnan(result[expected]))
     assert not np.isnan(result[:7]).any()
     assert not np.isnan(result[:, :5]).any()
@@ -102,3 +102,16 @@ def test_misshapen_input_is_refused(image_shape: tuple[int, ...], kernel_shape: 
 def test_wrong_number_of_blocks_is_refused() -> None:
     with pytest.raises(KernelShapeError, match=r"\(2, 2\) blocks of 32"):
         convolve_spatially_varying(np.ones((64, 64)), np.ones((1, 2, 3, 3)), 32)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 31), (4, 32), (5, 33), (37, 65)])
+def test_images_of_any_size_agree_with_the_definition(shape: tuple[int, int]) -> None:
+    rng = np.random.default_rng([RNG_SEED, *shape])
+    image = rng.integers(-9, 9, size=shape).astype(np.float64)
+    kernels = rng.integers(-9, 9, size=(-(-shape[0] // 7), 1, 5, 5)).astype(np.float64)
+    kernels = np.repeat(kernels, -(-shape[1] // 7), axis=1)
+    result = convolve_spatially_varying(image, kernels, block_pix=7)
+    for block in range(len(kernels)):
+        rows = slice(7 * block, 7 * (block + 1))
+        expected = signal.convolve2d(image, kernels[block, 0], mode="same")
+        np.testing.assert_array_equal(result[rows], expected[rows])  # whole numbers below 2^24: no rounding
