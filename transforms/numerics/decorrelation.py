@@ -1,0 +1,76 @@
+"""Noise of a difference image made white again (Zackay, Ofek & Gal-Yam 2016; LSST DMTN-021).
+
+Convolution with the matching kernel correlates the template's noise from pixel to pixel, and so did the
+interpolation that put it onto the science grid. A further kernel undoes both, for one place of the image:
+
+    phi(k)^2 = (v_S + r^2 v_T) / (v_S + v_T |K(k)|^2 |W(k)|^2)
+
+with the variances v of a pixel, the matching kernel K of sum r, and the transfer W of the interpolation. The
+difference convolved with phi has the variance v_S + r^2 v_T in every pixel, no covariance, and the PSF P_S * phi.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from transforms.numerics.warping import TAPS, sinc_weights
+
+_FFT_SIDE = 64
+_N_PHASES = 32
+_LEAST_POWER = 1e-3  # of the white spectrum: where less noise than that is left there is no signal either
+
+
+def decorrelation_kernels(
+    kernels: NDArray[np.floating],
+    science_variance: NDArray[np.floating],
+    template_variance: NDArray[np.floating],
+    *,
+    interpolated: bool,
+    side_pix: int = 25,
+) -> NDArray[np.float64]:
+    """Kernels that make the noise of a difference image white, one for each place.
+
+    Parameters
+    ----------
+    kernels : (n, k, k) matching kernels, k odd, below 64
+    science_variance, template_variance : (n,) of a pixel, positive; the template's as it was before interpolation
+    interpolated : the template was brought onto the science grid by `warping.warp_exposure`
+    side_pix : side of the result, odd
+
+    Returns
+    -------
+    (n, side_pix, side_pix) float64, each with sum 1: fluxes are kept
+    """
+    n, side = kernels.shape[0], kernels.shape[1]
+    padded = np.zeros((n, _FFT_SIDE, _FFT_SIDE))
+    padded[:, :side, :side] = kernels
+    power = np.square(np.abs(np.fft.rfft2(padded)))
+    if interpolated:
+        along = interpolation_power(np.fft.fftfreq(_FFT_SIDE))
+        power *= along[:, np.newaxis] * along[np.newaxis, : power.shape[2]]
+    science = np.asarray(science_variance, dtype=np.float64)[:, np.newaxis, np.newaxis]
+    template = np.asarray(template_variance, dtype=np.float64)[:, np.newaxis, np.newaxis]
+    total = np.square(kernels.sum(axis=(1, 2)))[:, np.newaxis, np.newaxis]
+    white = science + total * template
+    spectrum = np.maximum(science + template * power, _LEAST_POWER * white)
+    phi = np.fft.fftshift(np.fft.irfft2(np.sqrt(white / spectrum), s=(_FFT_SIDE, _FFT_SIDE)), axes=(1, 2))
+    half, middle = side_pix // 2, _FFT_SIDE // 2
+    phi = phi[:, middle - half : middle + half + 1, middle - half : middle + half + 1]
+    return np.asarray(phi / phi.sum(axis=(1, 2), keepdims=True))
+
+
+def interpolation_power(frequency: NDArray[np.floating]) -> NDArray[np.float64]:
+    """Part of white noise that interpolation passes along one axis, mean over all sub-pixel positions.
+
+    Parameters
+    ----------
+    frequency : cycles per pixel
+
+    Returns
+    -------
+    ``mean |sum_t w_t exp(-2 pi i f t)|^2``, 1 at frequency 0
+    """
+    weights = sinc_weights((np.arange(_N_PHASES) + 0.5) / _N_PHASES)
+    waves = np.exp(-2j * np.pi * np.asarray(frequency)[:, np.newaxis] * np.arange(TAPS))
+    return np.asarray(np.mean(np.square(np.abs(waves @ weights.T)), axis=1))
