@@ -129,7 +129,7 @@ def subtract_detector(element: DetectorVisit, config: SubtractionConfig, started
     science_bad = (science.mask & mask_bits("BAD", "SAT", "CR", "NO_DATA")) != 0
     result = subtract(
         ImagePlanes(science.image, science.variance, science_bad, science.psf),
-        ImagePlanes(warped.image, warped.white_variance, template_bad, template.psf),
+        ImagePlanes(warped.image, warped.white_variance, template_bad, template.psf, interpolated=True),
         config.parameters(),
     )
     mask = _joined_mask(science, warped.mask, result.invalid)
@@ -139,7 +139,7 @@ def subtract_detector(element: DetectorVisit, config: SubtractionConfig, started
         science=result.difference + result.matched_template,
         science_variance=science.variance,
         difference=result.difference,
-        difference_variance=result.white_variance,
+        difference_variance=result.variance,
         matched_template=result.matched_template,
         template_variance=_template_variance(result, science.variance),
         mask=mask,
@@ -159,7 +159,7 @@ def subtract_detector(element: DetectorVisit, config: SubtractionConfig, started
 def _template_variance(result: DifferenceResult, science_variance: np.ndarray) -> np.ndarray:
     """What the template adds to the variance, infinite where there is no difference."""
     variance = np.full(science_variance.shape, np.inf, dtype=np.float32)
-    np.subtract(result.white_variance, science_variance, out=variance, where=~result.invalid)
+    np.subtract(result.variance, science_variance, out=variance, where=~result.invalid)
     return np.maximum(variance, 0.0, dtype=np.float32)
 
 

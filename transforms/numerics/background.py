@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import sep
+from numba import njit
 from numpy.typing import NDArray
 
 
@@ -58,7 +59,7 @@ def subtract_background(
     if image.ndim != 2 or image.shape != mask.shape or box_pix < 8:
         raise BackgroundError(f"image of shape {image.shape}, mask of shape {mask.shape}, boxes of {box_pix} pixels")
     left_out = mask | ~np.isfinite(image)
-    if not _any_box_is_half_used(~left_out, box_pix):  # sep then returns zeros and says nothing
+    if not _any_box_is_half_used(left_out, box_pix):  # sep then returns zeros and says nothing
         raise BackgroundError(
             f"no box of {box_pix} pixels is half usable: {np.count_nonzero(left_out)} of {left_out.size} pixels are "
             "masked or not finite"
@@ -74,9 +75,16 @@ def subtract_background(
     )
 
 
-def _any_box_is_half_used(used: NDArray[np.bool_], box_pix: int) -> bool:
-    n_used, area = used.astype(np.int64), np.ones(used.shape, dtype=np.int64)
-    for axis, side in enumerate(used.shape):
-        starts = np.arange(0, side, box_pix)
-        n_used, area = np.add.reduceat(n_used, starts, axis=axis), np.add.reduceat(area, starts, axis=axis)
-    return bool(np.any(2 * n_used >= area))
+@njit(cache=True)
+def _any_box_is_half_used(left_out: NDArray[np.bool_], box_pix: int) -> bool:
+    ny, nx = left_out.shape
+    for y in range(0, ny, box_pix):
+        for x in range(0, nx, box_pix):
+            height, width = min(box_pix, ny - y), min(box_pix, nx - x)
+            n_used = 0
+            for row in range(y, y + height):
+                for column in range(x, x + width):
+                    n_used += not left_out[row, column]
+            if 2 * n_used >= height * width:
+                return True
+    return False

@@ -7,19 +7,22 @@ from dataclasses import dataclass
 import numpy as np
 from numba import njit
 from numpy.typing import NDArray
-from scipy import ndimage
+from scipy.signal import fftconvolve
 
 from transforms.numerics.background import BackgroundError, subtract_background
 from transforms.numerics.convolution import block_centres, convolve_spatially_varying
+from transforms.numerics.decorrelation import decorrelation_kernels
 from transforms.numerics.kernel_matching import (
     KernelSolution,
     fit_matching_kernel,
     kernel_half_width_pix,
     select_kernel_stars,
 )
+from transforms.numerics.mask_growth import grown
 from transforms.numerics.psf_modelling import PsfEstimate, detect_sources, estimate_psf, psf_fwhm_pix
 
 _KERNEL_BLOCK_PIX = 32
+_DECORRELATION_CELL_PIX = 256
 _KERNEL_CORE_WEIGHT = 0.95  # of the kernel's absolute weight: nearer bad template pixels make a difference invalid
 _ISOLATION_FWHM = 2.0
 _LEAST_SIDE_PIX = 64
@@ -44,12 +47,15 @@ class ImagePlanes:
     variance : (ny, nx) floating, square of the image's unit
     bad : (ny, nx) bool, pixels not to measure on: saturated, defective, hit, no data
     psf : (k, k) floating, k odd, sum 1; None to have it measured
+    interpolated : brought onto this grid by `warping.warp_exposure`; the variance is then that before interpolation
+        (`WarpedExposure.white_variance`)
     """
 
     image: NDArray[np.floating]
     variance: NDArray[np.floating]
     bad: NDArray[np.bool_]
     psf: NDArray[np.floating] | None = None
+    interpolated: bool = False
 
 
 @dataclass(frozen=True)
@@ -79,14 +85,15 @@ class DifferenceResult:
 
     Attributes
     ----------
-    difference : (ny, nx) float32, science image's unit; NaN where `invalid`
-    variance : (ny, nx) float32, ``v_S + K^2 * v_T``, of a single pixel; infinite where `invalid`
-    white_variance : (ny, nx) float32, variance of uncorrelated noise that would give a PSF flux the error it has: the
-        kernel smooths the template's noise, so that it counts more over a PSF than in a pixel; infinite there too
+    difference : (ny, nx) float32, science image's unit, noise decorrelated; NaN where `invalid`
+    variance : (ny, nx) float32, of a pixel, without covariance; infinite where `invalid`
     matched_template : (ny, nx) float32, template convolved with the kernel, without sky; finite
     invalid : (ny, nx) bool, True where the science image has no data, or bad template pixels or the image's edge
         lie within the kernel's core; other bad science pixels keep their values
-    psf : (k, k) float64, sum 1: PSF of the science image, hence of the difference
+    psf : (k, k) float64, sum 1: PSF of the difference, that of the science image but for the decorrelation
+    science_psf : (k, k) float64, sum 1
+    decorrelation : (cells_y, cells_x, m, m) float64, sums 1: what the difference was convolved with in each cell of 256
+        pixels
     kernel : the kernel solution, with its numbers of stars and chi-squares
     science_background, template_background : mean levels that were subtracted
     fwhm_science_pix, fwhm_template_pix : widths of the PSFs
@@ -95,10 +102,11 @@ class DifferenceResult:
 
     difference: NDArray[np.float32]
     variance: NDArray[np.float32]
-    white_variance: NDArray[np.float32]
     matched_template: NDArray[np.float32]
     invalid: NDArray[np.bool_]
     psf: NDArray[np.float64]
+    science_psf: NDArray[np.float64]
+    decorrelation: NDArray[np.float64]
     kernel: KernelSolution
     science_background: float
     template_background: float
@@ -117,11 +125,11 @@ def subtract(
 ) -> DifferenceResult:
     """Subtract a template, matched in PSF, flux scale and background, from a science image.
 
-    ``D = S - K(x, y) * T - b(x, y)`` with the kernel of `kernel_matching.fit_matching_kernel`; the template is
-    convolved also where the science image is sharper. b is fitted at the stars, where it also takes up what their far
-    wings differ by, so what is left of a background between them is measured in boxes and subtracted too. The variance
-    takes the noise of both images: of a pixel ``v_S + K^2 * v_T``, and for sums over a PSF P
-    ``v_S + (K^2 * v_T) sum (P * K)^2 / (sum P^2 sum K^2)``.
+    ``D = phi(x, y) * (S - K(x, y) * T - b(x, y))`` with the kernel of `kernel_matching.fit_matching_kernel`; the
+    template is convolved also where the science image is sharper, and phi makes the noise white again
+    (`decorrelation`), one kernel per cell of 256 pixels. b is fitted at the stars, where it also takes up what their
+    far wings differ by, so what is left of a background between them is measured in boxes and subtracted too. The
+    variance is that of both images, ``v_S + (K^2 * v_T) (sum K)^2 / sum K^2``.
 
     Parameters
     ----------
@@ -137,12 +145,6 @@ def subtract(
     UnusableImageError : shapes differ, an image is too small, has no good pixel, or is constant
     LowCoverageError : fewer than `min_coverage` of the pixels are good in both images
     BackgroundError, PsfEstimationError, TooFewKernelStarsError, BadKernelError : from the steps
-
-    Notes
-    -----
-    Neighbouring pixels of the difference are correlated where the template's noise counts: no decorrelation yet.
-    On real DECam pairs with templates no deeper than the science images, pulls of PSF fluxes have a width of 1.6 with
-    `variance` and of 1.05 with `white_variance`.
     """
     science_bad = _checked_bad("science image", science)
     template_bad = _checked_bad("template", template)
@@ -164,7 +166,7 @@ def subtract(
     science_psf = _known_psf(science) or estimate_psf(science_sky.image, science_variance, science_bad, sources)
     template_psf = _known_psf(template) or estimate_psf(template_pixels, template_variance, template_bad)
     half = kernel_half_width_pix(science_psf.fwhm_pix, template_psf.fwhm_pix)
-    near_bad_template = _dilated(template_bad, half // 2)
+    near_bad_template = grown(template_bad, half // 2, outside=True)
     stars = select_kernel_stars(
         sources,
         science_bad,
@@ -188,25 +190,28 @@ def subtract(
         parameters.spatial_order,
         parameters.background_order,
     )
-    kernels = _kernels_of_blocks(kernel)
+    kernels = _kernels_of_blocks(kernel, _KERNEL_BLOCK_PIX)
     matched = convolve_spatially_varying(template_pixels, kernels, _KERNEL_BLOCK_PIX)
-    noise = convolve_spatially_varying(template_variance, kernels**2, _KERNEL_BLOCK_PIX)
+    passed = kernels**2 * (kernel.kernel_sum**2 / np.sum(np.square(kernels), axis=(2, 3), keepdims=True))
+    variance = science_variance + convolve_spatially_varying(template_variance, passed, _KERNEL_BLOCK_PIX)
     invalid = ~np.isfinite(science.image) | ~np.isfinite(science.variance)
-    invalid |= _dilated(template_bad, _core_radius_pix(kernels))
-    difference = science_sky.image - matched - kernel.background_plane()
-    difference -= _background_left_over(difference, science_bad | invalid, parameters.background_box_pix)
-    variance = science_variance + noise
-    white_variance = science_variance + noise * _smoothing(kernel, kernels, science_psf.psf)
+    invalid |= grown(template_bad, _core_radius_pix(kernels), outside=True)
+    unusable = science_bad | invalid
+    difference = science_sky.image - matched
+    kernel.subtract_background(difference)
+    difference -= _background_left_over(difference, unusable, parameters.background_box_pix)
+    decorrelation = _decorrelation_of_cells(kernel, science_variance, template_variance, template.interpolated)
+    difference = _decorrelated(difference, unusable, decorrelation)
     difference[invalid] = np.nan
     variance[invalid] = np.inf
-    white_variance[invalid] = np.inf
     return DifferenceResult(
         difference=difference,
         variance=variance,
-        white_variance=white_variance,
         matched_template=matched,
         invalid=invalid,
-        psf=science_psf.psf,
+        psf=_convolved_psf(science_psf.psf, decorrelation.mean(axis=(0, 1))),
+        science_psf=science_psf.psf,
+        decorrelation=decorrelation,
         kernel=kernel,
         science_background=science_sky.level,
         template_background=template_sky.level,
@@ -244,7 +249,8 @@ def _finite_plane(variance: NDArray[np.floating], bad: NDArray[np.bool_]) -> NDA
     """Variance with the median of the good pixels where it is unusable."""
     plane = np.array(variance, dtype=np.float32)
     unusable = ~np.isfinite(plane) | (plane <= 0)
-    plane[unusable] = np.median(plane[~bad])
+    sample = plane[::4, ::4][~bad[::4, ::4]]
+    plane[unusable] = np.median(sample if len(sample) else plane[~bad])
     return plane
 
 
@@ -255,19 +261,49 @@ def _known_psf(planes: ImagePlanes) -> PsfEstimate | None:
     return PsfEstimate(psf=psf, fwhm_pix=psf_fwhm_pix(psf), n_stars=0)
 
 
-def _kernels_of_blocks(kernel: KernelSolution) -> NDArray[np.float64]:
-    x, y = block_centres(kernel.shape, _KERNEL_BLOCK_PIX)
+def _kernels_of_blocks(kernel: KernelSolution, block_pix: int) -> NDArray[np.float64]:
+    x, y = block_centres(kernel.shape, block_pix)
     kernels = kernel.kernels_at(x.ravel(), y.ravel())
     return kernels.reshape(*x.shape, *kernels.shape[1:])
 
 
-def _smoothing(kernel: KernelSolution, kernels: NDArray[np.float64], psf: NDArray[np.floating]) -> NDArray[np.float32]:
-    """Template noise under a PSF over that of a pixel, (ny, nx), constant in each block."""
-    x, y = block_centres(kernel.shape, _KERNEL_BLOCK_PIX)
-    under_psf = kernel.passed_noise(x.ravel(), y.ravel(), psf).reshape(x.shape)
-    ratio = under_psf / np.sum(np.square(kernels), axis=(2, 3))
-    ny, nx = kernel.shape
-    return ratio.astype(np.float32).repeat(_KERNEL_BLOCK_PIX, axis=0)[:ny].repeat(_KERNEL_BLOCK_PIX, axis=1)[:, :nx]
+def _decorrelation_of_cells(
+    kernel: KernelSolution,
+    science_variance: NDArray[np.float32],
+    template_variance: NDArray[np.float32],
+    interpolated: bool,
+) -> NDArray[np.float64]:
+    cells = _kernels_of_blocks(kernel, _DECORRELATION_CELL_PIX)
+    found = decorrelation_kernels(
+        cells.reshape(-1, *cells.shape[2:]),
+        _cell_medians(science_variance),
+        _cell_medians(template_variance),
+        interpolated=interpolated,
+    )
+    return found.reshape(*cells.shape[:2], *found.shape[1:])
+
+
+def _cell_medians(plane: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Median of every fourth row and column of each cell, row by row."""
+    ny, nx = plane.shape
+    side = _DECORRELATION_CELL_PIX
+    corners = [(y, x) for y in range(0, ny, side) for x in range(0, nx, side)]
+    return np.array([np.median(plane[y : y + side : 4, x : x + side : 4]) for y, x in corners], dtype=np.float64)
+
+
+def _decorrelated(
+    difference: NDArray[np.float32], unusable: NDArray[np.bool_], kernels: NDArray[np.float64]
+) -> NDArray[np.float32]:
+    """The difference convolved with a kernel per cell; unusable pixels reach no other and keep their values."""
+    usable = np.where(unusable, np.float32(0.0), difference)
+    white = convolve_spatially_varying(usable, kernels, _DECORRELATION_CELL_PIX)
+    white[unusable] = difference[unusable]
+    return white
+
+
+def _convolved_psf(psf: NDArray[np.floating], kernel: NDArray[np.float64]) -> NDArray[np.float64]:
+    convolved = fftconvolve(psf, kernel, mode="same")
+    return np.asarray(convolved / convolved.sum())
 
 
 def _background_left_over(
@@ -286,11 +322,6 @@ def _core_radius_pix(kernels: NDArray[np.float64]) -> int:
     half = weight.shape[0] // 2
     inside = [weight[half - r : half + r + 1, half - r : half + r + 1].sum() for r in range(half + 1)]
     return int(np.searchsorted(inside, _KERNEL_CORE_WEIGHT * inside[-1]))
-
-
-def _dilated(bad: NDArray[np.bool_], radius_pix: int) -> NDArray[np.bool_]:
-    """True within a square of half side `radius_pix` of a bad pixel; outside the image everything is bad."""
-    return np.asarray(ndimage.maximum_filter(bad, size=2 * radius_pix + 1, mode="constant", cval=1))
 
 
 def _filled(image: NDArray[np.float32], missing: NDArray[np.bool_]) -> NDArray[np.float32]:

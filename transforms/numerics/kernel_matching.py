@@ -15,7 +15,6 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 from scipy import ndimage
-from scipy.signal import fftconvolve
 from scipy.spatial import cKDTree
 
 from transforms.numerics.psf_modelling import DetectedSources
@@ -93,27 +92,32 @@ class KernelSolution:
         kernels = np.einsum("nb,bp->np", local, self.basis.reshape(len(self.basis), -1))
         return kernels.reshape(-1, side, side)
 
-    def passed_noise(
-        self, x: NDArray[np.floating], y: NDArray[np.floating], psf: NDArray[np.floating]
-    ) -> NDArray[np.float64]:
-        """Part of the template's uncorrelated noise that a PSF finds behind the kernel, at positions (n,).
-
-        ``sum (P * K)^2 / sum P^2``, variance over variance; ``sum K^2``, that of a single pixel, is smaller where
-        the kernel smooths. `psf` is an odd square image.
-        """
-        smoothed = np.array([fftconvolve(psf, function) for function in self.basis])
-        overlap = np.einsum("ayx,byx->ab", smoothed, smoothed) / np.sum(np.square(psf))
-        local = np.einsum("nt,bt->nb", _position_terms(x, y, self.shape, self.spatial_order), self.coefficients)
-        return np.einsum("na,na->n", np.einsum("na,ab->nb", local, overlap), local)
-
-    def background_plane(self) -> NDArray[np.float32]:
-        """Differential background on the whole image, (ny, nx), science image's unit."""
+    def subtract_background(self, image: NDArray[np.float32]) -> None:
+        """Subtract the differential background from an image of the kernel's shape, in place."""
         ny, nx = self.shape
-        u, v = _scaled(np.arange(nx), nx), _scaled(np.arange(ny), ny)
-        plane = np.zeros(self.shape)
+        powers = np.zeros((self.background_order + 1, self.background_order + 1))
         for value, (i, j) in zip(self.background_coefficients, _exponents(self.background_order), strict=True):
-            plane += value * (v**j)[:, np.newaxis] * (u**i)[np.newaxis, :]
-        return plane.astype(np.float32)
+            powers[i, j] = value
+        _subtract_polynomial(image, powers, _scaled(np.arange(nx), nx), _scaled(np.arange(ny), ny))
+
+
+@njit(cache=True)
+def _subtract_polynomial(
+    image: NDArray[np.float32], powers: NDArray[np.float64], u: NDArray[np.float64], v: NDArray[np.float64]
+) -> None:
+    """image[y, x] -= sum_ij powers[i, j] u[x]^i v[y]^j"""
+    order = powers.shape[0] - 1
+    row = np.zeros(order + 1)
+    for y in range(image.shape[0]):
+        for i in range(order + 1):
+            row[i] = 0.0
+            for j in range(order, -1, -1):
+                row[i] = row[i] * v[y] + powers[i, j]
+        for x in range(image.shape[1]):
+            value = 0.0
+            for i in range(order, -1, -1):
+                value = value * u[x] + row[i]
+            image[y, x] -= np.float32(value)
 
 
 @dataclass(frozen=True, eq=False)
