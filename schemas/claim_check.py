@@ -8,6 +8,7 @@ name and renamed; where it exists already it is left alone, as a second writing 
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import struct
 import threading
@@ -33,10 +34,14 @@ class ClaimCheckError(OSError):
 
 @dataclass(frozen=True)
 class StoredExposure:
-    """One exposure in the image store. Variances are infinite where a pixel must not be used."""
+    """One exposure in the image store. Variances are infinite where a pixel must not be used.
+
+    `psf` and `science_psf` are the PSFs of difference and science image, odd squares with sum 1.
+    """
 
     wcs: WCS
     psf: np.ndarray
+    science_psf: np.ndarray
     shape: tuple[int, int]
     pixels: Any
 
@@ -54,8 +59,16 @@ class ImageStore:
     def path(self, visit: int, detector: int) -> Path:
         return Path(self.root) / str(visit) / f"{detector:03d}.b2nd"
 
-    def write(self, visit: int, detector: int, planes: Sequence[np.ndarray], wcs_text: str, psf: np.ndarray) -> None:
-        """Write the four planes of `PLANES`, all (ny, nx) float32, with WCS header text and PSF."""
+    def write(
+        self,
+        visit: int,
+        detector: int,
+        planes: Sequence[np.ndarray],
+        wcs_text: str,
+        psf: np.ndarray,
+        science_psf: np.ndarray,
+    ) -> None:
+        """Write the four planes of `PLANES`, all (ny, nx) float32, with WCS header text and PSFs."""
         path = self.path(visit, detector)
         if path.exists():
             return
@@ -73,8 +86,8 @@ class ImageStore:
             for index, plane in enumerate(planes):
                 stored[index] = plane
             stored.schunk.vlmeta["wcs"] = wcs_text
-            stored.schunk.vlmeta["psf_size"] = int(psf.shape[0])
-            stored.schunk.vlmeta["psf"] = np.ascontiguousarray(psf, dtype=np.float64).tobytes()
+            for name, image in (("psf", psf), ("science_psf", science_psf)):
+                stored.schunk.vlmeta[name] = np.ascontiguousarray(image, dtype=np.float64).tobytes()
             del stored
 
     def open(self, visit: int, detector: int) -> StoredExposure:
@@ -85,12 +98,16 @@ class ImageStore:
         try:
             pixels = blosc2.open(str(path), mode="r", dparams=blosc2.DParams(nthreads=1))
             meta = pixels.schunk.vlmeta
-            size = meta["psf_size"]
-            psf = np.frombuffer(meta["psf"], dtype=np.float64).reshape(size, size)
+            psf, science_psf = (_square(np.frombuffer(meta[name])) for name in ("psf", "science_psf"))
             wcs = WCS(fits.Header.fromstring(meta["wcs"], sep="\n"))
         except (RuntimeError, KeyError, ValueError) as error:
             raise ClaimCheckError(f"stored image of visit {visit} detector {detector} is broken: {error}") from error
-        return StoredExposure(wcs, psf, (pixels.shape[1], pixels.shape[2]), pixels)
+        return StoredExposure(wcs, psf, science_psf, (pixels.shape[1], pixels.shape[2]), pixels)
+
+
+def _square(values: np.ndarray) -> np.ndarray:
+    side = math.isqrt(len(values))
+    return values.reshape(side, side)
 
 
 def write_blobs(path: Path, keys: np.ndarray, rows: Sequence[Sequence[bytes]]) -> None:

@@ -87,10 +87,10 @@ class SubtractedExposure(FusedElement):
     ----------
     visit, detector : which exposure
     science, science_variance, difference, difference_variance, matched_template,
-    template_variance : (ny, nx) float32, nJy or nJy^2; science without its background; the variance of the
-        difference is that of uncorrelated noise which gives PSF fluxes their errors (`DifferenceResult`)
+    template_variance : (ny, nx) float32, nJy or nJy^2; science without its background; the difference's noise white
     mask : (ny, nx) int32, science planes and the template's as `_TEMPLATE`
-    psf : (k, k) float64, sum 1, the PSF of science and difference
+    psf : (k, k) float64, sum 1, the PSF of the difference
+    science_psf : (k, k) float64, sum 1, the PSF of the science image and the matched template
     wcs : WCS of the science image
     seconds : wall-clock seconds per stage so far
     started_at : UNIX time at which work on the exposure began
@@ -107,6 +107,7 @@ class SubtractedExposure(FusedElement):
     template_variance: np.ndarray
     mask: np.ndarray
     psf: np.ndarray
+    science_psf: np.ndarray
     wcs: WCS
     seconds: dict[str, float]
     started_at: float

@@ -466,17 +466,17 @@ class _ForcedPhotometer:
         return fluxes
 
     def _measure_one(self, stored: StoredExposure, x: float, y: float, index: int, fluxes: ForcedFluxes) -> None:
-        half = stored.psf.shape[0] // 2 + 1
+        half = max(stored.psf.shape[0], stored.science_psf.shape[0]) // 2 + 1
         y0, x0 = max(round(y) - half, 0), max(round(x) - half, 0)
         y1, x1 = min(round(y) + half + 1, stored.shape[0]), min(round(x) + half + 1, stored.shape[1])
         at_x, at_y = np.array([x - x0]), np.array([y - y0])
-        for plane, flux, flux_err in (
-            ("difference", fluxes.psf_flux, fluxes.psf_flux_err),
-            ("science", fluxes.science_flux, fluxes.science_flux_err),
+        for plane, psf, flux, flux_err in (
+            ("difference", stored.psf, fluxes.psf_flux, fluxes.psf_flux_err),
+            ("science", stored.science_psf, fluxes.science_flux, fluxes.science_flux_err),
         ):
             image = stored.window(plane, y0, y1, x0, x1)
             variance = stored.window(plane + "_variance", y0, y1, x0, x1)
-            measured = forced_psf_flux(image, variance, stored.psf, at_x, at_y)
+            measured = forced_psf_flux(image, variance, psf, at_x, at_y)
             flux[index], flux_err[index] = measured[0][0], measured[1][0]
 
     def _open(self, store: ImageStore, visit: int, detector: int) -> StoredExposure:

@@ -113,9 +113,9 @@ def encode_cutouts(detected: DetectedSources) -> list[tuple[bytes, bytes, bytes]
         return []
     tangents = local_tangents(exposure.wcs, sources["x"].astype(float), sources["y"].astype(float))
     planes = (
-        (exposure.difference, exposure.difference_variance),
-        (exposure.science, exposure.science_variance),
-        (exposure.matched_template, exposure.template_variance),
+        (exposure.difference, exposure.difference_variance, exposure.psf),
+        (exposure.science, exposure.science_variance, exposure.science_psf),
+        (exposure.matched_template, exposure.template_variance, exposure.science_psf),
     )
     rows = []
     for source, tangent in zip(sources, tangents, strict=True):
@@ -124,7 +124,7 @@ def encode_cutouts(detected: DetectedSources) -> list[tuple[bytes, bytes, bytes]
                 image,
                 variance,
                 exposure.mask,
-                exposure.psf,
+                psf,
                 float(source["x"]),
                 float(source["y"]),
                 cutout_side(int(source["bboxSize"])),
@@ -132,7 +132,7 @@ def encode_cutouts(detected: DetectedSources) -> list[tuple[bytes, bytes, bytes]
                 exposure.visit.rotation_deg,
                 MASK_BITS,
             )
-            for image, variance in planes
+            for image, variance, psf in planes
         ]
         rows.append((stamps[0] or b"", stamps[1] or b"", stamps[2] or b""))
     return rows

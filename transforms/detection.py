@@ -164,6 +164,7 @@ def detect_sources(exposure: SubtractedExposure, config: DetectionConfig) -> Det
         bad,
         exposure.psf,
         found,
+        exposure.science_psf,
     )
     flags = mask_flags(exposure.mask, MASK_BITS, measured.x, measured.y, found)
     records = _records(exposure, measured, flags, _near_saturated(exposure, measured, found), noise_ratio, config)

@@ -136,14 +136,15 @@ def subtract_detector(element: DetectorVisit, config: SubtractionConfig, started
     return SubtractedExposure(
         visit=element.visit,
         detector=element.detector,
-        science=result.difference + result.matched_template,
+        science=result.science,
         science_variance=science.variance,
         difference=result.difference,
         difference_variance=result.variance,
         matched_template=result.matched_template,
         template_variance=_template_variance(result, science.variance),
         mask=mask,
-        psf=np.asarray(result.psf, dtype=np.float64),
+        psf=result.psf,
+        science_psf=np.asarray(result.science_psf, dtype=np.float64),
         wcs=science.wcs,
         seconds={"reading": read_seconds},
         started_at=started_at,
@@ -187,4 +188,6 @@ def write_to_store(exposure: SubtractedExposure, store: ImageStore) -> None:
         np.where(unusable, np.float32(np.inf), exposure.science_variance),
     ]
     header = exposure.wcs.to_header(relax=True)
-    store.write(exposure.visit.visit, exposure.detector, planes, header.tostring(sep="\n"), exposure.psf)
+    store.write(
+        exposure.visit.visit, exposure.detector, planes, header.tostring(sep="\n"), exposure.psf, exposure.science_psf
+    )

@@ -108,7 +108,7 @@ def make_sky(
                 planes = [rng.normal(0.0, 5.0, (SIZE_PIX, SIZE_PIX)).astype(np.float32) for _ in range(2)]
                 variance = np.full((SIZE_PIX, SIZE_PIX), 25.0, dtype=np.float32)
                 header = detector_wcs(ra, dec, detector).to_header().tostring(sep="\n")
-                store.write(visit.visit, detector, [planes[0], variance, planes[1], variance], header, _psf())
+                store.write(visit.visit, detector, [planes[0], variance, planes[1], variance], header, _psf(), _psf())
         visits.append(tuple(detectors))
     return Sky(tuple(visits), store)
 
@@ -158,7 +158,7 @@ def _detected(
     ss["diaSourceId"] = rows["diaSourceId"][n - len(ss) :]
     image = np.zeros((SIZE_PIX, SIZE_PIX), dtype=np.float32)
     exposure = SubtractedExposure(
-        visit, detector, image, image, image, image, image, image, image, _psf(), wcs, {}, 0.0, ()
+        visit, detector, image, image, image, image, image, image, image, _psf(), _psf(), wcs, {}, 0.0, ()
     )
     return DetectedSources(exposure, rows, ss, n, {}, {})
 

@@ -61,6 +61,7 @@ def _exposure(signs: tuple[float, ...] = (1.0, -1.0, 1.0), mask: np.ndarray | No
         template_variance=np.zeros_like(variance),
         mask=np.zeros((SIZE, SIZE), dtype=np.int32) if mask is None else mask,
         psf=_psf(),
+        science_psf=_psf(),
         wcs=_wcs(),
         seconds={},
         started_at=0.0,

@@ -87,6 +87,7 @@ class DifferenceResult:
     ----------
     difference : (ny, nx) float32, science image's unit, noise decorrelated; NaN where `invalid`
     variance : (ny, nx) float32, of a pixel, without covariance; infinite where `invalid`
+    science : (ny, nx) float32, science image without its background; NaN where `invalid`
     matched_template : (ny, nx) float32, template convolved with the kernel, without sky; finite
     invalid : (ny, nx) bool, True where the science image has no data, or bad template pixels or the image's edge
         lie within the kernel's core; other bad science pixels keep their values
@@ -102,6 +103,7 @@ class DifferenceResult:
 
     difference: NDArray[np.float32]
     variance: NDArray[np.float32]
+    science: NDArray[np.float32]
     matched_template: NDArray[np.float32]
     invalid: NDArray[np.bool_]
     psf: NDArray[np.float64]
@@ -200,13 +202,16 @@ def subtract(
     difference = science_sky.image - matched
     kernel.subtract_background(difference)
     difference -= _background_left_over(difference, unusable, parameters.background_box_pix)
+    science_pixels = difference + matched
     decorrelation = _decorrelation_of_cells(kernel, science_variance, template_variance, template.interpolated)
     difference = _decorrelated(difference, unusable, decorrelation)
     difference[invalid] = np.nan
+    science_pixels[invalid] = np.nan
     variance[invalid] = np.inf
     return DifferenceResult(
         difference=difference,
         variance=variance,
+        science=science_pixels,
         matched_template=matched,
         invalid=invalid,
         psf=_convolved_psf(science_psf.psf, decorrelation.mean(axis=(0, 1))),
