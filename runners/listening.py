@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import fastavro
-
 from runners.kafka import check_kafka, consumer_settings
+from schemas.avro.container import read_container
+from schemas.avro.wire import PacketFormatError
 
 # Joining a consumer group takes a few seconds; a topic isn't idle before that is done.
 _JOIN_PATIENCE_S = 30.0
@@ -130,15 +130,9 @@ def _container_files(path: Path) -> list[Path]:
 
 
 def _packets(file: Path) -> Iterator[dict[str, Any]]:
-    read = 0
     try:
-        with file.open("rb") as stream:
-            for packet in fastavro.reader(stream):
-                if not isinstance(packet, dict):
-                    raise PacketFileError(f"{file} holds {type(packet).__name__} values, not packets")
-                read += 1
-                yield packet
-    except PacketFileError:
-        raise
-    except Exception as error:  # fastavro raises a dozen kinds on broken bytes
-        raise PacketFileError(f"{file} breaks off after {read} packets: {error or type(error).__name__}") from error
+        yield from read_container(file)
+    except OSError as error:
+        raise PacketFileError(f"{file} cannot be read: {error}") from error
+    except PacketFormatError as error:  # it begins with the file's name
+        raise PacketFileError(f"{file.parent}/{error}") from error

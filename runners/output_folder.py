@@ -86,10 +86,14 @@ def digest_of(parts: list[Any]) -> str:
 
 
 def fingerprint(path: Path) -> str | None:
-    """Size and beginning of a file: to read all of a night twice is too dear. None if it cannot be read."""
+    """Size, beginning and end of a file: to read all of a night twice is too dear. None if it cannot be read."""
     try:
         with path.open("rb") as stream:
-            return f"{path.stat().st_size}-{hashlib.sha256(stream.read(_HEAD_BYTES)).hexdigest()}"
+            size = path.stat().st_size
+            digest = hashlib.sha256(stream.read(_HEAD_BYTES))
+            stream.seek(max(size - _HEAD_BYTES, 0))
+            digest.update(stream.read(_HEAD_BYTES))
+            return f"{size}-{digest.hexdigest()}"
     except OSError:
         return None
 

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import fastavro
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
+import yaml
 from astropy.io import fits
 from bokeh.embed import components
-from bokeh.models import ColumnDataSource, CustomJSTickFormatter, HoverTool, Range1d
+from bokeh.models import ColumnDataSource, CustomJS, CustomJSTickFormatter, HoverTool, NoOverlap, Range1d
 from bokeh.plotting import figure
 from bokeh.resources import Resources
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -41,10 +43,28 @@ N_CUTOUTS = 20
 N_LIGHT_CURVES = 12
 MAX_MAP_MARKS = 20_000
 MAX_FAILURES_LISTED = 500
+MAX_VISITS_LISTED = 300
+MAX_PERIODS_LISTED = 60
+MAX_TARGETS_NAMED = 6
+MAX_DETAILED_MARKS = 150
 _CUTOUTS = ("cutoutScience", "cutoutTemplate", "cutoutDifference")
 _BANDS = "ugrizy"
 # Dark enough on white to be read, and told apart by shape as well as colour.
 BAND_COLOURS = {"u": "#6a3d9a", "g": "#1b7f5c", "r": "#c2410c", "i": "#8a6400", "z": "#be185d", "y": "#374151"}
+# Marks by band, drawn around the current point.
+GLYPHS = {
+    "g": "m0 -4.8l4.4 7.6h-8.8z",
+    "r": "m-3.4 -3.4h6.8v6.8h-6.8z",
+    "i": "m0 -5l4.4 5l-4.4 5l-4.4 -5z",
+    "z": "m0 4.8l4.4 -7.6h-8.8z",
+    "y": "m-1.5 -4.5h3v3h3v3h-3v3h-3v-3h-3v-3h3z",
+}
+ROUND_GLYPH = "m-3.9 0a3.9 3.9 0 1 0 7.8 0a3.9 3.9 0 1 0 -7.8 0z"
+FLUX_UNITS = ((1e9, "Jy"), (1e6, "mJy"), (1e3, "\N{MICRO SIGN}Jy"), (1.0, "nJy"))
+# A night ends where nothing was seen for so long; a zoomed panel shows it where it fills a tenth or less of the axis.
+_NIGHT_GAP_D = 0.25
+_MIN_ZOOMED_POINTS = 5
+_MAX_ZOOMED_PART = 0.1
 _MJD_EPOCH = datetime(1858, 11, 17)
 _SOURCE_COLUMNS = [
     "diaSourceId",
@@ -68,8 +88,19 @@ _FORCED_COLUMNS = ["diaObjectId", "visit", "midpointMjdTai", "psfFlux", "psfFlux
 
 
 @dataclass(frozen=True)
+class Stamp:
+    """A picture as a data URI, its size, and a scale bar that fits it: percent of the width and what they measure."""
+
+    uri: str
+    nx: int
+    ny: int
+    bar_percent: float
+    bar_label: str
+
+
+@dataclass(frozen=True)
 class CutoutCard:
-    """One new object at its brightest: three stamps as data URIs (None where the packet has none)."""
+    """One new object at its brightest: three stamps (None where the packet has none)."""
 
     dia_object_id: str
     dia_source_id: str
@@ -77,9 +108,24 @@ class CutoutCard:
     band: str
     snr: float
     reliability: float | None
-    science: str | None
-    template: str | None
-    difference: str | None
+    science: Stamp | None
+    template: Stamp | None
+    difference: Stamp | None
+
+    @property
+    def stamps(self) -> dict[str, Stamp | None]:
+        return {"science": self.science, "template": self.template, "difference": self.difference}
+
+
+@dataclass(frozen=True)
+class Point:
+    """One measured flux of an object, nJy."""
+
+    mjd_tai: float
+    flux_njy: float
+    error_njy: float
+    band: str
+    forced: bool
 
 
 @dataclass(frozen=True)
@@ -104,17 +150,51 @@ class Tick:
 
 
 @dataclass(frozen=True)
+class TimeAxis:
+    """Times `start` to `end` (MJD TAI) on an axis that counts `per_day` units a day from `zero`."""
+
+    start: float
+    end: float
+    zero: float
+    per_day: float
+    label: str
+
+    def value(self, mjd_tai: float) -> float:
+        return (mjd_tai - self.zero) * self.per_day
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Many marks of one kind as one SVG path of dots and one of error bars."""
+
+    band: str
+    forced: bool
+    dots: str
+    bars: str
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A light curve within some time, laid out for SVG; many marks come as `traces`, few as `marks`."""
+
+    marks: tuple[Mark, ...]
+    traces: tuple[Trace, ...]
+    x_label: str
+    y_label: str
+    x_ticks: tuple[Tick, ...]
+    y_ticks: tuple[Tick, ...]
+    zero: float
+
+
+@dataclass(frozen=True)
 class LightCurve:
-    """One object's difference flux against time, laid out for SVG."""
+    """One object's difference flux against time: all of it, and the fullest night if it would be a column there."""
 
     dia_object_id: str
     n_detections: int
     n_forced: int
     is_new: bool
-    marks: tuple[Mark, ...]
-    x_ticks: tuple[Tick, ...]
-    y_ticks: tuple[Tick, ...]
-    zero: float | None
+    panels: tuple[Panel, ...]
 
 
 @dataclass(frozen=True)
@@ -124,8 +204,8 @@ class PlotArea:
     width: int = 350
     height: int = 210
     left: int = 56
-    right: int = 340
-    top: int = 12
+    right: int = 328
+    top: int = 24
     bottom: int = 172
 
 
@@ -157,19 +237,32 @@ def write_report(out: Path, night: Path | None) -> Path:
     """
     summary = summarise(out)
     sources = Sources.read(out)
+    manifest = _manifest(night)
+    cards = cutout_cards(out, sources)
+    curves = light_curves(out, sources)
     page = _environment().get_template("report.html")
     html = page.render(
-        title=_title(summary, night),
+        title=_title(summary, manifest),
+        entry=entry_of(summary, night),
+        source=_source(out),
+        given=input_facts(night, manifest),
         summary=summary,
         spans=_spans(summary),
-        visits=[_visit_row(record, out) for record in summary.visits],
+        visits=[_visit_row(record, out) for record in visits_listed(summary)],
+        periods=periods(summary) if len(summary.visits) > MAX_VISITS_LISTED else None,
+        unassociated=_unassociated(summary, sources),
         why_no_alerts=_why_no_alerts(summary) if summary.alerts == 0 else [],
         notes=_notes(summary),
         sky_map=sky_map(sources),
-        cutouts=cutout_cards(out, sources),
-        light_curves=light_curves(sources, read_table(out, "dia_forced_sources", _FORCED_COLUMNS)),
-        time_axis=_time_axis(sources)[2],
+        cutouts=cards,
+        has_stamps=any(stamp for card in cards for stamp in card.stamps.values()),
+        light_curves=curves,
+        has_forced=any(curve.n_forced for curve in curves),
+        has_traces=any(panel.traces for curve in curves for panel in curve.panels),
+        max_detailed_marks=MAX_DETAILED_MARKS,
         area=PlotArea(),
+        glyphs=GLYPHS,
+        round_glyph=ROUND_GLYPH,
         band_colours={band: BAND_COLOURS[band] for band in sources.bands_present()},
         recovery=_recovery(night, out),
         failures=summary.failures[:MAX_FAILURES_LISTED],
@@ -266,7 +359,7 @@ def cutout_cards(out: Path, sources: Sources) -> list[CutoutCard]:
 
 def _card(sources: Sources, row: int, stamps: Mapping[str, bytes | None]) -> CutoutCard:
     science, template, difference = (_fits_image(stamps.get(name)) for name in _CUTOUTS)
-    limits = _common_limits([image for image in (science, template) if image is not None])
+    limits = _common_limits([found.pixels for found in (science, template) if found is not None])
     reliability = float(sources.reliability[row])
     return CutoutCard(
         dia_object_id=str(sources.dia_object_id[row]),
@@ -275,10 +368,21 @@ def _card(sources: Sources, row: int, stamps: Mapping[str, bytes | None]) -> Cut
         band=sources.band[row],
         snr=float(sources.snr[row]),
         reliability=reliability if math.isfinite(reliability) else None,
-        science=None if science is None else _png_uri(grey_stamp(science, *limits)),
-        template=None if template is None else _png_uri(grey_stamp(template, *limits)),
-        difference=None if difference is None else _png_uri(signed_stamp(difference)),
+        science=None if science is None else _stamp(science, grey_stamp(science.pixels, *limits)),
+        template=None if template is None else _stamp(template, grey_stamp(template.pixels, *limits)),
+        difference=None if difference is None else _stamp(difference, signed_stamp(difference.pixels)),
     )
+
+
+def _stamp(image: _Image, rgb: np.ndarray) -> Stamp:
+    ny, nx = image.pixels.shape
+    per_pixel = image.arcsec_per_pixel or 1.0
+    # The longest round length that takes a third of the picture at most.
+    room = nx * per_pixel / 3.0
+    power = 10.0 ** math.floor(math.log10(room))
+    length = max(factor * power for factor in (1.0, 2.0, 5.0) if factor * power <= room)
+    unit = " pixels" if image.arcsec_per_pixel is None else "\N{DOUBLE PRIME}"
+    return Stamp(_png_uri(rgb), nx, ny, round(100.0 * length / per_pixel / nx, 2), f"{length:g}{unit}")
 
 
 def _read_cutouts(path: Path, wanted: set[int]) -> dict[int, dict[str, bytes | None]]:
@@ -299,8 +403,16 @@ def _read_cutouts(path: Path, wanted: set[int]) -> dict[int, dict[str, bytes | N
     return found
 
 
-def _fits_image(stamp: bytes | None) -> np.ndarray | None:
-    """The first two-dimensional image of FITS bytes, float64; None if there is none to show."""
+@dataclass(frozen=True)
+class _Image:
+    """Pixels of a stamp, (ny, nx) float64, and their size if the header tells it."""
+
+    pixels: np.ndarray
+    arcsec_per_pixel: float | None
+
+
+def _fits_image(stamp: bytes | None) -> _Image | None:
+    """The first two-dimensional image of FITS bytes; None if there is none to show."""
     if not stamp:
         return None
     with warnings.catch_warnings():
@@ -309,11 +421,21 @@ def _fits_image(stamp: bytes | None) -> np.ndarray | None:
         try:
             with fits.open(io.BytesIO(stamp), memmap=False) as hdus:
                 for hdu in hdus:
-                    if hdu.data is not None and hdu.data.ndim == 2:
-                        return np.asarray(hdu.data, dtype=np.float64)
+                    if hdu.data is not None and hdu.data.ndim == 2 and hdu.data.size:
+                        return _Image(np.asarray(hdu.data, dtype=np.float64), _pixel_arcsec(hdu.header))
         except (OSError, ValueError, TypeError):
             return None
     return None
+
+
+def _pixel_arcsec(header: Any) -> float | None:
+    """Side of a pixel from the CD matrix, degrees a pixel; None where there is none."""
+    try:
+        cd = [[float(header[f"CD{row}_{column}"]) for column in (1, 2)] for row in (1, 2)]
+    except (KeyError, TypeError, ValueError):
+        return None
+    side = 3600.0 * math.sqrt(abs(cd[0][0] * cd[1][1] - cd[0][1] * cd[1][0]))
+    return side if math.isfinite(side) and side > 0 else None
 
 
 def _noise(image: np.ndarray) -> tuple[float, float]:
@@ -389,23 +511,24 @@ def _png_uri(rgb: np.ndarray) -> str:
 # --- light curves ---------------------------------------------------------------------------
 
 
-def light_curves(sources: Sources, forced: pa.Table) -> list[LightCurve]:
+def light_curves(out: Path, sources: Sources) -> list[LightCurve]:
     """The objects with most detections (ties: higher S/N, then id), laid out for SVG."""
     rows_of = sources.rows_by_object()
     order = sorted(rows_of, key=lambda key: (-len(rows_of[key]), -float(sources.snr[rows_of[key]].max()), key))
     chosen = order[:N_LIGHT_CURVES]
     new = sources.new_objects()
+    wanted = ("diaObjectId", pa.array(chosen, pa.int64()))
     forced_of: dict[int, list[dict[str, Any]]] = {key: [] for key in chosen}
-    if len(forced):
-        for row in forced.filter(pc.is_in(forced["diaObjectId"], pa.array(chosen, pa.int64()))).to_pylist():
-            forced_of[row["diaObjectId"]].append(row)
+    for row in read_table(out, "dia_forced_sources", _FORCED_COLUMNS, wanted).to_pylist():
+        forced_of[row["diaObjectId"]].append(row)
     return [_light_curve(sources, key, rows_of[key], forced_of[key], key in new) for key in chosen]
 
 
 def _light_curve(
     sources: Sources, key: int, rows: np.ndarray, forced: list[dict[str, Any]], is_new: bool
 ) -> LightCurve:
-    points = [
+    detected = {int(sources.visit[row]) for row in rows}
+    values = [
         (
             float(sources.midpoint_mjd_tai[row]),
             float(sources.flux_njy[row]),
@@ -415,19 +538,57 @@ def _light_curve(
         )
         for row in rows
     ]
-    detected = {int(sources.visit[row]) for row in rows}
-    points += [
+    values += [
         (row["midpointMjdTai"], row["psfFlux"], row["psfFluxErr"], row["band"] or "", True)
         for row in forced
         if row["visit"] not in detected and row["psfFlux"] is not None and row["psfFluxErr"] is not None
     ]
-    points = sorted(point for point in points if all(map(math.isfinite, point[:3])))
+    points = [Point(*value) for value in sorted(values) if all(map(math.isfinite, value[:3]))]
+    return LightCurve(
+        dia_object_id=str(key),
+        n_detections=len(rows),
+        n_forced=sum(point.forced for point in points),
+        is_new=is_new,
+        panels=tuple(_panel(points, axis) for axis in _time_axes(sources, [point.mjd_tai for point in points])),
+    )
+
+
+def _time_axes(sources: Sources, times: Sequence[float]) -> list[TimeAxis]:
+    """The axis for an object's points, and one for the night with most of them where the first would hide it.
+
+    `times` are sorted. A run of up to two days has one axis for all its objects.
+    """
+    first, last = float(sources.midpoint_mjd_tai.min()), float(sources.midpoint_mjd_tai.max())
+    if last - first < 2.0:
+        return [_short_axis(first, last, "the first midpoint")]
+    if not times:
+        return [TimeAxis(first, last, 0.0, 1.0, "MJD (TAI)")]
+    nights = np.split(np.array(times), 1 + np.flatnonzero(np.diff(times) > _NIGHT_GAP_D))
+    fullest = max(nights, key=len)
+    start, end = float(fullest[0]), float(fullest[-1])
+    in_night = _short_axis(start, end, f"{tai_text(start)[:16]} TAI")
+    if len(nights) == 1:
+        return [in_night]
+    axes = [TimeAxis(times[0], times[-1], 0.0, 1.0, "MJD (TAI)")]
+    if len(fullest) >= _MIN_ZOOMED_POINTS and end - start < _MAX_ZOOMED_PART * (times[-1] - times[0]):
+        axes.append(in_night)
+    return axes
+
+
+def _short_axis(start: float, end: float, since: str) -> TimeAxis:
+    per_day, unit = (1440.0, "minutes") if end - start < 2.0 / 24.0 else (24.0, "hours")
+    return TimeAxis(start, end, start, per_day, f"{unit} since {since}")
+
+
+def _panel(points: Sequence[Point], axis: TimeAxis) -> Panel:
     area = PlotArea()
-    start, per_day, unit = _time_axis(sources)
-    end = float(sources.midpoint_mjd_tai.max())
-    x_low, x_high = _padded(0.0, (end - start) * per_day)
-    fluxes = [flux + sign * error for _, flux, error, _, _ in points for sign in (-1, 1)]
-    y_low, y_high = _padded(min([0.0, *fluxes]), max([0.0, *fluxes]))
+    inside = [point for point in points if axis.start <= point.mjd_tai <= axis.end]
+    x_low, x_high = _padded(axis.value(axis.start), axis.value(axis.end))
+    # Both panels of an object have the same fluxes at the same height.
+    ends = [point.flux_njy + sign * point.error_njy for point in points for sign in (-1, 1)]
+    y_low, y_high = _padded(min([0.0, *ends]), max([0.0, *ends]))
+    top = max(-y_low, y_high)
+    scale, unit = next((entry for entry in FLUX_UNITS if top >= entry[0]), FLUX_UNITS[-1])
 
     def x_pix(value: float) -> float:
         return round(area.left + (value - x_low) / (x_high - x_low) * (area.right - area.left), 1)
@@ -437,39 +598,50 @@ def _light_curve(
 
     marks = tuple(
         Mark(
-            x=x_pix((mjd - start) * per_day),
-            y=y_pix(flux),
-            low=y_pix(flux - error),
-            high=y_pix(flux + error),
-            band=band,
-            forced=is_forced,
-            label=f"{band} {flux:,.0f} ± {error:,.0f} nJy, {(mjd - start) * per_day:.3f} {unit}"
-            + (", forced" if is_forced else ""),
+            x=x_pix(axis.value(point.mjd_tai)),
+            y=y_pix(point.flux_njy),
+            low=y_pix(point.flux_njy - point.error_njy),
+            high=y_pix(point.flux_njy + point.error_njy),
+            band=point.band,
+            forced=point.forced,
+            label=f"{point.band} {_flux_text(point, scale)} {unit}, {tai_text(point.mjd_tai)} TAI"
+            + (", forced" if point.forced else ""),
         )
-        for mjd, flux, error, band, is_forced in points
+        for point in inside
     )
-    return LightCurve(
-        dia_object_id=str(key),
-        n_detections=len(rows),
-        n_forced=sum(mark.forced for mark in marks),
-        is_new=is_new,
-        marks=marks,
-        x_ticks=tuple(Tick(x_pix(value), label) for value, label in _nice_ticks(x_low, x_high)),
-        y_ticks=tuple(Tick(y_pix(value), label) for value, label in _nice_ticks(y_low, y_high)),
+    many = len(marks) > MAX_DETAILED_MARKS
+    return Panel(
+        marks=() if many else marks,
+        traces=_traces(marks) if many else (),
+        x_label=axis.label,
+        y_label=unit,
+        x_ticks=tuple(Tick(x_pix(at), label) for at, label in _nice_ticks(x_low, x_high, thousands="")),
+        y_ticks=tuple(Tick(y_pix(at * scale), label) for at, label in _nice_ticks(y_low / scale, y_high / scale)),
         zero=y_pix(0.0),
     )
 
 
-def _time_axis(sources: Sources) -> tuple[float, float, str]:
-    """First midpoint, axis units per day, and the unit's name."""
-    if len(sources.midpoint_mjd_tai) == 0:
-        return 0.0, 24.0, "hours"
-    start, end = float(sources.midpoint_mjd_tai.min()), float(sources.midpoint_mjd_tai.max())
-    if end - start < 2.0 / 24.0:
-        return start, 1440.0, "minutes"
-    if end - start < 2.0:
-        return start, 24.0, "hours"
-    return start, 1.0, "days"
+def _flux_text(point: Point, scale: float) -> str:
+    """Flux and error in units of `scale`, to the third digit of the error."""
+    error = point.error_njy / scale
+    decimals = max(0, 2 - math.floor(math.log10(error))) if error > 0 else 2
+    return f"{point.flux_njy / scale:,.{decimals}f} ± {error:,.{decimals}f}"
+
+
+def _traces(marks: Sequence[Mark]) -> tuple[Trace, ...]:
+    """Marks by band and kind, each place on the picture drawn once."""
+    groups: dict[tuple[str, bool], list[Mark]] = {}
+    for mark in marks:
+        groups.setdefault((mark.band, mark.forced), []).append(mark)
+    return tuple(
+        Trace(
+            band,
+            forced,
+            dots="".join(dict.fromkeys(f"M{mark.x:g} {mark.y:g}h0" for mark in members)),
+            bars="".join(dict.fromkeys(f"M{mark.x:g} {mark.low:g}V{mark.high:g}" for mark in members)),
+        )
+        for (band, forced), members in sorted(groups.items())
+    )
 
 
 def _padded(low: float, high: float) -> tuple[float, float]:
@@ -478,14 +650,17 @@ def _padded(low: float, high: float) -> tuple[float, float]:
     return low - room, high + room
 
 
-def _nice_ticks(low: float, high: float, n_about: int = 5) -> Iterator[tuple[float, str]]:
+def _nice_ticks(low: float, high: float, n_about: int = 5, thousands: str = ",") -> Iterator[tuple[float, str]]:
     """Multiples of 1, 2 or 5 times a power of ten inside [low, high], with labels."""
     raw = (high - low) / n_about
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(factor * power for factor in (1.0, 2.0, 5.0, 10.0) if factor * power >= raw)
     decimals = max(0, -math.floor(math.log10(step) + 1e-9))
     for multiple in range(math.ceil(low / step), math.floor(high / step) + 1):
-        yield multiple * step, f"{multiple * step:,.{decimals}f}".replace("-", "\N{MINUS SIGN}")
+        label = f"{multiple * step:{thousands}.{decimals}f}"
+        # Longer ones would not fit beside the frame.
+        label = label if len(label) <= 8 else f"{multiple * step:.3g}"
+        yield multiple * step, label.replace("-", "\N{MINUS SIGN}")
 
 
 # --- sky map --------------------------------------------------------------------------------
@@ -584,22 +759,31 @@ def _hover_columns(marks: Mapping[str, np.ndarray]) -> dict[str, list[Any]]:
     }
 
 
+# Shows all marks in a frame of any shape, a degree on the sky equally long both ways.
+_EQUAL_DEGREES = """
+const {x_range, y_range, inner_width, inner_height} = plot
+if (inner_width > 0 && inner_height > 0) {
+    const per_pixel = Math.max(half_width / inner_width, half_height / inner_height) * 2
+    const dx = per_pixel * inner_width / 2 / squeeze
+    const dy = per_pixel * inner_height / 2
+    x_range.setv({start: x + dx, end: x - dx, reset_start: x + dx, reset_end: x - dx})
+    y_range.setv({start: y - dy, end: y + dy, reset_start: y - dy, reset_end: y + dy})
+}
+"""
+
+
 def _map_figure(data: Mapping[str, Mapping[str, np.ndarray]]) -> Any:
     """An empty map, east to the left, one degree on the sky equally long both ways."""
     x = np.concatenate([marks["x"] for marks in data.values()])
     dec = np.concatenate([marks["dec"] for marks in data.values()])
-    width, height = 1130, 640
     centre_x, centre_dec = (x.min() + x.max()) / 2, (dec.min() + dec.max()) / 2
     squeeze = max(math.cos(math.radians(centre_dec)), 0.05)
-    half_dec = max(
-        1.05 * (dec.max() - dec.min()) / 2, 1.05 * (x.max() - x.min()) / 2 * squeeze * height / width, 30.0 / 3600.0
-    )
-    half_ra = half_dec * width / height / squeeze
+    half_width = max(1.05 * (x.max() - x.min()) / 2 * squeeze, 30.0 / 3600.0)
+    half_height = max(1.05 * (dec.max() - dec.min()) / 2, 30.0 / 3600.0)
     plot = figure(
-        frame_width=width,
-        frame_height=height,
-        x_range=Range1d(centre_x + half_ra, centre_x - half_ra),
-        y_range=Range1d(centre_dec - half_dec, centre_dec + half_dec),
+        sizing_mode="stretch_both",
+        x_range=Range1d(centre_x + half_width / squeeze, centre_x - half_width / squeeze),
+        y_range=Range1d(centre_dec - half_height, centre_dec + half_height),
         x_axis_label="right ascension (deg, ICRS)",
         y_axis_label="declination (deg, ICRS)",
         tools="pan,wheel_zoom,box_zoom,reset,save",
@@ -612,7 +796,16 @@ def _map_figure(data: Mapping[str, Mapping[str, np.ndarray]]) -> Any:
     plot.xaxis.formatter = CustomJSTickFormatter(
         code="const ra = ((tick % 360) + 360) % 360; return String(Math.round(ra * 1e5) / 1e5)"
     )
+    # Around the poles the frame goes on where the sky does not.
+    plot.yaxis.formatter = CustomJSTickFormatter(
+        code="return Math.abs(tick) > 90 ? '' : String(Math.round(tick * 1e5) / 1e5).replace('-', '\u2212')"
+    )
+    plot.xaxis.major_label_policy = NoOverlap(min_distance=12)
     plot.toolbar.logo = None
+    home = {"x": centre_x, "y": centre_dec, "half_width": half_width, "half_height": half_height, "squeeze": squeeze}
+    fit = CustomJS(args={"plot": plot, **home}, code=_EQUAL_DEGREES)
+    for side in ("inner_width", "inner_height"):
+        plot.js_on_change(side, fit)
     plot.grid.grid_line_color = "#e5e7eb"
     plot.outline_line_color = "#9ca3af"
     for axis in plot.axis:
@@ -641,19 +834,86 @@ def _environment() -> Environment:
     )
     environment.filters["count"] = lambda n: "–" if n is None else f"{n:,}"
     environment.filters["fixed"] = lambda value, digits=1: "–" if value is None else f"{value:,.{digits}f}"
+    environment.filters["seconds"] = lambda value: "–" if value is None else f"{value:,.{1 if value >= 1 else 2}f}"
     environment.filters["reason"] = failure_reason
     environment.filters["field"] = text
     return environment
 
 
-def _title(summary: RunSummary, night: Path | None) -> dict[str, Any]:
-    manifest = _manifest(night)
+def _title(summary: RunSummary, manifest: Manifest | None) -> dict[str, Any]:
     days = sorted({day for record in summary.visits if (day := record.get("day_obs"))})
     return {
-        "nights": [f"{str(day)[:4]}-{str(day)[4:6]}-{str(day)[6:]}" for day in days],
+        "nights": [_dashed(day) for day in days],
         "instrument": manifest.visits[0].instrument if manifest is not None and manifest.visits else None,
         "announced": len(manifest.visits) if manifest is not None else None,
     }
+
+
+def _dashed(day_obs: int) -> str:
+    """YYYYMMDD (or only YYYYMM, YYYY) with dashes."""
+    digits = str(day_obs)
+    return "-".join(part for part in (digits[:4], digits[4:6], digits[6:]) if part)
+
+
+def entry_of(summary: RunSummary, night: Path | None) -> str | None:
+    """Which command made the output: produce, associate or replay; None where the ledger does not tell."""
+    if night is not None or "subtraction" in summary.seconds_per_stage:
+        return "produce"
+    if "replaying" in summary.seconds_per_stage:
+        return "replay"
+    return "associate" if "association" in summary.seconds_per_stage else None
+
+
+def _source(out: Path) -> str | None:
+    """The name of the input, as the output folder keeps it."""
+    try:
+        name = json.loads((out / ".nightstream.json").read_text(encoding="utf-8"))["source"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # nothing depends on it but a line of the page
+    return str(name)
+
+
+@dataclass(frozen=True)
+class InputFacts:
+    """What the night says of itself: targets with visits, how it was made, and what in it is only nominal."""
+
+    targets: tuple[tuple[str, int], ...]
+    n_targets: int
+    ingest_notes: tuple[str, ...]
+    n_refused: int
+
+    @property
+    def nominal(self) -> tuple[str, ...]:
+        names = [name for name, _ in self.targets]
+        return tuple(line for line in (*names, *self.ingest_notes) if "nominal" in line.lower())
+
+
+def input_facts(night: Path | None, manifest: Manifest | None) -> InputFacts:
+    """Targets of the manifest, most visited first, and the notes of `ingest.json`."""
+    counts: dict[str, int] = {}
+    for visit in manifest.visits if manifest is not None else ():
+        if visit.target_name:
+            counts[visit.target_name] = counts.get(visit.target_name, 0) + 1
+    targets = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    ingest = _ingest_record(night)
+    notes, refused = ingest.get("notes"), ingest.get("refused")
+    return InputFacts(
+        targets=tuple(targets[:MAX_TARGETS_NAMED]),
+        n_targets=len(targets),
+        ingest_notes=tuple(map(str, notes)) if isinstance(notes, list) else (),
+        n_refused=len(refused) if isinstance(refused, list) else 0,
+    )
+
+
+def _ingest_record(night: Path | None) -> dict[str, Any]:
+    """What an ingest wrote beside the night; {} where there is none, or none that can be read."""
+    if night is None:
+        return {}
+    try:
+        record = json.loads((night / "ingest.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
 
 
 def _manifest(night: Path | None) -> Manifest | None:
@@ -679,6 +939,37 @@ def _spans(summary: RunSummary) -> dict[str, Any]:
 def tai_text(mjd_tai: float) -> str:
     """An MJD as a date and time in TAI, to the second."""
     return (_MJD_EPOCH + timedelta(seconds=round(mjd_tai * 86400.0))).strftime("%Y-%m-%d %H:%M:%S")
+
+
+def visits_listed(summary: RunSummary) -> list[dict[str, Any]]:
+    """Ledger records for the table: all, or the most telling (failures, then most alerts), in order of midpoint."""
+
+    def dull(index: int) -> tuple[int, int, int]:
+        record = summary.visits[index]
+        return -int(record.get("failures") or 0), -int(record.get("alerts") or 0), index
+
+    chosen = sorted(range(len(summary.visits)), key=dull)[:MAX_VISITS_LISTED]
+    return [summary.visits[index] for index in sorted(chosen)]
+
+
+def periods(summary: RunSummary) -> tuple[str, list[dict[str, Any]]]:
+    """Totals by night, month or year, whichever first makes a table of readable length, and its word."""
+    days = {int(record.get("day_obs") or 0) for record in summary.visits}
+    lengths = {"night": 1, "month": 100, "year": 10_000}
+    fitting = (word for word, n in lengths.items() if len({day // n for day in days}) <= MAX_PERIODS_LISTED)
+    word = next(fitting, "year")
+    rows: dict[int, dict[str, Any]] = {}
+    for record in summary.visits:
+        row = rows.setdefault(
+            int(record.get("day_obs") or 0) // lengths[word],
+            {"visits": 0, "selected": 0, "new": 0, "alerts": 0, "failures": 0},
+        )
+        row["visits"] += 1
+        row["selected"] += (record.get("dia_sources") or {}).get("selected") or 0
+        row["new"] += (record.get("objects") or {}).get("new") or 0
+        row["alerts"] += record.get("alerts") or 0
+        row["failures"] += record.get("failures") or 0
+    return word, [{"period": _dashed(key) if key else "–", **rows[key]} for key in sorted(rows)]
 
 
 def _visit_row(record: dict[str, Any], out: Path) -> dict[str, Any]:
@@ -710,6 +1001,30 @@ def _notes(summary: RunSummary) -> list[tuple[str, int]]:
         for note in record.get("notes") or []:
             counts[str(note)] = counts.get(str(note), 0) + 1
     return sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+
+
+def _unassociated(summary: RunSummary, sources: Sources) -> list[str]:
+    """Sentences on selected sources that led to no object and so to no alert; none where there are none."""
+    if summary.sources_without_object == 0:
+        return []
+    limit = _shipped_min_reliability()
+    alone = (sources.dia_object_id == 0) & (sources.ss_object_id == 0)
+    low = int(np.sum(alone & (sources.reliability < limit)))
+    sentences = [
+        f"{summary.sources_without_object:,} of {summary.dia_sources_selected:,} selected diaSources have no object, "
+        "and so no alert: they matched no known object and could not found one.",
+        "A new object takes a source without a quality flag at its centre and with a reliability of at least "
+        f"association.new_object_min_reliability ({limit:g} unless the run was configured otherwise).",
+    ]
+    if alone.any():
+        sentences.append(f"{low:,} of them have a reliability below {limit:g}. All are in the table dia_sources.")
+    return sentences
+
+
+def _shipped_min_reliability() -> float:
+    """The shipped setting, from its file: the code that takes it would bring all of Beam along."""
+    shipped = yaml.safe_load((files("runners") / "config" / "alert_production.yaml").read_text(encoding="utf-8"))
+    return float(shipped["association"]["new_object_min_reliability"])
 
 
 def _why_no_alerts(summary: RunSummary) -> list[str]:

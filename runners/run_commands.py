@@ -278,7 +278,7 @@ def _tell(
     console: Console,
 ) -> None:
     from runners.report import write_report
-    from runners.summary import UnreadableOutputError, json_summary, print_summary, recovered, summarise
+    from runners.summary import json_summary, print_summary, recovered, summarise
 
     summary = summarise(out)
     try:
@@ -287,8 +287,8 @@ def _tell(
             where = console if as_json else Console()
             recovery = [] if night is None else recovered(night, out)
             print_summary(where, summary, out=out, seconds=seconds, recovery=recovery, received=received or None)
-    except (UnreadableOutputError, OSError) as error:  # the alerts are out: their report is not what a run is for
-        console.print(f"the run is complete, its report is not: {error}", markup=False)
+    except Exception as error:  # the alerts are out: their report is not what a run is for
+        console.print(f"the run is complete, its report is not: {error or type(error).__name__}", markup=False)
     if as_json:
         click.echo(json.dumps(json_summary(summary, seconds)))
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.dataset as pads
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from rich.console import Console
 from rich.table import Table
@@ -76,6 +76,20 @@ class RunSummary:
     @property
     def latency_max_s(self) -> float | None:
         return max(self.latencies_s, default=None)
+
+    @property
+    def unserved_brokers(self) -> dict[str, str]:
+        """Why nothing went to some brokers, for as much as the ledger tells.
+
+        Without Kafka no topic is in the ledger, and sinks of that kind are skipped. It does not say which
+        brokers have one; but where every stream held alerts, a broker that got none cannot have been a folder.
+        """
+        if any(self.sent.values()) or self.alerts == 0:
+            return {}
+        empty = [name for name, count in self.filters.items() if count.passed == 0]
+        reason = f"skipped: no Kafka (or a folder for {', '.join(empty)}, empty)" if empty else "skipped: no Kafka"
+        lost = " ".join(text(record, "lost") for record in self.failures).split()
+        return {name: reason for name, n in self.delivered.items() if n == 0 and name not in lost}
 
     def grouped_failures(self) -> list[tuple[str, str, int]]:
         """(stage, error and reason, how many), most frequent first, ties by name."""
@@ -185,24 +199,34 @@ def read_failures(out: Path) -> list[dict[str, Any]]:
     return sorted(records, key=order)
 
 
-def read_table(out: Path, table: str, columns: list[str]) -> pa.Table:
-    """Read columns of `OUT/archive/<table>`; a table or column that isn't there comes back empty or null."""
+def read_table(out: Path, table: str, columns: list[str], only: tuple[str, pa.Array] | None = None) -> pa.Table:
+    """Read columns of `OUT/archive/<table>`; a table or column that isn't there comes back empty or null.
+
+    `only` names one of the columns and the values of it whose rows are wanted: the others are not kept in memory.
+    """
     files = sorted(path for path in (out / "archive" / table).glob("day_obs=*/*.parquet") if path.name[0] not in "._")
-    empty = pa.table({name: pa.nulls(0) for name in columns})
     if not files:
-        return empty
+        return pa.table({name: pa.nulls(0) for name in columns})
     try:
-        parts = []
-        for file in files:
-            here = [name for name in columns if name in pq.read_schema(file).names]
-            parts.append(pads.dataset(file, format="parquet").to_table(columns=here))
+        parts = [_read_columns(file, columns, only) for file in files]
     except (OSError, pa.ArrowInvalid) as error:
         raise UnreadableOutputError(f"table {table} cannot be read: {error}") from error
-    joined = pa.concat_tables(parts, promote_options="permissive")
+    return pa.concat_tables(parts, promote_options="permissive")
+
+
+def _read_columns(file: Path, columns: list[str], only: tuple[str, pa.Array] | None) -> pa.Table:
+    # One open a file: a run over years leaves thousands of small ones.
+    with pq.ParquetFile(file) as stored:
+        known = set(stored.schema_arrow.names)
+        part = stored.read(columns=[name for name in columns if name in known], use_threads=False)
+        n_rows = stored.metadata.num_rows
     for name in columns:
-        if name not in joined.column_names:
-            joined = joined.append_column(name, pa.nulls(len(joined)))
-    return joined.select(columns)
+        if name not in known:  # a file with none of the columns still has its rows
+            part = (
+                part.append_column(name, pa.nulls(n_rows)) if part.num_columns else pa.table({name: pa.nulls(n_rows)})
+            )
+    part = part.select(columns)
+    return part if only is None else part.filter(pc.is_in(part[only[0]].cast(only[1].type), only[1]))
 
 
 def recovered(night: Path, out: Path) -> list[ClassRecovery]:
@@ -442,10 +466,11 @@ def _brokers_table(summary: RunSummary, received: Mapping[str, int] | None) -> T
     for broker in sorted(set(summary.delivered) | set(received or {})):
         sent = summary.delivered.get(broker)
         got = (received or {}).get(broker)
+        skipped = summary.unserved_brokers.get(broker)
         style = "red" if got is not None and sent is not None and got < sent else None
         table.add_row(
             Text(broker),
-            "-" if sent is None else _number(sent),
+            "-" if sent is None else skipped or _number(sent),
             "-" if got is None else Text(_number(got), style=style or ""),
         )
     return table

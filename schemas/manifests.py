@@ -20,6 +20,7 @@ MAX_DETECTOR = 255
 MAX_SEQ_NUM = 32767
 FIRST_DAY_OBS, LAST_DAY_OBS = 20100101, 20541231  # what the ids have bits for
 FIRST_MIDPOINT_MJD, LAST_MIDPOINT_MJD = 55_196.0, 71_635.0  # those days, and one beyond at either end
+SURVEY_MJD_RANGE = (10_000.0, 100_000.0)  # 1886 to 2132: what tables and archives of other surveys may speak of
 MAX_EXPOSURE_TIME_S = 86_400.0
 MAX_READOUT_DELAY_D = 1.0
 _MJD_EPOCH = date(1858, 11, 17)

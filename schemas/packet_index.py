@@ -13,8 +13,8 @@ import io
 import json
 import mmap
 import os
-import shutil
 import tarfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -32,21 +32,29 @@ from schemas.avro.container import (
     ContainerHeader,
     ContainerSchema,
     block_bytes,
+    check_codec,
     container_block,
-    container_blocks,
     container_header,
 )
 from schemas.avro.messages import Packet, container_message, packet_of, schema_of_container
 from schemas.avro.reading import decode_body
 from schemas.avro.schema_versions import SchemaVersionError
 from schemas.avro.wire import PacketFormatError
-from schemas.manifests import Manifest, ManifestError, ManifestProblem, Visit, visit_without_images
+from schemas.manifests import (
+    SURVEY_MJD_RANGE,
+    Manifest,
+    ManifestError,
+    ManifestProblem,
+    Visit,
+    visit_without_images,
+)
 
 _SUFFIXES = (".avro", ".tar", ".tar.gz", ".tgz", ".avro.gz")
 _GZIP_MAGIC = b"\x1f\x8b"
 _CONTAINER_MAGIC = b"Obj"
+_WIRE_MAGIC = b"\0"
+_PIECE_BYTES = 1 << 20
 _WHOLE = -1  # the message is all of the extent
-_FIRST_MJD, _LAST_MJD = 10_000.0, 100_000.0
 _PROBLEMS_KEY = b"problems"
 _SURVEY_KEY = b"survey"
 _COLUMNS = {
@@ -108,7 +116,8 @@ def index_packets(
     problems: list[ManifestProblem] = []
     known: dict[int, bytes] = {}
     surveys: dict[str, str] = {}
-    for path in packet_files(sources):
+    files = list(packet_files(sources))
+    for path in files:
         for found in _packets_in_file(path, spool, problems):
             adapted = found.adapted
             key = adapted.dia_source_id
@@ -131,7 +140,8 @@ def index_packets(
                 tell(len(rows))
     where = ", ".join(str(source) for source in sources)
     if not rows:
-        reasons = "; ".join(problem.reason for problem in problems[:3]) or f"no file named {', '.join(_SUFFIXES)}"
+        nothing = f"{len(files)} files hold none" if files else f"no file named {', '.join(_SUFFIXES)}"
+        reasons = "; ".join(problem.reason for problem in problems[:3]) or nothing
         raise ManifestError(f"{where}: no packet to replay: {reasons}")
     if len(surveys) > 1:
         held = " and ".join(f"{survey} ({name})" for survey, name in sorted(surveys.items()))
@@ -185,23 +195,32 @@ def read_packet(place: PacketPlace) -> bytes:
     OSError
         It is gone.
     """
-    extent = _extent(place.file, os.stat(place.file).st_mtime_ns)[place.start : place.start + place.length]
-    if place.block == _WHOLE:
-        return bytes(extent)
-    header, bodies = _block(place.file, place.start, place.length, place.block, os.stat(place.file).st_mtime_ns)
-    body = bodies[place.body_start : place.body_start + place.body_length]
-    return container_message(Packet(schema_of_container(header.schema_text), body))
+    version = _version(place.file)
+    try:
+        if place.block == _WHOLE:
+            return bytes(_extent(place.file, version)[place.start : place.start + place.length])
+        header, bodies = _block(place.file, place.start, place.length, place.block, version)
+        body = bodies[place.body_start : place.body_start + place.body_length]
+        return container_message(Packet(schema_of_container(header.schema_text), body))
+    except ValueError as error:
+        raise PacketFormatError(f"{place.file} has changed: {error}") from error
+
+
+def _version(file: str) -> tuple[int, int]:
+    """Tells a file from what it was before somebody wrote to it."""
+    status = os.stat(file)
+    return status.st_mtime_ns, status.st_size
 
 
 @lru_cache(maxsize=4)
-def _extent(file: str, modified_ns: int) -> memoryview:
+def _extent(file: str, version: tuple[int, int]) -> memoryview:
     with open(file, "rb") as stream:
         return memoryview(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ))
 
 
 @lru_cache(maxsize=4)
-def _block(file: str, start: int, length: int, offset: int, modified_ns: int) -> tuple[ContainerHeader, bytes]:
-    data = _extent(file, modified_ns)[start : start + length]
+def _block(file: str, start: int, length: int, offset: int, version: tuple[int, int]) -> tuple[ContainerHeader, bytes]:
+    data = _extent(file, version)[start : start + length]
     header = container_header(data)
     block, _ = container_block(data, header, offset)
     return header, block_bytes(block, header.codec)
@@ -215,11 +234,16 @@ class _Found(NamedTuple):
 
 
 def packet_files(sources: Sequence[Path]) -> Iterator[Path]:
-    """The files given, and of folders all below them that are named as packets are, in order of path."""
+    """The files given, and of folders all below them that are named as packets are, in order of path.
+
+    ManifestError for what is neither, such as a pipe: packets are read twice.
+    """
     for source in sources:
-        if not source.is_dir():
+        if source.is_file():
             yield source
             continue
+        if not source.is_dir():
+            raise ManifestError(f"{source} is neither a file nor a folder")
         below = (path.relative_to(source) for path in source.rglob("*") if path.is_file())
         for path in sorted(path for path in below if path.name.endswith(_SUFFIXES)):
             if not any(part[0] in "._" for part in path.parts):
@@ -228,81 +252,111 @@ def packet_files(sources: Sequence[Path]) -> Iterator[Path]:
 
 def _packets_in_file(path: Path, spool: Path, problems: list[ManifestProblem]) -> Iterator[_Found]:
     """Packets of one file; what cannot be read in it becomes problems."""
+    n_extents = 0
     try:
-        readable = _unpacked(path, spool)
-        if readable.stat().st_size == 0:
-            raise PacketFormatError("an empty file")
+        readable = _unpacked(path, spool, problems)
         for name, start, length in _extents(readable, path.name):
+            n_extents += 1
             try:
                 yield from _packets_in_extent(name, str(readable), start, length, problems)
             except (PacketFormatError, SchemaVersionError) as error:
                 problems.append(_problem("UnreadablePackets", f"{name}: {error}", "what is in it"))
-    except (OSError, EOFError, ValueError, tarfile.TarError) as error:
-        problems.append(_problem("UnreadableFile", f"{path.name}: {error}", "what is in it"))
+        if n_extents == 0:
+            raise PacketFormatError("nothing in it")
+    except (OSError, ValueError, OverflowError, tarfile.TarError) as error:
+        lost = "the rest of the file" if n_extents else "what is in it"
+        problems.append(_problem("UnreadableFile", f"{path.name}: {error}", lost))
 
 
-def _unpacked(path: Path, spool: Path) -> Path:
-    """The file itself, or what is behind its gzip, unpacked into the spool."""
+def _unpacked(path: Path, spool: Path, problems: list[ManifestProblem]) -> Path:
+    """The file itself, or what is behind its gzip, as far as that goes, unpacked into the spool."""
     with path.open("rb") as stream:
-        if stream.read(2) != _GZIP_MAGIC:
+        if stream.read(len(_GZIP_MAGIC)) != _GZIP_MAGIC:
             return path.resolve()
     spool.mkdir(parents=True, exist_ok=True)
     name = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]
     target = spool / f"{name}-{path.name.removesuffix('.gz')}"
-    try:
-        with gzip.open(path) as packed, target.open("wb") as unpacked:
-            shutil.copyfileobj(packed, unpacked, 1 << 20)
-    except EOFError as error:
-        raise PacketFormatError(f"broken gzip: {error}") from error
+    with gzip.open(path) as packed, target.open("wb") as unpacked:
+        try:
+            while piece := packed.read1(_PIECE_BYTES):  # read() loses what came before the break
+                unpacked.write(piece)
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            if unpacked.tell() == 0:
+                raise PacketFormatError(f"broken gzip: {error}") from error
+            problems.append(_problem("UnreadableFile", f"{path.name}: broken gzip: {error}", "the rest of the file"))
     return target.resolve()
 
 
 def _extents(path: Path, name: str) -> Iterator[tuple[str, int, int]]:
     """Name, start and length of each stretch of a file that is a container or a wire message."""
+    size = path.stat().st_size
+    if size == 0:
+        raise PacketFormatError("an empty file")
     with path.open("rb") as stream:
         head = stream.read(len(_CONTAINER_MAGIC))
     if head == _CONTAINER_MAGIC or not tarfile.is_tarfile(path):
-        yield name, 0, path.stat().st_size
+        yield name, 0, size
         return
     with tarfile.open(path, "r:") as members:
         for member in members:
             if member.isfile() and member.size and not Path(member.name).name.startswith("."):
                 yield f"{name}/{member.name}", member.offset_data, member.size
+        end = members.offset  # where it stops, also without a word at a header that is broken or cut off
+    with path.open("rb") as stream:
+        stream.seek(end)
+        if stream.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+            raise PacketFormatError(f"the tar breaks off at byte {end}")
 
 
 def _packets_in_extent(
     name: str, file: str, start: int, length: int, problems: list[ManifestProblem]
 ) -> Iterator[_Found]:
-    data = _extent(file, os.stat(file).st_mtime_ns)[start : start + length]
+    data = _extent(file, _version(file))[start : start + length]
     whole = PacketPlace(file, start, length, _WHOLE, 0, length)
+    if len(data) < length:
+        problems.append(_problem("UnreadablePackets", f"{name}: cut off", f"{length - len(data)} of {length} bytes"))
     if bytes(data[: len(_CONTAINER_MAGIC)]) != _CONTAINER_MAGIC:
-        if data[0] != 0:
+        if bytes(data[:1]) != _WIRE_MAGIC:
             raise PacketFormatError("neither an Avro container nor a wire message")
         packet = packet_of(bytes(data))
         decoded = decode_body(packet.schema, packet.body)
         yield from _found(name, whole, decoded, packet.body, problems)
         return
     header = container_header(data)
+    check_codec(header.codec)
     schema = schema_of_container(header.schema_text)
-    blocks = container_blocks(data, header)
-    while True:
-        try:
-            block = next(blocks, None)
-        except PacketFormatError as error:
-            problems.append(_problem("UnreadablePackets", f"{name}: {error}", "the rest of the file"))
-            return
-        if block is None:
-            return
+    for block, end in _blocks(name, data, header, problems):
         bodies, decoded_packets = _decoded_block(name, block, header, schema, problems)
-        alone = block.n_packets == 1 and start + length == start + _end_of(data, header, block)
+        is_whole = block.n_packets == 1 and block.offset == header.end and end == len(data)
         for first, last, decoded in decoded_packets:
             place = PacketPlace(file, start, length, block.offset, first, last - first)
-            is_whole = alone and block.offset == header.end
             yield from _found(name, whole if is_whole else place, decoded, bodies[first:last], problems)
 
 
-def _end_of(data: memoryview, header: ContainerHeader, block: ContainerBlock) -> int:
-    return container_block(data, header, block.offset)[1]
+def _blocks(
+    name: str, data: memoryview, header: ContainerHeader, problems: list[ManifestProblem]
+) -> Iterator[tuple[ContainerBlock, int]]:
+    """The blocks of a container, and where each ends; behind a broken one it goes on at the next sync marker."""
+    position = header.end
+    while position < len(data):
+        try:
+            block, end = container_block(data, header, position)
+        except PacketFormatError as error:
+            found = _find(data, header.sync, position)
+            end = len(data) if found < 0 else found + len(header.sync)
+            problems.append(_problem("UnreadablePackets", f"{name}: {error}", f"{end - position} bytes"))
+        else:
+            yield block, end
+        position = end
+
+
+def _find(data: memoryview, sought: bytes, start: int) -> int:
+    """Where the bytes are found from `start` on, -1 if nowhere; without a copy of a whole night."""
+    for first in range(start, len(data), _PIECE_BYTES):
+        found = bytes(data[first : first + _PIECE_BYTES + len(sought) - 1]).find(sought)
+        if found >= 0:
+            return first + found
+    return -1
 
 
 def _decoded_block(
@@ -318,6 +372,8 @@ def _decoded_block(
             first = stream.tell()
             packet: Any = fastavro.schemaless_reader(stream, schema.parsed, None)
             decoded.append((first, stream.tell(), packet))
+        if stream.tell() != len(bodies):
+            raise PacketFormatError(f"{len(bodies) - stream.tell()} bytes behind the packets")
     except Exception as error:  # fastavro raises many kinds on broken bytes: all are one thing to us
         lost = f"{block.n_packets - len(decoded)} of {block.n_packets} packets of the block at byte {block.offset}"
         problems.append(_problem("UnreadablePackets", f"{name}: {type(error).__name__}: {error}", lost))
@@ -329,8 +385,10 @@ def _found(
 ) -> Iterator[_Found]:
     try:
         adapted = adapt_packet(decoded)
-        if not _FIRST_MJD <= adapted.midpoint_mjd_tai <= _LAST_MJD:
+        if not SURVEY_MJD_RANGE[0] <= adapted.midpoint_mjd_tai <= SURVEY_MJD_RANGE[1]:
             raise PacketFormatError(f"midpoint {adapted.midpoint_mjd_tai} is no MJD of any survey")
+        if min(adapted.dia_source_id, adapted.visit) < 1:
+            raise PacketFormatError(f"diaSourceId {adapted.dia_source_id}, visit {adapted.visit}: 0 is none")
     except PacketFormatError as error:
         problems.append(_problem("UnusablePacket", f"{name}: {error}", "the packet"))
         return

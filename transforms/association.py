@@ -134,14 +134,23 @@ def sky_messages(element: StageElement, config: AssociationConfig) -> Iterator[A
     if isinstance(element, DetectedSources):
         yield from sky_cell_messages(element, config)
     elif isinstance(element, CatalogueSources):
-        nowhere, no_ss = np.empty(0, dtype=np.int64), empty_records(SS_SOURCE, 0)
-        yield from _to_cells(element.visit, element.detector, nowhere, element.dia_sources, no_ss, config)
+        nowhere, ss_sources = np.empty(0, dtype=np.int64), _named_ss_sources(element.dia_sources)
+        yield from _to_cells(element.visit, element.detector, nowhere, element.dia_sources, ss_sources, config)
     elif isinstance(element, EarlierNights):
         yield from history_messages(element.folders, config)
     elif isinstance(element, VisitPart):
         # No cell has a negative number: parts of a visit wait there for the same timer as its sources.
         context = {"visit": element.visit, "midpoint_mjd_tai": element.midpoint_mjd_tai}
         yield -element.visit, pack({"kind": "part", "context": context}, (element.part,))
+
+
+def _named_ss_sources(dia_sources: np.ndarray) -> np.ndarray:
+    """The ssSources of a table that only names the ssObject of each source."""
+    moving = take_records(dia_sources, dia_sources["ssObjectId"] != 0)
+    ss_sources = empty_records(SS_SOURCE, len(moving))
+    for name in ("diaSourceId", "ssObjectId"):
+        ss_sources[name] = moving[name]
+    return ss_sources
 
 
 def sky_cell_messages(detected: DetectedSources, config: AssociationConfig) -> Iterator[tuple[int, bytes]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import apache_beam as beam
 import numpy as np
@@ -17,6 +17,7 @@ from transforms.cutouts import detector_account
 from transforms.failures import FAILED, StageFn
 
 STAGE = "catalogue"
+_SIDES: tuple[Literal["left"], Literal["right"]] = ("left", "right")
 
 
 class CatalogueResult(NamedTuple):
@@ -57,9 +58,10 @@ class _LoadRowsFn(StageFn):
 
     def work(self, element: DetectorVisit) -> Iterator[Any]:
         started_at = time.time()
-        first, last = np.searchsorted(self.visits, [element.visit.visit, element.visit.visit + 1])
-        rows = take_records(self.records, slice(int(first), int(last)))
+        first, last = (int(np.searchsorted(self.visits, element.visit.visit, side)) for side in _SIDES)
+        rows = take_records(self.records, slice(first, last))
         rows = take_records(rows, rows["detector"] == element.detector)
         yield CatalogueSources(element.visit, element.detector, rows)
-        account = detector_account(element.detector, len(rows), len(rows), started_at)
+        n_moving = int(np.count_nonzero(rows["ssObjectId"]))
+        account = detector_account(element.detector, len(rows), len(rows), started_at, ss_matches=n_moving)
         yield VisitPart(element.visit.visit, element.visit.midpoint_mjd_tai, account)

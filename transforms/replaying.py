@@ -110,7 +110,8 @@ class _ReadPacketsFn(beam.DoFn):
             send_full_streams(to.sink, to.streams, thin, messages)
         seconds = {"replaying": time.perf_counter() - started}
         yield visit, alerts_part([detector], thin, _NO_ROWS, counts={}, seconds=seconds)
-        yield visit, detector_account(detector, len(ids), len(ids), started_at)
+        n_moving = sum(packet.adapted.record["ssSource"] is not None for packet in packets)
+        yield visit, detector_account(detector, len(ids), len(ids), started_at, ss_matches=n_moving)
 
     def _packets(self, visit: int, detector: int) -> tuple[list[_ReadPacket], list[FailureRecord]]:
         """The packets of one exposure that can be read and fit the table of alerts."""
@@ -121,6 +122,8 @@ class _ReadPacketsFn(beam.DoFn):
                 message = read_packet(place)
                 packet = packet_of(message)
                 adapted = adapt_packet(decode_body(packet.schema, packet.body))
+                if (adapted.dia_source_id, adapted.visit, adapted.detector) != (dia_source_id, visit, detector):
+                    raise PacketFormatError(f"{place.file} has changed: another packet lies there")
                 replayed_alerts([adapted], "", [""], self.delivery.filter_columns)
                 packets.append(_ReadPacket(adapted, message, packet_digest(packet.body)))
             except (OSError, PacketFormatError) as error:

@@ -21,12 +21,14 @@ from typing import Any, BinaryIO, NamedTuple
 import fastavro
 
 from schemas.avro.encoding import avro_long
-from schemas.avro.schema_versions import PacketSchema, WriterSchema
+from schemas.avro.schema_versions import PacketSchema, WriterSchema, writer_schema
 from schemas.avro.wire import PacketFormatError, read_long
 
 BLOCK_PACKETS = 1000
 BLOCK_BYTES = 1_000_000
+MAX_UNPACKED_BYTES = 500_000_000  # of one block: a few KB of zeros may say they are gigabytes
 _SYNC_BYTES = 16
+_CODECS = ("null", "deflate")
 _MAGIC = b"Obj\x01"
 ContainerSchema = PacketSchema | WriterSchema
 Buffer = bytes | memoryview | mmap
@@ -71,7 +73,9 @@ def read_container_stream(stream: BinaryIO, name: str) -> Iterator[dict[str, Any
     stream.seek(0)
     n_read = 0
     try:
-        for packet in fastavro.reader(stream):
+        packets = fastavro.reader(stream)
+        writer_schema(packets.metadata["avro.schema"])  # one that is safe to read
+        for packet in packets:
             if not isinstance(packet, dict):
                 raise PacketFormatError(f"{name}: holds {type(packet).__name__}, not records")
             yield packet
@@ -182,16 +186,26 @@ def container_block(data: Buffer, header: ContainerHeader, offset: int) -> tuple
     return ContainerBlock(offset, n_packets, data[position:end]), end + _SYNC_BYTES
 
 
+def check_codec(codec: str) -> None:
+    """PacketFormatError unless blocks with this codec can be read."""
+    if codec not in _CODECS:
+        raise PacketFormatError(f"codec {codec!r}, expected {' or '.join(_CODECS)}")
+
+
 def block_bytes(block: ContainerBlock, codec: str) -> bytes:
     """The packet bodies of a block, one after the other. PacketFormatError for a broken block or another codec."""
+    check_codec(codec)
     if codec == "null":
         return bytes(block.payload)
-    if codec != "deflate":
-        raise PacketFormatError(f"codec {codec!r}, expected null or deflate")
+    unpacking = zlib.decompressobj(wbits=-15)
     try:
-        return zlib.decompress(block.payload, wbits=-15)
+        bodies = unpacking.decompress(block.payload, MAX_UNPACKED_BYTES)
     except zlib.error as error:
         raise PacketFormatError(f"the container's block at byte {block.offset} is broken: {error}") from error
+    if not unpacking.eof:
+        reason = f"holds more than {MAX_UNPACKED_BYTES} bytes" if unpacking.unconsumed_tail else "breaks off"
+        raise PacketFormatError(f"the container's block at byte {block.offset} {reason}")
+    return bodies
 
 
 def single_body(message: bytes) -> tuple[ContainerHeader, bytes]:

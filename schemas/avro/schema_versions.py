@@ -126,12 +126,17 @@ class WriterSchema:
 
 @lru_cache(maxsize=64)
 def writer_schema(text: str) -> WriterSchema:
-    """The schema with the given JSON text; SchemaVersionError if it is none of a record."""
+    """The schema with the given JSON text; SchemaVersionError if it is none of a record that is safe to read."""
     try:
         avro = json.loads(text)
         parsed = fastavro.parse_schema(avro)
-        canonical = fastavro.schema.to_parsing_canonical_form(avro)
+        fingerprint = _fingerprint(avro)
         name = parsed["name"]
+        if parsed["type"] != "record":
+            raise SchemaVersionError(f"{name} is of type {parsed['type']}, not a record")
+        _least_bytes(parsed, {})
+    except SchemaVersionError:
+        raise
     except (
         ValueError,
         KeyError,
@@ -141,8 +146,40 @@ def writer_schema(text: str) -> WriterSchema:
         fastavro.schema.SchemaParseException,
     ) as error:
         raise SchemaVersionError(f"no schema of a record: {type(error).__name__}: {error}") from error
-    fingerprint = hashlib.sha256(canonical.encode()).hexdigest()
     return WriterSchema(text, name, _lsst_schema_id(name, fingerprint), parsed, fingerprint)
+
+
+def _least_bytes(node: Any, known: dict[str, int | None]) -> int:
+    """The fewest bytes that a value of a parsed schema takes up; `known`: those of named types, None while open.
+
+    SchemaVersionError where bytes could not bound a value: a type that holds itself nests as deep as the bytes
+    say, beyond the reader's stack; items and records without bytes repeat as often as a broken count says.
+    """
+    if isinstance(node, list):
+        return 1 + min((_least_bytes(branch, known) for branch in node), default=0)
+    if isinstance(node, str):
+        if node in known:
+            size = known[node]
+            if size is None:
+                raise SchemaVersionError(f"{node} holds itself")
+            return size
+        return 0 if node == "null" else 1
+    kind = node["type"]
+    if kind in ("array", "map"):
+        if _least_bytes(node["items" if kind == "array" else "values"], known) == 0 and kind == "array":
+            raise SchemaVersionError("an array of items without bytes")
+        return 1
+    if kind in ("record", "error"):
+        known[node["name"]] = None
+        size = sum(_least_bytes(field["type"], known) for field in node["fields"])
+        if size == 0:
+            raise SchemaVersionError(f"{node['name']} is a record without bytes")
+        known[node["name"]] = size
+        return size
+    if kind in ("fixed", "enum"):
+        known[node["name"]] = int(node["size"]) if kind == "fixed" else 1
+        return known[node["name"]] or 0
+    return _least_bytes(kind, known)
 
 
 def _lsst_schema_id(name: str, fingerprint: str) -> int | None:
@@ -153,7 +190,14 @@ def _lsst_schema_id(name: str, fingerprint: str) -> int | None:
     version = f"{int(match[1])}.{int(match[2])}"
     if version in VERSIONS and packet_schema(version).fingerprint != fingerprint:
         return None
+    if version in ARCHIVED_VERSIONS and _fingerprint(_archived_avro(version)) != fingerprint:
+        return None
     return schema_id_of(version)
+
+
+def _fingerprint(avro: Any) -> str:
+    """SHA-256 of the parsing canonical form, hexadecimal."""
+    return hashlib.sha256(fastavro.schema.to_parsing_canonical_form(avro).encode()).hexdigest()
 
 
 @cache
@@ -161,6 +205,12 @@ def archived_schema(version: str) -> WriterSchema:
     """The schema of one of `ARCHIVED_VERSIONS`; SchemaVersionError if unknown."""
     if version not in ARCHIVED_VERSIONS:
         raise SchemaVersionError(f"unknown archived version {version!r}, known are {', '.join(ARCHIVED_VERSIONS)}")
+    return writer_schema(json.dumps(_archived_avro(version), separators=(",", ":")))
+
+
+@cache
+def _archived_avro(version: str) -> Any:
+    """The schema of an archived version as nested dicts, from its table."""
     name = f"v{version.replace('.', '_')}"
     table = resources.files("schemas.avro") / "definitions" / "archived" / f"{name}.csv"
     records: dict[str, list[tuple[str, str]]] = {}
@@ -184,7 +234,7 @@ def archived_schema(version: str) -> WriterSchema:
         fields = [{"name": field, "type": avro_type(of)} for field, of in records[kind]]
         return {"type": "record", "name": f"lsst.{name}.{kind}", "fields": fields}
 
-    return writer_schema(json.dumps(avro_type("alert"), separators=(",", ":")))
+    return avro_type("alert")
 
 
 def lsst_schema_by_id(schema_id: int) -> PacketSchema | WriterSchema:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ FIRST_DAY, SECOND_DAY = 20261122, 20261123
 
 @dataclass(frozen=True)
 class Run:
-    """How one call of `nightstream produce` ended."""
+    """How one call of `nightstream produce`, `associate` or `replay` ended."""
 
     out: Path
     exit_code: int
@@ -78,19 +79,37 @@ def nights(two_nights: Path, visits: list[dict[str, Any]], tmp_path_factory: pyt
     return {day: write_night(base / str(day), two_nights, records) for day, records in days.items()}
 
 
-def run_produce(night: Path, out: Path, *options: str | Path) -> Run:
-    """Run `nightstream produce NIGHT --out OUT --json ...` in this process."""
-    arguments = ["produce", str(night), "--out", str(out), "--json", *(str(option) for option in options)]
+def run_command(command: str, inputs: Path | Sequence[Path], out: Path, *options: str | Path) -> Run:
+    """Run `nightstream COMMAND INPUTS --out OUT --json ...` in this process."""
+    given = [inputs] if isinstance(inputs, Path) else inputs
+    arguments = [command, *map(str, given), "--out", str(out), "--json", *map(str, options)]
     result = CliRunner().invoke(main, arguments)
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     return Run(out, result.exit_code, result.stdout, result.stderr)
 
 
+def run_produce(night: Path, out: Path, *options: str | Path) -> Run:
+    """Run `nightstream produce NIGHT ...`."""
+    return run_command("produce", night, out, *options)
+
+
 @pytest.fixture(scope="session")
 def produce() -> Callable[..., Run]:
     """`run_produce`."""
     return run_produce
+
+
+@pytest.fixture(scope="session")
+def associate() -> Callable[..., Run]:
+    """Runs `nightstream associate`: (table, out, *options) -> Run."""
+    return partial(run_command, "associate")
+
+
+@pytest.fixture(scope="session")
+def replay() -> Callable[..., Run]:
+    """Runs `nightstream replay`: (packets or a list of such, out, *options) -> Run."""
+    return partial(run_command, "replay")
 
 
 @pytest.fixture(scope="session")

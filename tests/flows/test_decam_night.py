@@ -55,8 +55,8 @@ def nights(tmp_path_factory: pytest.TempPathFactory) -> dict[str, IngestedNight]
 @pytest.mark.parametrize(
     ("instrument", "error", "reason"),
     [
-        ("DECam", "TooFewKernelStarsError", "kernel stars with like flux ratios, 10 are needed"),
-        ("Mosaic3", "TooFewKernelStarsError", "kernel stars with like flux ratios, 10 are needed"),
+        ("DECam", "TooFewKernelStarsError", "kernel stars offered, 10 are needed"),
+        ("Mosaic3", "TooFewKernelStarsError", "kernel stars offered, 10 are needed"),
         ("90prime", "UnusableImageError", "is smaller than 64 pixels"),
     ],
 )

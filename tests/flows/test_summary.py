@@ -248,3 +248,33 @@ def test_progress_draws_a_bar_on_a_terminal_and_ends_full(tmp_path: Path) -> Non
 
 def test_quiet_progress_says_nothing(tmp_path: Path) -> None:
     assert progress_lines(tmp_path, quiet=True) == ""
+
+
+def test_broker_that_got_nothing_without_kafka_is_skipped_unless_another_reason_is_known(tmp_path: Path) -> None:
+    nothing = {"delivered": {"fink": 0, "lasair": 0, "mirror": 11}, "streams": {}}
+    write_ledger(tmp_path, ledger_record(1, **nothing))
+    assert summarise(tmp_path).unserved_brokers == {"fink": "skipped: no Kafka", "lasair": "skipped: no Kafka"}
+    assert printed(summarise(tmp_path), out=tmp_path, seconds=1.0).count("skipped: no Kafka") == 2
+    # Its folder could not be written: that is the reason.
+    write_failures(tmp_path, {**failure("distribution", "disk full"), "lost": "11 packets to lasair"})
+    assert list(summarise(tmp_path).unserved_brokers) == ["fink"]
+    # A folder of a filter that passed nothing is empty with or without Kafka.
+    silent = {"demo.bright": {"seen": 11, "passed": 0, "capped": 0, "error": None}}
+    write_ledger(tmp_path, ledger_record(1, **nothing, filters=silent))
+    assert "or a folder for demo.bright, empty" in summarise(tmp_path).unserved_brokers["fink"]
+    # With a topic served, or without any alert, zero is just zero.
+    write_ledger(tmp_path, ledger_record(1, **{**nothing, "streams": {"lsst-alerts-v11": {"sent": 11}}}))
+    assert summarise(tmp_path).unserved_brokers == {}
+    write_ledger(tmp_path, ledger_record(1, **nothing, alerts=0))
+    assert summarise(tmp_path).unserved_brokers == {}
+
+
+def test_rows_that_are_not_wanted_are_not_read(tmp_path: Path) -> None:
+    for night, ids in ((20261122, [1, 2, None]), (20261123, [2, 3])):
+        rows = [{"diaObjectId": key, "psfFlux": float(night)} for key in ids]
+        write_parquet(tmp_path / "archive" / "dia_forced_sources" / f"day_obs={night}" / "a.parquet", rows)
+    wanted = ("diaObjectId", pa.array([2, 9], pa.int64()))
+    table = read_table(tmp_path, "dia_forced_sources", ["diaObjectId", "psfFlux", "band"], wanted)
+    assert table["diaObjectId"].to_pylist() == [2, 2]
+    assert table["psfFlux"].to_pylist() == [20261122.0, 20261123.0]
+    assert table["band"].to_pylist() == [None, None]

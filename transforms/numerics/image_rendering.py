@@ -37,7 +37,7 @@ PSF_SIZE_PIX = 41
 
 _STAMP_RADIUS_ALPHA = 6.0  # leaves (1 + 36)^-2.5 = 1.2e-4 of the flux outside
 _CORE_RADIUS_ALPHA = 2.5
-_STAMP_FLOOR_E = 0.1  # surface brightness at which a bright star's wing is cut: 0.3 % of the sky noise
+STAMP_FLOOR_E = 0.1  # surface brightness at which a bright star's wing is cut: 0.3 % of the sky noise
 _TRACK_STEP_PIX = 0.5
 
 # Sums of Gaussians (weights; sigma in units of the Moffat alpha or of the half-light radius), least-squares
@@ -74,11 +74,53 @@ SHARPEST_TEMPLATE_ARCSEC = 0.75
 
 
 @dataclass(frozen=True)
+class PlaneWaves:
+    """Smooth random fields over a detector: sums of plane waves, what turbulence does on scales below a detector.
+
+    Field j is ``sum_k amplitude[j, k] cos(wave_vector[k] . (x, y) + phase[j, k])``.
+
+    Attributes
+    ----------
+    wave_vectors : (n, 2) float64, radians per pixel along x and y
+    amplitudes, phases : (m, n) float64 of m fields
+    """
+
+    wave_vectors: np.ndarray
+    amplitudes: np.ndarray
+    phases: np.ndarray
+
+    def at(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        """(m, ...) values of the fields at pixel positions of any shape."""
+        position = np.stack(np.broadcast_arrays(x, y), axis=-1).astype(np.float64)
+        angle = position @ self.wave_vectors.T
+        return np.stack(
+            [np.cos(angle + phase) @ amplitude for amplitude, phase in zip(self.amplitudes, self.phases, strict=True)]
+        )
+
+
+def draw_plane_waves(
+    stream: np.random.Generator, rms: tuple[float, ...], shortest_pix: float, longest_pix: float, count: int = 32
+) -> PlaneWaves:
+    """Draw independent fields of the given rms, with wavelengths log-uniform between two limits.
+
+    Amplitudes grow as wavelength^(1/3): the image displacement of Kolmogorov turbulence (k^(-5/3) a mode in two
+    dimensions) steepened by one power of k, as an exposure averages over the wind.
+    """
+    wavelength = np.exp(stream.uniform(np.log(shortest_pix), np.log(longest_pix), count))
+    heading = stream.uniform(0.0, 2 * np.pi, count)
+    vectors = (2 * np.pi / wavelength)[:, None] * np.stack([np.cos(heading), np.sin(heading)], axis=1)
+    relative = np.cbrt(wavelength)
+    relative = relative * np.sqrt(2.0 / np.sum(relative**2))
+    return PlaneWaves(vectors, np.outer(rms, relative), stream.uniform(0.0, 2 * np.pi, (len(rms), count)))
+
+
+@dataclass(frozen=True)
 class PsfField:
     """Elliptical Moffat (beta 3.5) whose width and shape change over a detector.
 
     With u, v = -1..1 from edge to edge: fwhm = fwhm_pix (1 + slope_x u + slope_y v + curvature (u^2 + v^2) / 2),
     e1 = e1 + e1_slope u, e2 = e2 + e2_slope v, where e1 = (Ixx - Iyy) / (Ixx + Iyy), e2 = 2 Ixy / (Ixx + Iyy).
+    `ripple`, three fields, is added to these on smaller scales: to the FWHM (relative), to e1 and to e2.
     """
 
     shape: tuple[int, int]
@@ -90,6 +132,7 @@ class PsfField:
     e2: float = 0.0
     e1_slope: float = 0.0
     e2_slope: float = 0.0
+    ripple: PlaneWaves | None = None
 
     def at(self, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """FWHM in pixels, e1 and e2 at pixel positions; beyond the edges the values of the edge."""
@@ -97,7 +140,11 @@ class PsfField:
         u = np.clip((np.asarray(x, dtype=np.float64) - (nx - 1) / 2) / (nx / 2), -1.0, 1.0)
         v = np.clip((np.asarray(y, dtype=np.float64) - (ny - 1) / 2) / (ny / 2), -1.0, 1.0)
         relative = 1.0 + self.slope_x * u + self.slope_y * v + self.curvature * (u * u + v * v) / 2
-        return self.fwhm_pix * relative, self.e1 + self.e1_slope * u, self.e2 + self.e2_slope * v
+        e1, e2 = self.e1 + self.e1_slope * u, self.e2 + self.e2_slope * v
+        if self.ripple is not None:
+            ripple = self.ripple.at(x, y)
+            relative, e1, e2 = relative + ripple[0], e1 + ripple[1], e2 + ripple[2]
+        return self.fwhm_pix * relative, e1, e2
 
 
 def draw_psf(seed: int, visit: int, detector: int, seeing_arcsec: float, shape: tuple[int, int]) -> PsfField:
@@ -105,13 +152,17 @@ def draw_psf(seed: int, visit: int, detector: int, seeing_arcsec: float, shape: 
     stream = random_stream(seed, Purpose.PSF, visit, detector)
     slopes = np.clip(stream.standard_normal(2), -2, 2) * 0.012
     shapes = np.clip(stream.standard_normal(4), -2, 2) * np.array([0.03, 0.03, 0.01, 0.01])
+    e1, e2, e1_slope, e2_slope = (float(value) for value in shapes)
     return PsfField(
         shape,
         seeing_arcsec / PIXEL_SCALE_ARCSEC,
         float(slopes[0]),
         float(slopes[1]),
         stream.uniform(0.0, 0.03),
-        *(float(value) for value in shapes),
+        e1,
+        e2,
+        e1_slope,
+        e2_slope,
     )
 
 
@@ -341,8 +392,8 @@ def render_science(
     variance = ((electrons + READ_NOISE_E**2) / conditions.electrons_per_njy**2).astype(np.float32)
     counts = noise.poisson(electrons).astype(np.float32)
     counts += np.float32(READ_NOISE_E) * noise.standard_normal(psf.shape, dtype=np.float32)
-    flagged = _add_cosmic_rays(counts, cosmic_rays)
-    bad = _add_bad_columns(counts, bad_columns)
+    flagged, _ = add_cosmic_rays(counts, cosmic_rays)
+    bad = add_bad_columns(counts, bad_columns)
     unusable = saturated | flagged | bad
     cores = _saturated_star_cores(sky, projection, psf, conditions)
     injections = _truth_rows(tracks, psf, variance, unusable, cores)
@@ -391,7 +442,7 @@ def static_electrons(sky: Sky, projection: TanProjection, psf: PsfField, conditi
     x, y = projection.to_pixels(stars.ra_deg, stars.dec_deg)
     magnitude = band_magnitude(stars.magnitude_r, stars.g_minus_r, conditions.band)
     flux = flux_njy_from_magnitude(magnitude) * conditions.electrons_per_njy
-    add_point_sources(electrons, x, y, flux, *psf.at(x, y), _STAMP_FLOOR_E)
+    add_point_sources(electrons, x, y, flux, *psf.at(x, y), STAMP_FLOOR_E)
     _add_galaxies(electrons, sky.galaxies, projection, psf, conditions)
     return electrons
 
@@ -399,21 +450,41 @@ def static_electrons(sky: Sky, projection: TanProjection, psf: PsfField, conditi
 def _add_galaxies(
     electrons: np.ndarray, galaxies: Galaxies, projection: TanProjection, psf: PsfField, conditions: Conditions
 ) -> None:
-    """Every galaxy as Gaussians: each component of its profile convolved with each component of the PSF."""
     x, y = projection.to_pixels(galaxies.ra_deg, galaxies.dec_deg)
-    fwhm, e1, e2 = psf.at(x, y)
     magnitude = band_magnitude(galaxies.magnitude_r, galaxies.g_minus_r, conditions.band)
     flux = flux_njy_from_magnitude(magnitude) * conditions.electrons_per_njy
+    add_galaxies(electrons, x, y, flux, _galaxy_covariance_pix2(galaxies, projection), galaxies.is_bulge, psf)
+
+
+def add_galaxies(
+    image: np.ndarray,
+    x: np.ndarray,
+    y: np.ndarray,
+    flux: np.ndarray,
+    covariance_pix2: np.ndarray,
+    is_bulge: np.ndarray,
+    psf: PsfField,
+) -> None:
+    """Add galaxies behind a PSF to `image` in place: each Gaussian of a profile convolved with each of the PSF.
+
+    Parameters
+    ----------
+    image : (ny, nx) float64, changed in place
+    x, y, flux : (n,) float64
+    covariance_pix2 : (n, 3) float64 (xx, xy, yy) of an ellipse whose sigma is the half-light radius
+    is_bulge : (n,) bool, the steep profile instead of the exponential one
+    psf : PsfField
+    """
+    fwhm, e1, e2 = psf.at(x, y)
     root = np.sqrt(1.0 - e1**2 - e2**2)
     psf_shape = (ALPHA_PER_FWHM * fwhm[:, None]) ** 2 * np.stack([1.0 + e1, e2, 1.0 - e1], axis=1) / root[:, None]
-    galaxy_shape = _galaxy_covariance_pix2(galaxies, projection)
-    for is_bulge, mixture in ((False, _DISC_MIXTURE), (True, _BULGE_MIXTURE)):
-        chosen = galaxies.is_bulge == is_bulge
+    for steep, mixture in ((False, _DISC_MIXTURE), (True, _BULGE_MIXTURE)):
+        chosen = is_bulge == steep
         for profile_weight, profile_sigma in mixture.T:
             for psf_weight, psf_sigma in _MOFFAT_MIXTURE.T:
-                covariance = profile_sigma**2 * galaxy_shape[chosen] + psf_sigma**2 * psf_shape[chosen]
+                covariance = profile_sigma**2 * covariance_pix2[chosen] + psf_sigma**2 * psf_shape[chosen]
                 covariance += np.array([1.0, 0.0, 1.0]) / 12.0
-                add_gaussians(electrons, x[chosen], y[chosen], profile_weight * psf_weight * flux[chosen], covariance)
+                add_gaussians(image, x[chosen], y[chosen], profile_weight * psf_weight * flux[chosen], covariance)
 
 
 def _galaxy_covariance_pix2(galaxies: Galaxies, projection: TanProjection) -> np.ndarray:
@@ -476,18 +547,22 @@ def _static_track(
 
 
 def _track_points(tracks: _Tracks, index: int) -> tuple[np.ndarray, np.ndarray]:
+    return track_points(tracks.x_start[index], tracks.y_start[index], tracks.x_end[index], tracks.y_end[index])
+
+
+def track_points(x_start: float, y_start: float, x_end: float, y_end: float) -> tuple[np.ndarray, np.ndarray]:
     """Evenly spaced positions, at most half a pixel apart, along the track of one source."""
-    dx, dy = tracks.x_end[index] - tracks.x_start[index], tracks.y_end[index] - tracks.y_start[index]
+    dx, dy = x_end - x_start, y_end - y_start
     count = max(1, int(np.ceil(np.hypot(dx, dy) / _TRACK_STEP_PIX)))
     fraction = (np.arange(count) + 0.5) / count
-    return tracks.x_start[index] + fraction * dx, tracks.y_start[index] + fraction * dy
+    return x_start + fraction * dx, y_start + fraction * dy
 
 
 def _add_tracks(electrons: np.ndarray, tracks: _Tracks, psf: PsfField, electrons_per_njy: float) -> None:
     for index in range(tracks.flux_njy.size):
         x, y = _track_points(tracks, index)
         flux = np.full(x.size, tracks.flux_njy[index] * electrons_per_njy / x.size)
-        add_point_sources(electrons, x, y, flux, *psf.at(x, y), _STAMP_FLOOR_E)
+        add_point_sources(electrons, x, y, flux, *psf.at(x, y), STAMP_FLOOR_E)
 
 
 def _truth_rows(
@@ -504,7 +579,7 @@ def _truth_rows(
     rows["flux_njy"] = tracks.flux_njy[chosen]
     for row, index in zip(rows, chosen, strict=True):
         row["snr"] = abs(tracks.flux_njy[index]) * _optimal_inverse_error(tracks, int(index), psf, variance)
-        row["good_pixels"] = _has_good_pixels(float(tracks.x[index]), float(tracks.y[index]), unusable, cores)
+        row["good_pixels"] = has_good_pixels(float(tracks.x[index]), float(tracks.y[index]), unusable, cores)
     return np.sort(rows, order=("kind", "object"))
 
 
@@ -520,7 +595,8 @@ def _optimal_inverse_error(tracks: _Tracks, index: int, psf: PsfField, variance:
     return float(np.sqrt(np.sum(profile**2 / variance[y_low:y_high, x_low:x_high])))
 
 
-def _has_good_pixels(x: float, y: float, unusable: np.ndarray, cores: np.ndarray) -> bool:
+def has_good_pixels(x: float, y: float, unusable: np.ndarray, cores: np.ndarray) -> bool:
+    """Whether a source lies off the edge, off masked pixels, and off the cores (n, 2) of saturated stars."""
     ny, nx = unusable.shape
     if min(x, y, nx - 1 - x, ny - 1 - y) < GOOD_EDGE_PIX:
         return False
@@ -543,10 +619,12 @@ def _saturated_star_cores(sky: Sky, projection: TanProjection, psf: PsfField, co
     return np.stack(projection.to_pixels(stars.ra_deg[bright], stars.dec_deg[bright]), axis=1)
 
 
-def _add_cosmic_rays(counts: np.ndarray, stream: np.random.Generator, per_megapixel: float = 20.0) -> np.ndarray:
-    """Add straight tracks of charge in place; returns the pixels flagged as cosmic ray: 4 of 5 hits."""
+def add_cosmic_rays(
+    counts: np.ndarray, stream: np.random.Generator, per_megapixel: float = 20.0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Add straight tracks of charge in place; returns the pixels flagged (4 of 5 hits) and those that are not."""
     ny, nx = counts.shape
-    flagged = np.zeros(counts.shape, dtype=bool)
+    flagged, missed = np.zeros(counts.shape, dtype=bool), np.zeros(counts.shape, dtype=bool)
     for _ in range(stream.poisson(per_megapixel * nx * ny / 1e6)):
         x, y = stream.uniform(0, nx), stream.uniform(0, ny)
         angle, length = stream.uniform(0, np.pi), 1.0 + stream.exponential(6.0)
@@ -556,11 +634,12 @@ def _add_cosmic_rays(counts: np.ndarray, stream: np.random.Generator, per_megapi
         inside = (columns >= 0) & (columns < nx) & (rows >= 0) & (rows < ny)
         columns, rows = columns[inside], rows[inside]
         counts[rows, columns] += np.float32(charge_e)
-        flagged[rows, columns] |= stream.uniform() < 0.8
-    return flagged
+        known = flagged if stream.uniform() < 0.8 else missed
+        known[rows, columns] = True
+    return flagged, missed & ~flagged
 
 
-def _add_bad_columns(counts: np.ndarray, stream: np.random.Generator, per_thousand: float = 2.0) -> np.ndarray:
+def add_bad_columns(counts: np.ndarray, stream: np.random.Generator, per_thousand: float = 2.0) -> np.ndarray:
     """Overwrite some columns, whole or in part, dead or hot, in place; returns those pixels."""
     ny, nx = counts.shape
     bad = np.zeros(counts.shape, dtype=bool)

@@ -45,6 +45,8 @@ class Purpose(IntEnum):
     COSMIC_RAYS = 8
     BAD_COLUMNS = 9
     POINTING = 10
+    INJECTIONS = 11
+    ASTROMETRY = 12
 
 
 def random_stream(seed: int, purpose: Purpose, *key: int) -> np.random.Generator:
@@ -387,7 +389,8 @@ def _draw_positions(stream: np.random.Generator, config: SkyConfig, count: int) 
     return sky_from_tangent_plane(xi, eta, config.ra_deg, config.dec_deg)
 
 
-def _draw_magnitudes(stream: np.random.Generator, count: int, bright: float, faint: float, slope: float) -> np.ndarray:
+def draw_magnitudes(stream: np.random.Generator, count: int, bright: float, faint: float, slope: float) -> np.ndarray:
+    """Magnitudes between two limits with counts N(<m) ~ 10^(slope m)."""
     low, high = 10.0 ** (slope * bright), 10.0 ** (slope * faint)
     return np.log10(stream.uniform(low, high, count)) / slope
 
@@ -395,7 +398,7 @@ def _draw_magnitudes(stream: np.random.Generator, count: int, bright: float, fai
 def _draw_stars(stream: np.random.Generator, config: SkyConfig) -> Stars:
     count = _count(config.stars_per_arcmin2, config)
     ra, dec = _draw_positions(stream, config, count)
-    magnitude = _draw_magnitudes(stream, count, 13.5, 25.5, 0.25)
+    magnitude = draw_magnitudes(stream, count, 13.5, 25.5, 0.25)
     red = stream.uniform(size=count) < 0.5
     colour = np.where(red, 1.35, 0.45) + 0.15 * stream.standard_normal(count)
     return Stars(ra, dec, magnitude, colour)
@@ -404,7 +407,7 @@ def _draw_stars(stream: np.random.Generator, config: SkyConfig) -> Stars:
 def _draw_galaxies(stream: np.random.Generator, config: SkyConfig) -> Galaxies:
     count = _count(config.galaxies_per_arcmin2, config)
     ra, dec = _draw_positions(stream, config, count)
-    magnitude = _draw_magnitudes(stream, count, 18.0, 25.0, 0.35)
+    magnitude = draw_magnitudes(stream, count, 18.0, 25.0, 0.35)
     half_light = 0.5 * 10.0 ** (-0.12 * (magnitude - 22.0) + 0.12 * stream.standard_normal(count))
     return Galaxies(
         ra,
@@ -464,13 +467,17 @@ def _draw_variables(stream: np.random.Generator, config: SkyConfig, stars: Stars
 
 def _far_apart(ra_deg: np.ndarray, dec_deg: np.ndarray, separation_arcsec: float) -> np.ndarray:
     """Which positions to keep, in order, so that all kept ones are at least `separation_arcsec` apart."""
-    keep = np.zeros(ra_deg.size, dtype=bool)
     if ra_deg.size == 0:
-        return keep
+        return np.zeros(0, dtype=bool)
     xi, eta = tangent_plane_from_sky(ra_deg, dec_deg, float(ra_deg[0]), float(dec_deg[0]))
-    for index in range(ra_deg.size):
-        distance_deg = np.hypot(xi[keep] - xi[index], eta[keep] - eta[index])
-        keep[index] = not np.any(distance_deg * 3600.0 < separation_arcsec)
+    return far_apart(xi * 3600.0, eta * 3600.0, separation_arcsec)
+
+
+def far_apart(x: np.ndarray, y: np.ndarray, separation: float) -> np.ndarray:
+    """Which points of a plane to keep, in order, so that all kept ones are at least `separation` apart."""
+    keep = np.zeros(x.size, dtype=bool)
+    for index in range(x.size):
+        keep[index] = not np.any(np.hypot(x[keep] - x[index], y[keep] - y[index]) < separation)
     return keep
 
 
