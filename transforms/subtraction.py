@@ -34,7 +34,7 @@ class SubtractionConfig:
     """How a template is matched and subtracted."""
 
     background_box_pix: int = Field(default=128, ge=8, le=1024)
-    kernel_spatial_order: int = Field(default=2, ge=0, le=3)
+    kernel_spatial_order: int = Field(default=3, ge=0, le=3)
     background_order: int = Field(default=1, ge=0, le=2)
     min_star_snr: float = Field(default=20.0, gt=0)
     max_star_snr: float = Field(default=2000.0, gt=0)

@@ -13,6 +13,8 @@ from transforms.numerics.background import BackgroundError, subtract_background
 from transforms.numerics.convolution import block_centres, convolve_spatially_varying
 from transforms.numerics.decorrelation import decorrelation_kernels
 from transforms.numerics.kernel_matching import (
+    KERNEL_MODELS,
+    KernelModel,
     KernelSolution,
     fit_matching_kernel,
     kernel_half_width_pix,
@@ -72,7 +74,7 @@ class SubtractionParameters:
     """
 
     background_box_pix: int = 128
-    spatial_order: int = 2
+    spatial_order: int = 3
     background_order: int = 1
     min_snr: float = 20.0
     max_snr: float = 2000.0
@@ -191,6 +193,7 @@ def subtract(
         template_psf.fwhm_pix,
         parameters.spatial_order,
         parameters.background_order,
+        _kernel_models(parameters.spatial_order),
     )
     kernels = _kernels_of_blocks(kernel, _KERNEL_BLOCK_PIX)
     matched = convolve_spatially_varying(template_pixels, kernels, _KERNEL_BLOCK_PIX)
@@ -224,6 +227,12 @@ def subtract(
         fwhm_template_pix=template_psf.fwhm_pix,
         n_psf_stars=science_psf.n_stars,
     )
+
+
+def _kernel_models(highest_order: int) -> tuple[KernelModel, ...]:
+    """What to choose from, with no polynomial above an order; each once."""
+    capped = (KernelModel(model.basis, min(model.spatial_order, highest_order)) for model in KERNEL_MODELS)
+    return tuple(dict.fromkeys(capped))
 
 
 def _checked_bad(name: str, planes: ImagePlanes) -> NDArray[np.bool_]:
