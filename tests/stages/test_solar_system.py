@@ -45,7 +45,7 @@ def _detected(ra: list[float], dec: list[float]) -> DetectedSources:
     visit = Visit(1, 20261122, 1, "SimCam", "r", MIDPOINT, 30.0, MIDPOINT, 150.0, 2.0, 0.0, None, None, images)
     nothing: Any = np.zeros((1, 1), dtype=np.float32)
     exposure = SubtractedExposure(
-        visit, 0, nothing, nothing, nothing, nothing, nothing, nothing, nothing, nothing, None, {}, 0.0, ()
+        visit, 0, nothing, nothing, nothing, nothing, nothing, nothing, nothing, nothing, nothing, None, {}, 0.0, ()
     )
     return DetectedSources(exposure, sources, empty_records(SS_SOURCE, 0), len(ra), {}, {})
 
