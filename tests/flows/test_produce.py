@@ -251,7 +251,7 @@ def test_what_passed_a_filter_is_what_its_text_says(first_run: Any, packets: lis
         if packet["diaSource"]["snr"] > 10
         and packet["diaObject"] is not None
         and packet["diaObject"]["nDiaSources"] == 1
-        and not packet["diaSource"]["isDipole"]
+        and (packet["diaSource"]["reliability"] is None or packet["diaSource"]["reliability"] >= 0.5)
     ]
     passed = Counter(packet["diaSource"]["visit"] for packet in first_run.packets("filters/demo.bright-new"))
     wanted = Counter(packet["diaSource"]["visit"] for packet in bright)
