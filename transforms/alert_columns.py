@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import pyarrow as pa
 
-from schemas.avro.adaptation import AdaptedPacket, adapted_table
+from schemas.avro.adaptation import AdaptedPacket
 from schemas.elements import AlertBatch
 from schemas.records import records_to_arrow, take_records
 from schemas.tables import project_alerts_schema
@@ -62,18 +62,16 @@ def thin_alerts(batch: AlertBatch, file_name: str, digests: list[str], filter_co
 
 
 def replayed_alerts(
-    packets: Sequence[AdaptedPacket], file_name: str, digests: list[str], filter_columns: Iterable[str]
+    packets: Sequence[AdaptedPacket], table: pa.Table, file_name: str, digests: list[str], filter_columns: Iterable[str]
 ) -> pa.Table:
-    """The thin table of replayed packets, a row each; PacketFormatError for values that do not fit its columns."""
-    columns = frozenset(filter_columns)
-    table = adapted_table([packet.record for packet in packets], columns)
+    """The thin table of replayed packets, a row each; `table` holds their `filter_columns` (`adapted_table`)."""
     located = {
         "diaSourceId": pa.array([packet.dia_source_id for packet in packets], pa.int64()),
         "kafkaKey": pa.array([packet.kafka_key for packet in packets], pa.string()),
         "packetFile": pa.array([file_name] * len(packets), pa.string()),
         "packetDigest": pa.array(digests, pa.string()),
     }
-    schema = thin_schema(columns)
+    schema = thin_schema(filter_columns)
     arrays = [located[name] if name in located else table[name] for name in schema.names]
     return pa.table(arrays, schema=schema)
 

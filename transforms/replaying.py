@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 
 import apache_beam as beam
 import numpy as np
+import pyarrow as pa
 
-from schemas.avro.adaptation import AdaptedPacket, adapt_packet
+from schemas.avro.adaptation import AdaptedPacket, adapt_packet, adapted_table
 from schemas.avro.messages import packet_of
 from schemas.avro.reading import decode_body
 from schemas.avro.wire import PacketFormatError
@@ -96,7 +97,8 @@ class _ReadPacketsFn(beam.DoFn):
         started_at, started = time.time(), time.perf_counter()
         visit, detector, to = element.visit.visit, element.detector, self.delivery
         packets, failures = self._packets(visit, detector)
-        for failure in failures:
+        packets, table, misfits = self._fitting(visit, detector, packets)
+        for failure in failures + misfits:
             yield beam.pvalue.TaggedOutput(FAILED, failure)
             yield visit, failure_part(failure)
         ids = np.array([packet.adapted.dia_source_id for packet in packets], dtype=np.int64)
@@ -105,7 +107,8 @@ class _ReadPacketsFn(beam.DoFn):
         if len(ids):
             write_blobs(Path(to.packet_folder) / file_name, ids, [(message,) for message in messages])
         digests = [packet.digest for packet in packets]
-        thin = replayed_alerts([packet.adapted for packet in packets], file_name, digests, to.filter_columns)
+        adapted = [packet.adapted for packet in packets]
+        thin = replayed_alerts(adapted, table, file_name, digests, to.filter_columns)
         if to.sink is not None:
             send_full_streams(to.sink, to.streams, thin, messages)
         seconds = {"replaying": time.perf_counter() - started}
@@ -114,7 +117,7 @@ class _ReadPacketsFn(beam.DoFn):
         yield visit, detector_account(detector, len(ids), len(ids), started_at, ss_matches=n_moving)
 
     def _packets(self, visit: int, detector: int) -> tuple[list[_ReadPacket], list[FailureRecord]]:
-        """The packets of one exposure that can be read and fit the table of alerts."""
+        """The packets of one exposure that can be read."""
         packets: list[_ReadPacket] = []
         failures: list[FailureRecord] = []
         for dia_source_id, place in self.reader.places(visit, detector):
@@ -124,8 +127,28 @@ class _ReadPacketsFn(beam.DoFn):
                 adapted = adapt_packet(decode_body(packet.schema, packet.body))
                 if (adapted.dia_source_id, adapted.visit, adapted.detector) != (dia_source_id, visit, detector):
                     raise PacketFormatError(f"{place.file} has changed: another packet lies there")
-                replayed_alerts([adapted], "", [""], self.delivery.filter_columns)
                 packets.append(_ReadPacket(adapted, message, packet_digest(packet.body)))
             except (OSError, PacketFormatError) as error:
                 failures.append(failure_of(error, STAGE, visit, detector, lost=f"packet {dia_source_id}"))
         return packets, failures
+
+    def _fitting(
+        self, visit: int, detector: int, packets: list[_ReadPacket]
+    ) -> tuple[list[_ReadPacket], pa.Table, list[FailureRecord]]:
+        """The packets that fit the columns filters ask for, and these; one by one only where they do not all fit."""
+        failures: list[FailureRecord] = []
+        try:
+            return packets, self._table(packets), failures
+        except PacketFormatError:
+            fitting = []
+        for packet in packets:
+            try:
+                self._table([packet])
+                fitting.append(packet)
+            except PacketFormatError as error:
+                lost = f"packet {packet.adapted.dia_source_id}"
+                failures.append(failure_of(error, STAGE, visit, detector, lost=lost))
+        return fitting, self._table(fitting), failures
+
+    def _table(self, packets: list[_ReadPacket]) -> pa.Table:
+        return adapted_table([packet.adapted.record for packet in packets], self.delivery.filter_columns)

@@ -42,6 +42,14 @@ class Run:
         files = sorted((self.out / "failures").glob("*.jsonl"))
         return [json.loads(line) for path in files for line in path.read_text().splitlines()]
 
+    def assert_refused(self, exit_code: int, *words: str) -> None:
+        """It ended with this exit code and a message, no traceback, that holds these words; nothing on stdout."""
+        assert self.exit_code == exit_code, self.stderr
+        assert self.stdout == ""
+        text = " ".join(self.stderr.split())
+        assert not [word for word in words if word not in text], text
+        assert "Traceback" not in text
+
     def files(self, *folders: str) -> dict[str, bytes]:
         """Contents of the files below folders of the output, by path."""
         paths = [path for folder in folders for path in sorted((self.out / folder).rglob("*")) if path.is_file()]

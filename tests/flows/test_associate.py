@@ -159,7 +159,9 @@ def test_a_second_run_into_the_same_folder_changes_no_byte_and_another_table_is_
     before = products(whole)
     again = associate(whole.out.parent / "t.parquet", whole.out)
     assert again.exit_code == 0 and products(again) == before
-    _refused(associate(written(tmp_path / "other.parquet", good_rows()[:9]), whole.out), 2, "output of another input")
+    associate(written(tmp_path / "other.parquet", good_rows()[:9]), whole.out).assert_refused(
+        2, "output of another input"
+    )
     assert products(again) == before
 
 
@@ -306,14 +308,6 @@ def test_a_table_of_bad_rows_only_ends_with_exit_code_0_and_no_alert(associate: 
 # --- refused before anything is written -----------------------------------------------------------------
 
 
-def _refused(run: Any, exit_code: int, *words: str) -> None:
-    assert run.exit_code == exit_code, run.stderr
-    assert run.stdout == ""
-    text = " ".join(run.stderr.split())
-    assert not [word for word in words if word not in text], text
-    assert "Traceback" not in text
-
-
 def _flipped(path: Path, place: int) -> bytes:
     content = bytearray(path.read_bytes())
     content[place] ^= 0xFF
@@ -331,7 +325,7 @@ def test_what_is_no_parquet_file_is_refused(associate: Any, tmp_path: Path, kind
     }
     path = tmp_path / "bad.parquet"
     path.write_bytes(contents[kind])
-    _refused(associate(path, tmp_path / "out"), 1, "bad.parquet: not a Parquet table")
+    associate(path, tmp_path / "out").assert_refused(1, "bad.parquet: not a Parquet table")
     assert not (tmp_path / "out").exists()
 
 
@@ -361,7 +355,7 @@ def test_a_table_without_the_columns_or_types_is_refused(
 ) -> None:
     path = tmp_path / "bad.parquet"
     pq.write_table(table, path)
-    _refused(associate(path, tmp_path / "out"), 1, "bad.parquet", words)
+    associate(path, tmp_path / "out").assert_refused(1, "bad.parquet", words)
     assert not (tmp_path / "out").exists()
 
 
@@ -383,14 +377,14 @@ def test_a_radius_that_is_none_is_refused(
     associate: Any, tmp_path: Path, radius: bytes, exit_code: int, words: str
 ) -> None:
     path = written(tmp_path / "t.parquet", good_rows(), radius)
-    _refused(associate(path, tmp_path / "out"), exit_code, words)
+    associate(path, tmp_path / "out").assert_refused(exit_code, words)
     assert not (tmp_path / "out").exists()
 
 
 def test_a_folder_a_missing_file_and_an_option_that_is_none_are_usage_errors(associate: Any, tmp_path: Path) -> None:
     (tmp_path / "folder.parquet").mkdir()
     good = written(tmp_path / "t.parquet", good_rows())
-    _refused(associate(tmp_path / "folder.parquet", tmp_path / "out"), 2, "is a directory")
-    _refused(associate(tmp_path / "nowhere.parquet", tmp_path / "out"), 2, "does not exist")
-    _refused(associate(good, tmp_path / "out", "--history", tmp_path / "folder.parquet"), 2, "holds no archive")
+    associate(tmp_path / "folder.parquet", tmp_path / "out").assert_refused(2, "is a directory")
+    associate(tmp_path / "nowhere.parquet", tmp_path / "out").assert_refused(2, "does not exist")
+    associate(good, tmp_path / "out", "--history", tmp_path / "folder.parquet").assert_refused(2, "holds no archive")
     assert not (tmp_path / "out").exists()

@@ -276,22 +276,14 @@ def test_failures_of_an_earlier_attempt_do_not_outlive_their_cause(
 # --- refused before anything is written -----------------------------------------------------------------
 
 
-def _refused(run: Any, exit_code: int, *words: str) -> None:
-    assert run.exit_code == exit_code, run.stderr
-    assert run.stdout == ""
-    text = " ".join(run.stderr.split())
-    assert not [word for word in words if word not in text], text
-    assert "Traceback" not in text
-
-
 def test_an_unknown_configuration_key_is_refused_with_file_key_and_allowed_keys(
     one_visit: Path, produce: Any, tmp_path: Path
 ) -> None:
     config = tmp_path / "mine.yaml"
     config.write_text("detection: {treshold_snr: 5.0}\n")
     run = produce(one_visit, tmp_path / "out", "--config", config)
-    _refused(
-        run, 2, "mine.yaml: detection: unknown key 'treshold_snr'", "max_sources, min_science_snr", "threshold_snr"
+    run.assert_refused(
+        2, "mine.yaml: detection: unknown key 'treshold_snr'", "max_sources, min_science_snr", "threshold_snr"
     )
     assert not (tmp_path / "out").exists()
 
@@ -301,10 +293,12 @@ def test_a_bad_broker_file_is_refused_with_file_key_and_allowed_values(
 ) -> None:
     brokers = tmp_path / "mine.yaml"
     brokers.write_text("brokers: [{name: a, topic: t, encoding: xml}]\n")
-    _refused(produce(one_visit, tmp_path / "out", "--brokers", brokers), 2, "mine.yaml", "encoding", "'rubin' or 'ocf'")
+    produce(one_visit, tmp_path / "out", "--brokers", brokers).assert_refused(
+        2, "mine.yaml", "encoding", "'rubin' or 'ocf'"
+    )
     brokers.write_text("brokers: [{name: a, stream: nobody.nothing}]\n")
     run = produce(one_visit, tmp_path / "out", "--brokers", brokers)
-    _refused(run, 2, "mine.yaml: broker a wants stream 'nobody.nothing'", "demo.bright-new", "full")
+    run.assert_refused(2, "mine.yaml: broker a wants stream 'nobody.nothing'", "demo.bright-new", "full")
     assert not (tmp_path / "out").exists()
 
 
@@ -315,46 +309,46 @@ def test_a_kafka_broker_that_does_not_answer_ends_the_run_soon_and_before_it_beg
     monkeypatch.setattr(running, "check_kafka", functools.partial(check_kafka, timeout_s=2.0))  # not to wait so long
     started = time.monotonic()
     run = produce(one_visit, tmp_path / "out", "--kafka", "localhost:1")
-    _refused(run, 1, "no Kafka broker answered at localhost:1 within 2 s")
+    run.assert_refused(1, "no Kafka broker answered at localhost:1 within 2 s")
     assert time.monotonic() - started < 2.0 + 3.0
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("kafka", ["localhost", "localhost:x", ":9092", "localhost:70000", ""])
 def test_an_address_that_is_none_is_a_usage_error(one_visit: Path, produce: Any, tmp_path: Path, kafka: str) -> None:
-    _refused(produce(one_visit, tmp_path / "out", "--kafka", kafka), 2, "expected none, embedded or HOST:PORT")
+    produce(one_visit, tmp_path / "out", "--kafka", kafka).assert_refused(2, "expected none, embedded or HOST:PORT")
 
 
 def test_a_night_that_is_not_there_is_refused(produce: Any, tmp_path: Path) -> None:
-    _refused(produce(tmp_path / "nowhere", tmp_path / "out"), 2, "nowhere", "does not exist")
+    produce(tmp_path / "nowhere", tmp_path / "out").assert_refused(2, "nowhere", "does not exist")
     (tmp_path / "empty").mkdir()
-    _refused(produce(tmp_path / "empty", tmp_path / "out"), 1, "no visits.jsonl in", "is it a night folder?")
+    produce(tmp_path / "empty", tmp_path / "out").assert_refused(1, "no visits.jsonl in", "is it a night folder?")
     (tmp_path / "empty" / "visits.jsonl").write_text("\n")
-    _refused(produce(tmp_path / "empty", tmp_path / "out"), 1, "visits.jsonl announces no visit")
+    produce(tmp_path / "empty", tmp_path / "out").assert_refused(1, "visits.jsonl announces no visit")
     assert not (tmp_path / "out").exists()
 
 
 def test_a_history_that_is_none_is_refused(one_visit: Path, produce: Any, first_run: Any, tmp_path: Path) -> None:
-    _refused(produce(one_visit, tmp_path / "out", "--history", one_visit), 2, "holds no archive", "--history")
+    produce(one_visit, tmp_path / "out", "--history", one_visit).assert_refused(2, "holds no archive", "--history")
     broken = tmp_path / "broken"
     shutil.copytree(first_run.out / "archive" / "dia_sources", broken / "archive" / "dia_sources")
     next((broken / "archive").rglob("*.parquet")).write_bytes(b"PAR1 and then nothing")
-    _refused(produce(one_visit, tmp_path / "out", "--history", broken), 2, "--history", "broken")
+    produce(one_visit, tmp_path / "out", "--history", broken).assert_refused(2, "--history", "broken")
     assert not (tmp_path / "out").exists()
-    _refused(produce(one_visit, first_run.out, "--history", first_run.out), 2, "is the output folder of this run")
+    produce(one_visit, first_run.out, "--history", first_run.out).assert_refused(2, "is the output folder of this run")
 
 
 def test_an_output_folder_that_cannot_be_used_is_refused(one_visit: Path, produce: Any, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
-    _refused(produce(one_visit, tmp_path / "file"), 2, "cannot be written")
-    _refused(produce(one_visit, tmp_path / "file" / "below"), 2, "cannot be written")
-    _refused(produce(one_visit, "/proc/nightstream-out"), 2, "/proc/nightstream-out cannot be written")  # root too
+    produce(one_visit, tmp_path / "file").assert_refused(2, "cannot be written")
+    produce(one_visit, tmp_path / "file" / "below").assert_refused(2, "cannot be written")
+    produce(one_visit, "/proc/nightstream-out").assert_refused(2, "/proc/nightstream-out cannot be written")  # root too
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "letter.txt").write_text("mine")
-    _refused(produce(one_visit, tmp_path / "other"), 2, "is not empty and not an output folder of nightstream")
+    produce(one_visit, tmp_path / "other").assert_refused(2, "is not empty and not an output folder of nightstream")
     assert [path.name for path in (tmp_path / "other").iterdir()] == ["letter.txt"]
     (tmp_path / "other" / ".nightstream.json").write_text("{")
-    _refused(produce(one_visit, tmp_path / "other"), 2, ".nightstream.json is broken")
+    produce(one_visit, tmp_path / "other").assert_refused(2, ".nightstream.json is broken")
 
 
 @pytest.mark.parametrize(
@@ -368,5 +362,5 @@ def test_an_output_folder_that_cannot_be_used_is_refused(one_visit: Path, produc
 def test_options_beam_does_not_know_are_a_usage_error(
     one_visit: Path, produce: Any, tmp_path: Path, options: tuple[str, ...], words: str
 ) -> None:
-    _refused(produce(one_visit, tmp_path / "out", *options), 2, words)
+    produce(one_visit, tmp_path / "out", *options).assert_refused(2, words)
     assert not (tmp_path / "out").exists()

@@ -225,20 +225,12 @@ def test_a_second_replay_changes_no_byte_and_other_packets_are_refused(
     again = replay(ztf_files[0], run.out, *settings)
     assert again.exit_code == 0, again.stderr
     assert again.files("brokers", "filters") == before and len(before) > 10
-    _refused(replay(ztf_files[0] / "0.avro", run.out, *settings), 2, "output of another input")
+    replay(ztf_files[0] / "0.avro", run.out, *settings).assert_refused(2, "output of another input")
     assert run.files("brokers", "filters") == before
     assert not [path for path in run.out.iterdir() if path.name in (".store", ".spool")]
 
 
 # --- bad files ------------------------------------------------------------------------------------------
-
-
-def _refused(run: Any, exit_code: int, *words: str) -> None:
-    assert run.exit_code == exit_code, run.stderr
-    assert run.stdout == ""
-    text = " ".join(run.stderr.split())
-    assert not [word for word in words if word not in text], text
-    assert "Traceback" not in text
 
 
 def _without(one: dict[str, Any], **candidate: Any) -> dict[str, Any]:
@@ -455,17 +447,17 @@ def test_only_bad_files_are_refused_with_reasons_and_leave_nothing_behind(
     wanted = _bad_files(tmp_path / "bad")[f"{name}.avro"]
     words = [wanted[1][0][1]] if wanted[1] else ["1 files hold none"]
     run = replay(tmp_path / "bad" / f"{name}.avro", tmp_path / "out", *settings)
-    _refused(run, 1, "no packet to replay", *words)
+    run.assert_refused(1, "no packet to replay", *words)
     assert not (tmp_path / "out").exists()
 
 
 def test_folders_without_packets_pipes_and_what_is_not_there_are_refused(replay: Any, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "notes.txt").write_text("no packets")
-    _refused(replay(tmp_path / "empty", tmp_path / "out"), 1, "no file named .avro")
+    replay(tmp_path / "empty", tmp_path / "out").assert_refused(1, "no file named .avro")
     os.mkfifo(tmp_path / "pipe.avro")
-    _refused(replay(tmp_path / "pipe.avro", tmp_path / "out"), 1, "neither a file nor a folder")
-    _refused(replay(tmp_path / "nowhere", tmp_path / "out"), 2, "does not exist")
+    replay(tmp_path / "pipe.avro", tmp_path / "out").assert_refused(1, "neither a file nor a folder")
+    replay(tmp_path / "nowhere", tmp_path / "out").assert_refused(2, "does not exist")
     assert not (tmp_path / "out").exists()
 
 
@@ -474,7 +466,7 @@ def test_packets_of_two_surveys_are_refused_with_a_file_of_each(
 ) -> None:
     (ours,) = [next((first_run.out / "archive" / "alerts").rglob("*.avro"))]
     run = replay([ours, ztf_files[0] / "0.avro"], tmp_path / "out")
-    _refused(run, 1, f"packets of lsst ({ours.name}) and ztf (0.avro): replay one survey at a time")
+    run.assert_refused(1, f"packets of lsst ({ours.name}) and ztf (0.avro): replay one survey at a time")
     assert not (tmp_path / "out").exists()
 
 
