@@ -62,7 +62,7 @@ from threadpoolctl import threadpool_limits
 
 from transforms.numerics import differencing
 from transforms.numerics.convolution import block_centres, convolve_spatially_varying
-from transforms.numerics.differencing import ImagePlanes
+from transforms.numerics.differencing import DECORRELATION_CELL_PIX, ImagePlanes
 from transforms.numerics.pair_simulation import REGIMES, SimulatedPair, simulate_pair
 from transforms.numerics.warping import CoordinateGrid, WarpedExposure, coordinate_grid, warp_exposure
 
@@ -160,7 +160,12 @@ def subtract_ours(task: Task) -> Difference:
         result = differencing.subtract(science, template)
         total = time.process_time() - begin
     seconds["the rest"] = total - sum(seconds.values())
-    return Difference(result.difference, result.white_variance, result.invalid, seconds)
+    cell_pix = DECORRELATION_CELL_PIX
+
+    def transfer(x: float, y: float) -> np.ndarray:
+        return np.asarray(result.decorrelation[int(y + 0.5) // cell_pix, int(x + 0.5) // cell_pix])
+
+    return Difference(result.difference, result.variance, result.invalid, seconds, transfer)
 
 
 @contextlib.contextmanager

@@ -24,7 +24,7 @@ from transforms.numerics.mask_growth import grown
 from transforms.numerics.psf_modelling import PsfEstimate, detect_sources, estimate_psf, psf_fwhm_pix
 
 _KERNEL_BLOCK_PIX = 32
-_DECORRELATION_CELL_PIX = 256
+DECORRELATION_CELL_PIX = 256
 _KERNEL_CORE_WEIGHT = 0.95  # of the kernel's absolute weight: nearer bad template pixels make a difference invalid
 _ISOLATION_FWHM = 2.0
 _LEAST_SIDE_PIX = 64
@@ -287,7 +287,7 @@ def _decorrelation_of_cells(
     template_variance: NDArray[np.float32],
     interpolated: bool,
 ) -> NDArray[np.float64]:
-    cells = _kernels_of_blocks(kernel, _DECORRELATION_CELL_PIX)
+    cells = _kernels_of_blocks(kernel, DECORRELATION_CELL_PIX)
     found = decorrelation_kernels(
         cells.reshape(-1, *cells.shape[2:]),
         _cell_medians(science_variance),
@@ -300,7 +300,7 @@ def _decorrelation_of_cells(
 def _cell_medians(plane: NDArray[np.float32]) -> NDArray[np.float64]:
     """Median of every fourth row and column of each cell, row by row."""
     ny, nx = plane.shape
-    side = _DECORRELATION_CELL_PIX
+    side = DECORRELATION_CELL_PIX
     corners = [(y, x) for y in range(0, ny, side) for x in range(0, nx, side)]
     return np.array([np.median(plane[y : y + side : 4, x : x + side : 4]) for y, x in corners], dtype=np.float64)
 
@@ -310,7 +310,7 @@ def _decorrelated(
 ) -> NDArray[np.float32]:
     """The difference convolved with a kernel per cell; unusable pixels reach no other and keep their values."""
     usable = np.where(unusable, np.float32(0.0), difference)
-    white = convolve_spatially_varying(usable, kernels, _DECORRELATION_CELL_PIX)
+    white = convolve_spatially_varying(usable, kernels, DECORRELATION_CELL_PIX)
     white[unusable] = difference[unusable]
     return white
 

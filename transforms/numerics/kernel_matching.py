@@ -52,6 +52,7 @@ _LARGEST_POSITION_CONDITION = 300.0
 _FWHM_TO_SIGMA = 2.3548
 _NOISE_SHARE = 0.9  # of what the template's noise adds to the normal matrix, that may be taken off
 _LEAST_GAIN = 0.003  # of held-out chi-square, for which a kernel may pass more of the template's noise
+_MOST_NOISE = 20.0  # times the template's, at any star: more is the solution of a nearly singular matrix
 _LESS_NOISE = (1.0, 0.9, 0.8, 0.65, 0.5, 0.3, 0.0)  # parts of it, tried until the matrix is positive
 _POWER_STEPS = 8
 _TILE = 4  # rows and columns of products that are summed at a time; as unrolled in `_products_of_rows`
@@ -331,13 +332,9 @@ def kernel_sigmas_pix(fwhm_science_pix: float, fwhm_template_pix: float) -> tupl
     return max(0.5 * middle, 0.7), middle, 2.0 * middle
 
 
-# What to choose from, simplest first. The delta basis, dear and with the most unknowns, is tried where the Gaussians
-# leave something to win: it follows any shape.
-KERNEL_MODELS = (
-    KernelModel("broad_gauss_hermite", 2),
-    KernelModel("broad_gauss_hermite", 3),
-    KernelModel("delta", 2),
-)
+# What to choose from, likeliest first: PSFs vary over a detector, and the few bright stars that would show it make the
+# residuals. The delta basis, dear and with the most unknowns, is tried where the Gaussians leave something to win.
+KERNEL_MODELS = (*(KernelModel("broad_gauss_hermite", order) for order in (2, 1, 0, 3)), KernelModel("delta", 2))
 
 
 def fit_matching_kernel(
@@ -365,9 +362,9 @@ def fit_matching_kernel(
     that leaves no solution): it makes a kernel blur too much, badly where the science image is the sharper one.
     Nothing is taken off if blank sky shows that the images share their noise.
 
-    Of several `models` the one is taken that does best on held-out stamps: the simplest (they come simplest first)
-    that is within one standard error of the best in the paired differences of chi-square. All see the same stamps. A
-    delta basis is skipped where a model before it leaves a held-out chi-square below 1.05.
+    Of several `models` (the likeliest come first) the first is taken whose chi-square of held-out stamps is within one
+    standard error of the best, in paired differences: all see the same stamps. A delta basis is skipped where a model
+    before it leaves a held-out chi-square below 1.05.
 
     Parameters
     ----------
@@ -379,7 +376,7 @@ def fit_matching_kernel(
     spatial_order : order of the kernel's polynomial, 0 to 3. Lowered until there are 4 stars per term (10 for a
         delta basis) and their positions tell the terms apart
     background_order : order of the differential background's polynomial, 0 to 2; not above the kernel's
-    models : what to choose from, simplest first, for instance `KERNEL_MODELS`; None for the Gauss-Hermite basis of
+    models : what to choose from, likeliest first, for instance `KERNEL_MODELS`; None for the Gauss-Hermite basis of
         27 functions and `spatial_order`, which else counts for nothing
 
     Returns
@@ -919,7 +916,7 @@ def _is_well_matched(trials: Sequence[_Trial]) -> bool:
 
 
 def _choice(trials: Sequence[_Trial]) -> tuple[_Trial, tuple[ModelScore, ...]]:
-    """The simplest model that is within its error of the best; scores of all, the chosen one first."""
+    """The first model that is within its error of the best; scores of all, the chosen one first."""
     chi2 = np.stack([trial.chi2 for trial in trials])
     least = chi2.min(axis=0)
     middle = np.median(least)
@@ -928,7 +925,7 @@ def _choice(trials: Sequence[_Trial]) -> tuple[_Trial, tuple[ModelScore, ...]]:
     chi2 = chi2[:, fit_to_judge]
     best = int(np.argmin(chi2.mean(axis=1)))
     chosen = best
-    for index in range(best):
+    for index in range(len(trials)):
         excess, error = _mean_and_error(chi2[index] - chi2[best])
         if excess <= error:
             chosen = index
@@ -968,10 +965,11 @@ def _fit_clipped(stamps: _Stamps, offered: NDArray[np.intp], plan: _Plan) -> _Fi
 
 
 def _solve_with_less_noise(stamps: _Stamps, used: NDArray[np.intp], plan: _Plan) -> _Fit:
-    """Solve; take less of the noise off where the matrix is not positive without it."""
+    """Solve; take less of the noise off where the matrix is not positive without it, or nearly singular."""
     for part in _LESS_NOISE:
-        fit = _solve(stamps, used, replace(plan, noise_share=part * plan.noise_share))
-        if fit is not None:
+        less = replace(plan, noise_share=part * plan.noise_share)
+        fit = _solve(stamps, used, less)
+        if fit is not None and (less.noise_share == 0 or _is_quiet(stamps, fit)):
             return fit
         if plan.noise_share == 0:
             break
@@ -1134,16 +1132,29 @@ def _reduced_chi2(stamps: _Stamps, fit: _Fit, which: NDArray[np.intp]) -> NDArra
 
     So it is mismatch, not noise, that tells kernels apart; the noise that passes is in the difference's variance.
     """
-    u, v = stamps.u[which], stamps.v[which]
-    terms = np.stack([u**i * v**j for i, j in _exponents(fit.plan.order)], axis=1)
-    local = np.einsum("st,ct->sc", terms, fit.coefficients)
+    local = _local_coefficients(stamps, fit, which)
     chi2 = stamps.square[which] - 2.0 * np.sum(local * stamps.right[which], axis=1)
     chi2 += _quadratic_forms(stamps.gram, which, local)
     if stamps.noise.any():
-        own = np.zeros(len(which), dtype=np.intp)
-        passed = _quadratic_forms(stamps.noise[np.newaxis], own, local)
-        chi2 += stamps.noise_sum[which] * (stamps.noise_factor - passed)
+        chi2 += stamps.noise_sum[which] * (stamps.noise_factor - _noise_passed(stamps, fit, which))
     return np.asarray(chi2 / stamps.n_pixels[which])
+
+
+def _is_quiet(stamps: _Stamps, fit: _Fit) -> bool:
+    most = _MOST_NOISE * fit.coefficients[0, 0] ** 2
+    return bool(np.all(_noise_passed(stamps, fit, fit.used) <= most))
+
+
+def _noise_passed(stamps: _Stamps, fit: _Fit, which: NDArray[np.intp]) -> NDArray[np.float64]:
+    """Variance of the convolved template over that of the template, at stamps."""
+    local = _local_coefficients(stamps, fit, which)
+    return _quadratic_forms(stamps.noise[np.newaxis], np.zeros(len(which), dtype=np.intp), local)
+
+
+def _local_coefficients(stamps: _Stamps, fit: _Fit, which: NDArray[np.intp]) -> NDArray[np.float64]:
+    u, v = stamps.u[which], stamps.v[which]
+    terms = np.stack([u**i * v**j for i, j in _exponents(fit.plan.order)], axis=1)
+    return np.asarray(np.einsum("st,ct->sc", terms, fit.coefficients))
 
 
 @njit(cache=True, fastmath=_FAST_MATH)
