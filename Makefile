@@ -5,10 +5,10 @@ BIN := $(VENV)/bin
 NIGHTS := nights
 
 .DEFAULT_GOAL := help
-.PHONY: help setup night test test-real check format bench lock clean flink-setup flink-test
+.PHONY: help setup night test test-real test-oracles check format bench lock clean flink-setup flink-test
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
 
 setup: $(VENV)/.warm ## make .venv from the lock file and compile the kernels
 
@@ -36,6 +36,10 @@ test: setup ## run the tests
 
 test-real: setup ## run the long tests on whole sets of precursor data
 	$(BIN)/python -m pytest -m real_data
+
+test-oracles: setup ## run the tests that compare with other libraries, which this adds to .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-oracles.txt
+	$(BIN)/python -m pytest $(wildcard tests/*/test_*_oracle.py)
 
 check: setup ## lint, formatting, types, import rules
 	$(BIN)/ruff check .
