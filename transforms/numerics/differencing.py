@@ -21,7 +21,7 @@ from transforms.numerics.kernel_matching import (
     select_kernel_stars,
 )
 from transforms.numerics.mask_growth import grown
-from transforms.numerics.psf_modelling import PsfEstimate, detect_sources, estimate_psf, psf_fwhm_pix
+from transforms.numerics.psf_modelling import PsfEstimate, detect_sources, estimate_psf, psf_fwhm_pix, remeasured
 
 _KERNEL_BLOCK_PIX = 32
 DECORRELATION_CELL_PIX = 256
@@ -168,7 +168,12 @@ def subtract(
 
     sources = detect_sources(science_sky.image, science_variance, science_bad)
     science_psf = _known_psf(science) or estimate_psf(science_sky.image, science_variance, science_bad, sources)
-    template_psf = _known_psf(template) or estimate_psf(template_pixels, template_variance, template_bad)
+    template_psf = _known_psf(template) or estimate_psf(
+        template_pixels,
+        template_variance,
+        template_bad,
+        remeasured(sources, template_pixels, template_variance, template_bad),
+    )
     half = kernel_half_width_pix(science_psf.fwhm_pix, template_psf.fwhm_pix)
     near_bad_template = grown(template_bad, half // 2, outside=True)
     stars = select_kernel_stars(
@@ -345,14 +350,14 @@ def _filled(image: NDArray[np.float32], missing: NDArray[np.bool_]) -> NDArray[n
     """
     filled = np.where(missing, np.float32(0.0), image)
     rows, columns = np.nonzero(missing)
-    _fill_from_rim(filled, missing.astype(np.int64), rows, columns, _FILL_DEPTH_PIX)
+    _fill_from_rim(filled, missing.astype(np.uint8), rows, columns, _FILL_DEPTH_PIX)
     return filled
 
 
 @njit(cache=True)
 def _fill_from_rim(
     image: NDArray[np.float32],
-    depth: NDArray[np.int64],
+    depth: NDArray[np.uint8],
     rows: NDArray[np.int64],
     columns: NDArray[np.int64],
     n_passes: int,

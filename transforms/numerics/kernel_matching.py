@@ -175,8 +175,8 @@ class KernelSolution:
         """Kernels at positions (n,) in pixels; returns (n, k, k)."""
         terms = _position_terms(x, y, self.shape, self.spatial_order)
         side = self.basis.shape[1]
-        local = np.einsum("nt,bt->nb", terms, self.coefficients)
-        kernels = np.einsum("nb,bp->np", local, self.basis.reshape(len(self.basis), -1))
+        images = np.einsum("bt,bp->tp", self.coefficients, self.basis.reshape(len(self.basis), -1))
+        kernels = np.einsum("nt,tp->np", terms, images)  # terms are fewer than basis functions
         return kernels.reshape(-1, side, side)
 
     def subtract_background(self, image: NDArray[np.float32]) -> None:
@@ -296,8 +296,9 @@ def select_kernel_stars(
     column, row = np.rint(sources.x).astype(np.intp), np.rint(sources.y).astype(np.intp)
     usable = (sources.snr >= min_snr) & (sources.snr <= max_snr) & sources.clean
     usable &= (column >= margin) & (column < nx - margin) & (row >= margin) & (row < ny - margin)
-    near_bad = ndimage.maximum_filter(science_bad | template_bad, _CORE_BOX_PIX)
-    usable[usable] &= ~near_bad[row[usable], column[usable]]
+    core = np.arange(_CORE_BOX_PIX) - _CORE_BOX_PIX // 2
+    cores = row[usable][:, None, None] + core[:, None], column[usable][:, None, None] + core
+    usable[usable] = ~(science_bad[cores] | template_bad[cores]).any(axis=(1, 2))
     cell_pix = max(math.sqrt(ny * nx / _N_CELLS), _LEAST_CELL_PIX)
     positions = np.column_stack((sources.x, sources.y))
     tree = cKDTree(positions) if len(positions) else None
