@@ -55,36 +55,58 @@ def subtract_background(
     ------
     BackgroundError : shapes differ, a box is too small, or no box has enough unmasked pixels
     """
-    image, mask = np.asarray(image), np.asarray(mask, dtype=np.bool_)
-    if image.ndim != 2 or image.shape != mask.shape or box_pix < 8:
-        raise BackgroundError(f"image of shape {image.shape}, mask of shape {mask.shape}, boxes of {box_pix} pixels")
-    left_out = mask | ~np.isfinite(image)
-    if not _any_box_is_half_used(left_out, box_pix):  # sep then returns zeros and says nothing
-        raise BackgroundError(
-            f"no box of {box_pix} pixels is half usable: {np.count_nonzero(left_out)} of {left_out.size} pixels are "
-            "masked or not finite"
-        )
-    pixels = np.where(left_out, 0.0, image).astype(np.float32, order="C")
-    estimate = sep.Background(pixels, mask=np.ascontiguousarray(left_out), bw=box_pix, bh=box_pix)
+    estimate = _estimated(image, mask, box_pix)
     background = estimate.back(dtype=np.float32)
     return BackgroundSubtraction(
-        image=image.astype(np.float32, order="C") - background,
+        image=np.subtract(image, background, dtype=np.float32),
         background=background,
         level=float(background.mean(dtype=np.float64)),
         rms=float(estimate.globalrms),
     )
 
 
+def measure_background(image: NDArray[np.floating], mask: NDArray[np.bool_], box_pix: int = 128) -> NDArray[np.float32]:
+    """The background alone, (ny, nx) float32, finite everywhere.
+
+    Parameters, Raises : as `subtract_background`
+    """
+    return np.asarray(_estimated(image, mask, box_pix).back(dtype=np.float32))
+
+
+def _estimated(image: NDArray[np.floating], mask: NDArray[np.bool_], box_pix: int) -> sep.Background:
+    image, mask = np.asarray(image), np.asarray(mask, dtype=np.bool_)
+    if image.ndim != 2 or image.shape != mask.shape or box_pix < 8:
+        raise BackgroundError(f"image of shape {image.shape}, mask of shape {mask.shape}, boxes of {box_pix} pixels")
+    image = image.astype(image.dtype.newbyteorder("="), copy=False)
+    pixels, left_out = np.empty(image.shape, dtype=np.float32), np.empty(image.shape, dtype=np.bool_)
+    if not _copy_used(image, mask, box_pix, pixels, left_out):  # sep then returns zeros and says nothing
+        raise BackgroundError(
+            f"no box of {box_pix} pixels is half usable: {np.count_nonzero(left_out)} of {left_out.size} pixels are "
+            "masked or not finite"
+        )
+    return sep.Background(pixels, mask=left_out, bw=box_pix, bh=box_pix)
+
+
 @njit(cache=True)
-def _any_box_is_half_used(left_out: NDArray[np.bool_], box_pix: int) -> bool:
-    ny, nx = left_out.shape
+def _copy_used(
+    image: NDArray[np.floating],
+    mask: NDArray[np.bool_],
+    box_pix: int,
+    pixels: NDArray[np.float32],
+    left_out: NDArray[np.bool_],
+) -> bool:
+    """Copy with zeros where pixels are masked or not finite; True if a box has half of its pixels."""
+    ny, nx = image.shape
+    any_is_half_used = False
     for y in range(0, ny, box_pix):
         for x in range(0, nx, box_pix):
             height, width = min(box_pix, ny - y), min(box_pix, nx - x)
             n_used = 0
             for row in range(y, y + height):
                 for column in range(x, x + width):
-                    n_used += not left_out[row, column]
-            if 2 * n_used >= height * width:
-                return True
-    return False
+                    used = (not mask[row, column]) & np.isfinite(image[row, column])
+                    n_used += used
+                    left_out[row, column] = not used
+                    pixels[row, column] = np.float32(image[row, column]) if used else np.float32(0.0)
+            any_is_half_used |= 2 * n_used >= height * width
+    return any_is_half_used
