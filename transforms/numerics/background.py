@@ -55,10 +55,10 @@ def subtract_background(
     ------
     BackgroundError : shapes differ, a box is too small, or no box has enough unmasked pixels
     """
-    estimate = _estimated(image, mask, box_pix)
+    estimate, pixels = _estimated(image, mask, box_pix)
     background = estimate.back(dtype=np.float32)
     return BackgroundSubtraction(
-        image=np.subtract(image, background, dtype=np.float32),
+        image=np.subtract(image, background, out=pixels, casting="same_kind"),  # a new plane costs as much as a pass
         background=background,
         level=float(background.mean(dtype=np.float64)),
         rms=float(estimate.globalrms),
@@ -70,10 +70,13 @@ def measure_background(image: NDArray[np.floating], mask: NDArray[np.bool_], box
 
     Parameters, Raises : as `subtract_background`
     """
-    return np.asarray(_estimated(image, mask, box_pix).back(dtype=np.float32))
+    return np.asarray(_estimated(image, mask, box_pix)[0].back(dtype=np.float32))
 
 
-def _estimated(image: NDArray[np.floating], mask: NDArray[np.bool_], box_pix: int) -> sep.Background:
+def _estimated(
+    image: NDArray[np.floating], mask: NDArray[np.bool_], box_pix: int
+) -> tuple[sep.Background, NDArray[np.float32]]:
+    """The fitted background, and a plane that is not needed any more."""
     image, mask = np.asarray(image), np.asarray(mask, dtype=np.bool_)
     if image.ndim != 2 or image.shape != mask.shape or box_pix < 8:
         raise BackgroundError(f"image of shape {image.shape}, mask of shape {mask.shape}, boxes of {box_pix} pixels")
@@ -84,7 +87,7 @@ def _estimated(image: NDArray[np.floating], mask: NDArray[np.bool_], box_pix: in
             f"no box of {box_pix} pixels is half usable: {np.count_nonzero(left_out)} of {left_out.size} pixels are "
             "masked or not finite"
         )
-    return sep.Background(pixels, mask=left_out, bw=box_pix, bh=box_pix)
+    return sep.Background(pixels, mask=left_out, bw=box_pix, bh=box_pix), pixels
 
 
 @njit(cache=True)

@@ -166,7 +166,8 @@ def subtract(
     template_sky = subtract_background(template.image, template_bad, parameters.background_box_pix)
     science_variance = _finite_plane(science.variance, science_bad)
     template_variance = _finite_plane(template.variance, template_bad)
-    template_pixels = _filled(template_sky.image, template_bad)
+    template_pixels = template_sky.image
+    _fill(template_pixels, template_bad)
 
     sources = detect_sources(science_sky.image, science_variance, science_bad)
     science_psf = _known_psf(science) or estimate_psf(science_sky.image, science_variance, science_bad, sources)
@@ -209,7 +210,7 @@ def subtract(
     variance += science_variance
     invalid = grown(template_bad, _core_radius_pix(kernels), outside=True)
     unusable = _mark_unmeasured(science.image, science.variance, science_bad, invalid)
-    difference = science_sky.image - matched
+    difference = np.subtract(science_sky.image, matched, out=science_sky.image)  # a new plane costs as much as a pass
     kernel.subtract_background(difference)
     difference -= _background_left_over(difference, unusable, parameters.background_box_pix)
     white = convolve_spatially_varying(difference, decorrelation, DECORRELATION_CELL_PIX, left_out=unusable)
@@ -409,15 +410,14 @@ def _core_radius_pix(kernels: NDArray[np.float64]) -> int:
     return radius_of_part(np.abs(kernels.mean(axis=(0, 1))), _KERNEL_CORE_WEIGHT)
 
 
-def _filled(image: NDArray[np.float32], missing: NDArray[np.bool_]) -> NDArray[np.float32]:
-    """Image with missing pixels replaced from the rim inwards: like their neighbours near it, 0 far from it.
+def _fill(image: NDArray[np.float32], missing: NDArray[np.bool_]) -> None:
+    """Replace missing pixels from the rim inwards: like their neighbours near it, 0 far from it.
 
     A zero in a saturated core would leak through the kernel's wings with the full brightness of the star.
     """
-    filled = np.where(missing, np.float32(0.0), image)
     rows, columns = np.nonzero(missing)
-    _fill_from_rim(filled, missing.astype(np.uint8), rows, columns, _FILL_DEPTH_PIX)
-    return filled
+    image[rows, columns] = 0.0
+    _fill_from_rim(image, missing.astype(np.uint8), rows, columns, _FILL_DEPTH_PIX)
 
 
 @njit(cache=True)
