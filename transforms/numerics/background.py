@@ -10,6 +10,9 @@ from numba import njit
 from numpy.typing import NDArray
 
 
+_LEVEL_STEP_PIX = 8  # a smooth background's mean needs no more
+
+
 class BackgroundError(ValueError):
     """A background that cannot be measured; the message says how many pixels there were."""
 
@@ -20,16 +23,21 @@ class BackgroundSubtraction:
 
     Attributes
     ----------
-    image : (ny, nx) float32, background subtracted; NaN where the input is
-    background : (ny, nx) float32, finite everywhere
+    image : (ny, nx) float32, background subtracted; not finite where the input is not
     level : mean background, image's unit
     rms : mean noise of the sky, image's unit
+    spline : evaluates the background
     """
 
     image: NDArray[np.float32]
-    background: NDArray[np.float32]
     level: float
     rms: float
+    spline: sep.Background
+
+    @property
+    def background(self) -> NDArray[np.float32]:
+        """(ny, nx) float32, finite everywhere."""
+        return np.asarray(self.spline.back(dtype=np.float32))
 
 
 def subtract_background(
@@ -55,50 +63,47 @@ def subtract_background(
     ------
     BackgroundError : shapes differ, a box is too small, or no box has enough unmasked pixels
     """
-    estimate, pixels = _estimated(image, mask, box_pix)
-    background = estimate.back(dtype=np.float32)
-    return BackgroundSubtraction(
-        image=np.subtract(image, background, out=pixels, casting="same_kind"),  # a new plane costs as much as a pass
-        background=background,
-        level=float(background.mean(dtype=np.float64)),
-        rms=float(estimate.globalrms),
-    )
-
-
-def measure_background(image: NDArray[np.floating], mask: NDArray[np.bool_], box_pix: int = 128) -> NDArray[np.float32]:
-    """The background alone, (ny, nx) float32, finite everywhere.
-
-    Parameters, Raises : as `subtract_background`
-    """
-    return np.asarray(_estimated(image, mask, box_pix)[0].back(dtype=np.float32))
-
-
-def _estimated(
-    image: NDArray[np.floating], mask: NDArray[np.bool_], box_pix: int
-) -> tuple[sep.Background, NDArray[np.float32]]:
-    """The fitted background, and a plane that is not needed any more."""
     image, mask = np.asarray(image), np.asarray(mask, dtype=np.bool_)
     if image.ndim != 2 or image.shape != mask.shape or box_pix < 8:
         raise BackgroundError(f"image of shape {image.shape}, mask of shape {mask.shape}, boxes of {box_pix} pixels")
-    image = image.astype(image.dtype.newbyteorder("="), copy=False)
-    pixels, left_out = np.empty(image.shape, dtype=np.float32), np.empty(image.shape, dtype=np.bool_)
-    if not _copy_used(image, mask, box_pix, pixels, left_out):  # sep then returns zeros and says nothing
+    pixels = np.array(image, dtype=np.float32, order="C")
+    spline = subtract_background_in_place(pixels, mask, box_pix)
+    every = (slice(None, None, _LEVEL_STEP_PIX),) * 2
+    return BackgroundSubtraction(
+        image=pixels,
+        level=float(np.nanmean(image[every].astype(np.float64) - pixels[every])),
+        rms=float(spline.globalrms),
+        spline=spline,
+    )
+
+
+def subtract_background_in_place(
+    image: NDArray[np.float32], mask: NDArray[np.bool_], box_pix: int = 128
+) -> sep.Background:
+    """The same, on a C-contiguous float32 image in place: a new plane costs more than the arithmetic.
+
+    Parameters, Raises : as `subtract_background`; an image for which it raises is left as it was
+
+    Returns
+    -------
+    sep.Background that was subtracted
+    """
+    left_out = np.empty(image.shape, dtype=np.bool_)
+    if not _mark_left_out(image, mask, box_pix, left_out):  # sep then returns zeros and says nothing
         raise BackgroundError(
             f"no box of {box_pix} pixels is half usable: {np.count_nonzero(left_out)} of {left_out.size} pixels are "
             "masked or not finite"
         )
-    return sep.Background(pixels, mask=left_out, bw=box_pix, bh=box_pix), pixels
+    spline = sep.Background(image, mask=left_out, bw=box_pix, bh=box_pix)
+    spline.subfrom(image)
+    return spline
 
 
 @njit(cache=True)
-def _copy_used(
-    image: NDArray[np.floating],
-    mask: NDArray[np.bool_],
-    box_pix: int,
-    pixels: NDArray[np.float32],
-    left_out: NDArray[np.bool_],
+def _mark_left_out(
+    image: NDArray[np.float32], mask: NDArray[np.bool_], box_pix: int, left_out: NDArray[np.bool_]
 ) -> bool:
-    """Copy with zeros where pixels are masked or not finite; True if a box has half of its pixels."""
+    """Mark pixels that are masked or not finite; True if a box has half of its pixels."""
     ny, nx = image.shape
     any_is_half_used = False
     for y in range(0, ny, box_pix):
@@ -110,6 +115,5 @@ def _copy_used(
                     used = (not mask[row, column]) & np.isfinite(image[row, column])
                     n_used += used
                     left_out[row, column] = not used
-                    pixels[row, column] = np.float32(image[row, column]) if used else np.float32(0.0)
             any_is_half_used |= 2 * n_used >= height * width
     return any_is_half_used

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -9,7 +10,7 @@ from numba import njit
 from numpy.typing import NDArray
 from scipy.signal import fftconvolve
 
-from transforms.numerics.background import BackgroundError, measure_background, subtract_background
+from transforms.numerics.background import BackgroundError, subtract_background, subtract_background_in_place
 from transforms.numerics.convolution import block_centres, convolve_spatially_varying
 from transforms.numerics.decorrelation import decorrelation_kernels, radius_of_part
 from transforms.numerics.kernel_matching import (
@@ -24,6 +25,7 @@ from transforms.numerics.mask_growth import grown
 from transforms.numerics.psf_modelling import PsfEstimate, detect_sources, estimate_psf, psf_fwhm_pix, remeasured
 
 _KERNEL_BLOCK_PIX = 32
+_VARIANCE_BLOCK_PIX = 64
 DECORRELATION_CELL_PIX = 256
 _KERNEL_CORE_WEIGHT = 0.95  # of the kernel's absolute weight: nearer bad template pixels make a difference invalid
 _VARIANCE_WEIGHT = 0.999  # of the squared kernel's weight
@@ -206,15 +208,17 @@ def subtract(
     kernels = _kernels_of_blocks(kernel, _KERNEL_BLOCK_PIX)
     matched = convolve_spatially_varying(template_pixels, kernels, _KERNEL_BLOCK_PIX)
     decorrelation = _decorrelation_of_cells(kernel, science_variance, template_variance, template.interpolated)
-    variance = convolve_spatially_varying(template_variance, _passed_variance(kernels, kernel), _KERNEL_BLOCK_PIX)
+    variance = convolve_spatially_varying(template_variance, _passed_variance(kernel), _VARIANCE_BLOCK_PIX)
     variance += science_variance
     invalid = grown(template_bad, _core_radius_pix(kernels), outside=True)
     unusable = _mark_unmeasured(science.image, science.variance, science_bad, invalid)
     difference = np.subtract(science_sky.image, matched, out=science_sky.image)  # a new plane costs as much as a pass
     kernel.subtract_background(difference)
-    difference -= _background_left_over(difference, unusable, parameters.background_box_pix)
+    with contextlib.suppress(BackgroundError):  # too few pixels are left to measure what is left of it
+        subtract_background_in_place(difference, unusable, parameters.background_box_pix)
     white = convolve_spatially_varying(difference, decorrelation, DECORRELATION_CELL_PIX, left_out=unusable)
-    science_pixels = _finish_planes(difference, matched, unusable, invalid, white, variance)
+    science_pixels = difference  # what becomes of it
+    _finish_planes(science_pixels, matched, unusable, invalid, white, variance)
     return DifferenceResult(
         difference=white,
         variance=variance,
@@ -290,11 +294,24 @@ def _mark_bad(
 
 
 def _finite_plane(variance: NDArray[np.floating], bad: NDArray[np.bool_]) -> NDArray[np.float32]:
-    """Variance with the median of the good pixels where it is unusable."""
+    """Variance with the median of the good pixels where it is unusable; no copy if all is well."""
+    if variance.dtype == np.float32 and _is_noisy_everywhere(variance):
+        return np.asarray(variance)
     sample = variance[::4, ::4][~bad[::4, ::4]]
     plane = np.empty(variance.shape, dtype=np.float32)
     _copy_noisy(variance, np.float32(np.median(sample if len(sample) else variance[~bad])), plane)
     return plane
+
+
+@njit(cache=True)
+def _is_noisy_everywhere(variance: NDArray[np.floating]) -> bool:
+    for y in range(variance.shape[0]):
+        usable = True
+        for x in range(variance.shape[1]):
+            usable &= (variance[y, x] > 0) & (variance[y, x] < np.inf)
+        if not usable:
+            return False
+    return True
 
 
 @njit(cache=True)
@@ -342,12 +359,12 @@ def _cell_medians(plane: NDArray[np.float32]) -> NDArray[np.float64]:
     return np.array([np.median(plane[y : y + side : 4, x : x + side : 4]) for y, x in corners], dtype=np.float64)
 
 
-def _passed_variance(kernels: NDArray[np.float64], kernel: KernelSolution) -> NDArray[np.float64]:
+def _passed_variance(kernel: KernelSolution) -> NDArray[np.float64]:
     """What the template's variance is convolved with: squared kernels of the sum of the kernel's sum squared.
 
     Their wings, a thousandth, are cut off: squares need a quarter of the kernel's pixels.
     """
-    squares = np.square(kernels)
+    squares = np.square(_kernels_of_blocks(kernel, _VARIANCE_BLOCK_PIX))
     side = squares.shape[2]
     cut = side // 2 - radius_of_part(squares.mean(axis=(0, 1)), _VARIANCE_WEIGHT)
     squares = squares[:, :, cut : side - cut, cut : side - cut]
@@ -376,33 +393,21 @@ def _finish_planes(
     invalid: NDArray[np.bool_],
     white: NDArray[np.float32],
     variance: NDArray[np.float32],
-) -> NDArray[np.float32]:
-    """Unusable pixels keep their difference, invalid ones nothing; returns the science image without background."""
-    science = np.empty_like(difference)
+) -> None:
+    """Unusable pixels keep their difference, invalid ones nothing; `difference` becomes the science image again."""
     for y in range(difference.shape[0]):
         for x in range(difference.shape[1]):
-            science[y, x] = difference[y, x] + matched[y, x]
             if unusable[y, x]:
                 white[y, x] = difference[y, x]
+            difference[y, x] += matched[y, x]
             if invalid[y, x]:
-                white[y, x] = science[y, x] = np.nan
+                white[y, x] = difference[y, x] = np.nan
                 variance[y, x] = np.inf
-    return science
 
 
 def _convolved_psf(psf: NDArray[np.floating], kernel: NDArray[np.float64]) -> NDArray[np.float64]:
     convolved = fftconvolve(psf, kernel, mode="same")
     return np.asarray(convolved / convolved.sum())
-
-
-def _background_left_over(
-    difference: NDArray[np.float32], left_out: NDArray[np.bool_], box_pix: int
-) -> NDArray[np.float32] | float:
-    """Smooth background of a difference; none where too few pixels are left to measure it."""
-    try:
-        return measure_background(difference, left_out, box_pix)
-    except BackgroundError:
-        return 0.0
 
 
 def _core_radius_pix(kernels: NDArray[np.float64]) -> int:

@@ -407,10 +407,9 @@ def fit_matching_kernel(
     _require_stars(len(kept), len(star_x), "with whole stamps and like flux ratios")
     x, y = np.rint(star_x[kept]).astype(np.intp), np.rint(star_y[kept]).astype(np.intp)
     noise_factor = ratio**2 * _noise_factor(fwhm_science_pix, fwhm_template_pix)
-    good_science, weight = np.empty_like(science), np.empty_like(science)
-    model_error = _MODEL_ERROR * ratio
-    _weigh(science, science_variance, template, template_variance, bad, noise_factor, model_error, good_science, weight)
-    images = good_science, template, weight
+    weight = np.empty_like(science)
+    _weigh(science_variance, template, template_variance, bad, noise_factor, _MODEL_ERROR * ratio, weight)
+    images = science if np.isfinite(science).all() else np.where(bad, 0.0, science), template, weight
     correlation = _template_noise(science, science_variance, template, template_variance, bad)
     stamps_of: dict[str, tuple[_Basis, _Stamps]] = {}
     trials: list[_Trial] = []
@@ -466,22 +465,19 @@ def fit_matching_kernel(
 
 @njit(cache=True)
 def _weigh(
-    science: NDArray[np.floating],
     science_variance: NDArray[np.floating],
     template: NDArray[np.floating],
     template_variance: NDArray[np.floating],
     bad: NDArray[np.bool_],
     noise_factor: float,
     model_error: float,
-    good_science: NDArray[np.floating],
     weight: NDArray[np.floating],
 ) -> None:
-    """Fill the science image's pixels and their weights, both 0 where bad."""
+    """Fill the weights of pixels, 0 where bad."""
     for y in range(bad.shape[0]):
         for x in range(bad.shape[1]):
             variance = science_variance[y, x] + noise_factor * template_variance[y, x]
             variance += (model_error * template[y, x]) ** 2
-            good_science[y, x] = 0.0 if bad[y, x] else science[y, x]
             weight[y, x] = 0.0 if bad[y, x] else 1.0 / variance
 
 
