@@ -223,11 +223,12 @@ def detect_sources(
     noise2 = np.ascontiguousarray(variance, dtype=np.float32)
     found = extract_sources(pixels, noise2, mask)
     reach = np.maximum(6.0 * found.major, 6.0)
+    at_centre = np.rint(found.y).astype(np.intp), np.rint(found.x).astype(np.intp)
     return DetectedSources(
         x=found.x,
         y=found.y,
         flux=found.flux,
-        snr=found.flux / np.sqrt(found.noise2),
+        snr=found.flux / np.sqrt(noise2[at_centre] * found.n_pix),
         half_light_radius_pix=half_light_radii(pixels, mask, found.x, found.y, found.flux, reach),
         ellipticity=1.0 - found.minor / found.major,
         clean=~found.at_edge & _has_good_core(mask, found.x, found.y),

@@ -26,7 +26,7 @@ class ExtractedSources:
     ----------
     x, y : float64, flux-weighted mean position, pixels, 0-based
     flux : float64, sum of the source's pixels
-    noise2 : float64, sum of their variances
+    n_pix : int64, number of them
     major, minor : float64, root mean square extent along the axes, pixels
     at_edge : bool, a pixel of it lies at the image's edge
     """
@@ -34,7 +34,7 @@ class ExtractedSources:
     x: NDArray[np.float64]
     y: NDArray[np.float64]
     flux: NDArray[np.float64]
-    noise2: NDArray[np.float64]
+    n_pix: NDArray[np.int64]
     major: NDArray[np.float64]
     minor: NDArray[np.float64]
     at_edge: NDArray[np.bool_]
@@ -74,7 +74,7 @@ def extract_sources(
     brightest_first = np.argsort(-values, kind="stable")
     source = _flooded(places, values, sigmas, brightest_first, image.shape[1], min_pix, contrast, saddle_snr)
     n_sources = int(source.max(initial=-1)) + 1
-    sums, at_edge = _summed(places, values, sigmas, source, n_sources, image.shape)
+    sums, at_edge = _summed(places, values, source, n_sources, image.shape)
     kept, flux = np.flatnonzero(sums[:, 0] >= min_pix), sums[:, 1]
     x, y, xx, yy, xy = (sums[kept, column] / flux[kept] for column in range(2, 7))
     xx, yy, xy = xx - x * x, yy - y * y, xy - x * y
@@ -83,7 +83,7 @@ def extract_sources(
         x=x + sums[kept, 7],
         y=y + sums[kept, 8],
         flux=flux[kept],
-        noise2=sums[kept, 9],
+        n_pix=sums[kept, 0].astype(np.int64),
         major=np.sqrt(mean + half),
         minor=np.sqrt(np.maximum(mean - half, 0.0)),
         at_edge=at_edge[kept],
@@ -207,14 +207,13 @@ def _neighbours(places: NDArray[np.int64], nx: int) -> NDArray[np.int32]:
 def _summed(
     places: NDArray[np.int64],
     values: NDArray[np.float32],
-    sigmas: NDArray[np.float32],
     source: NDArray[np.int32],
     n_sources: int,
     shape: tuple[int, int],
 ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-    """Number, flux, its moments of first and second order about an origin, that (x, y), variance; touches the edge."""
+    """Number, flux, its moments of first and second order about an origin, that (x, y); whether the edge is touched."""
     ny, nx = shape
-    sums, at_edge = np.zeros((n_sources, 10)), np.zeros(n_sources, dtype=np.bool_)
+    sums, at_edge = np.zeros((n_sources, 9)), np.zeros(n_sources, dtype=np.bool_)
     for pixel in range(len(places)):
         row, column = places[pixel] // nx, places[pixel] % nx
         own = sums[source[pixel]]
@@ -228,7 +227,6 @@ def _summed(
         own[4] += value * u * u
         own[5] += value * v * v
         own[6] += value * u * v
-        own[9] += float(sigmas[pixel]) ** 2
         if row == 0 or column == 0 or row == ny - 1 or column == nx - 1:
             at_edge[source[pixel]] = True
     return sums, at_edge
