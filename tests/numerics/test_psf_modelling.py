@@ -289,8 +289,8 @@ def test_detected_sources_are_the_stars() -> None:
     exposure = expose(rng, render(SHAPE, stars, 4.0), sky=0.0, sky_variance=400.0)
     sources = detect_sources(exposure.image, exposure.variance, exposure.bad)
     order = [1, 2, 0]
-    # isophotal centroids: which of its 12 or so rim pixels, 1.5 FWHM out, of a third of sqrt(12) / 80 of the flux belong
-    # to the faintest star is chance: 6 / 80 beside FWHM / S/N = 4 / 80, two sigma
+    # centroid error is about fwhm / S/N = 4 / 80 at worst; which of 30 rim pixels of 3 sigma, 5 pixels out, lie above
+    # the threshold adds 5 / sqrt(2) * 60 * sqrt(30 / 4) / 2e4 = 0.03: three sigma of both
     np.testing.assert_allclose(sources.x, stars.x[order], atol=0.2)
     np.testing.assert_allclose(sources.y, stars.y[order], atol=0.2)
     assert sources.clean.all()

@@ -9,7 +9,6 @@ import sep
 from numba import njit
 from numpy.typing import NDArray
 
-
 _LEVEL_STEP_PIX = 8  # a smooth background's mean needs no more
 
 

@@ -265,8 +265,8 @@ def _checked_bad(name: str, planes: ImagePlanes) -> NDArray[np.bool_]:
     n_good = bad.size - np.count_nonzero(bad)
     if n_good == 0:
         raise UnusableImageError(
-            f"{name} has no good pixel: {n_finite / bad.size:.1%} are finite, {n_noisy / bad.size:.1%} have a positive, "
-            f"finite variance, {np.mean(planes.bad):.1%} are marked bad"
+            f"{name} has no good pixel: {n_finite / bad.size:.1%} are finite, {n_noisy / bad.size:.1%} have a "
+            f"positive, finite variance, {np.mean(planes.bad):.1%} are marked bad"
         )
     if lowest == highest:
         raise UnusableImageError(f"all {n_good} good pixels of the {name} have the value {lowest:g}")

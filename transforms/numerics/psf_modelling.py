@@ -253,7 +253,9 @@ def remeasured(
     mask = np.ascontiguousarray(bad, dtype=np.bool_)
     pixels = np.ascontiguousarray(image, dtype=np.float32)
     reach = 3.0 * np.maximum(sources.half_light_radius_pix, 1.0)
-    flux, noise2 = circle_sums(pixels, np.ascontiguousarray(variance, dtype=np.float32), mask, sources.x, sources.y, reach)
+    flux, noise2 = circle_sums(
+        pixels, np.ascontiguousarray(variance, dtype=np.float32), mask, sources.x, sources.y, reach
+    )
     kept = np.flatnonzero((flux > 0) & (noise2 > 0))
     kept = kept[np.lexsort((sources.x[kept], sources.y[kept], -flux[kept]))]
     x, y, flux = sources.x[kept], sources.y[kept], flux[kept]
