@@ -3,6 +3,7 @@
 Layout of a file: `IMAGE` (or the primary HDU) float32 with the WCS, `MASK` int32 with
 `MP_<PLANE>` cards giving bit numbers, `VARIANCE` float32 in BUNIT squared, `PSF` an odd square
 image summing to 1. Pixels are converted to nJy on reading; mask planes to the fixed bits below.
+A card `NINTERP` of `VARIANCE` says that the noise is not white: how often it was interpolated.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ MAX_STORED_BITS = 63
 J2000 = 2000.0
 MIN_SIDE_PIX = 32
 MIN_PSF_SIDE_PIX = 3
+MAX_INTERPOLATED = 16
 MAX_ABS_MAG_ZERO = 60.0  # beyond, nJy no longer fit float32
 
 
@@ -67,6 +69,8 @@ class Exposure:
     wcs : celestial WCS, 0-based pixels with `origin=0`
     psf : (k, k) float64 with k odd and sum 1, or None when the file has none
     notes : what was missing in the file and had to be estimated
+    interpolated : how many times the noise was interpolated, a mean for a stack; the variance is then that of white
+        noise which gives sums over several pixels the error they have
     """
 
     image: np.ndarray
@@ -75,6 +79,7 @@ class Exposure:
     wcs: WCS
     psf: np.ndarray | None
     notes: tuple[str, ...] = ()
+    interpolated: float = 0.0
 
 
 def mask_bits(*planes: str) -> int:
@@ -176,7 +181,22 @@ def _exposure_from_hdus(hdus: fits.HDUList, name: str) -> Exposure:
     mask[unusable] |= mask_bits("NO_DATA")
     variance[unusable] = np.inf
     image[unusable] = np.nan
-    return Exposure(image, variance, mask, wcs, _read_psf(planes.get("PSF"), name), tuple(notes))
+    return Exposure(
+        image,
+        variance,
+        mask,
+        wcs,
+        _read_psf(planes.get("PSF"), name),
+        tuple(notes),
+        _read_interpolated(planes.get("VARIANCE"), name),
+    )
+
+
+def _read_interpolated(hdu: fits.ImageHDU | None, name: str) -> float:
+    number = 0.0 if hdu is None else hdu.header.get("NINTERP", 0.0)
+    if isinstance(number, bool) or not isinstance(number, (int, float)) or not 0 <= number <= MAX_INTERPOLATED:
+        raise ExposureError(f"{name}: NINTERP must be a number in [0, {MAX_INTERPOLATED}], got {number!r}")
+    return float(number)
 
 
 def _read_wcs(header: fits.Header, shape: tuple[int, int], name: str) -> WCS:
@@ -298,6 +318,8 @@ def write_exposure(path: Path, exposure: Exposure, *, header: dict[str, object] 
             mask_header[f"MP_{plane}"] = bit
     variance_header = fits.Header()
     variance_header["BUNIT"] = "nJy2"
+    if exposure.interpolated > 0:
+        variance_header["NINTERP"] = (exposure.interpolated, "times the noise was interpolated")
     hdus = [
         fits.PrimaryHDU(),
         fits.ImageHDU(np.asarray(exposure.image, dtype=np.float32), image_header, name="IMAGE"),
