@@ -134,6 +134,31 @@ def read_exposure(path: str | Path) -> Exposure:
         raise ExposureError(f"{path.name}: broken FITS file: {type(error).__name__}: {error}") from error
 
 
+def read_grid(path: str | Path) -> tuple[WCS, tuple[int, int]]:
+    """WCS and shape (ny, nx) of an exposure, from its headers alone.
+
+    Raises
+    ------
+    ExposureError : missing or broken file, no two-dimensional image, no WCS in (ra, dec)
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ExposureError(f"{path.name}: no such file: {path}")
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=AstropyWarning)
+            with open_unpacked(path) as stream, fits.open(stream, memmap=False, lazy_load_hdus=False) as hdus:
+                image_hdu = _image_hdu(hdus)
+                if image_hdu is None or image_hdu.header.get("NAXIS") != 2:
+                    raise ExposureError(f"{path.name}: no two-dimensional image in the file")
+                shape = (int(image_hdu.header["NAXIS2"]), int(image_hdu.header["NAXIS1"]))
+                return _read_wcs(image_hdu.header, shape, path.name), shape
+    except ExposureError:
+        raise
+    except Exception as error:  # astropy raises many kinds on broken bytes
+        raise ExposureError(f"{path.name}: broken FITS file: {type(error).__name__}: {error}") from error
+
+
 def open_unpacked(path: Path) -> BinaryIO:
     """The file to read FITS from: unpacked here, as astropy takes a packed file cut short for a short one.
 
@@ -152,10 +177,7 @@ def open_unpacked(path: Path) -> BinaryIO:
 def _exposure_from_hdus(hdus: fits.HDUList, name: str) -> Exposure:
     notes: list[str] = []
     planes = {hdu.name: hdu for hdu in hdus}
-    image_hdu = planes.get("IMAGE")
-    if image_hdu is None or image_hdu.data is None:
-        known = ("MASK", "VARIANCE", "PSF")
-        image_hdu = next((hdu for hdu in hdus if hdu.name not in known and _is_image(hdu)), None)
+    image_hdu = _image_hdu(hdus)
     if image_hdu is None:
         raise ExposureError(f"{name}: no image in the file")
     if image_hdu.data.ndim != 2:
@@ -197,6 +219,13 @@ def _read_interpolated(hdu: fits.ImageHDU | None, name: str) -> float:
     if isinstance(number, bool) or not isinstance(number, (int, float)) or not 0 <= number <= MAX_INTERPOLATED:
         raise ExposureError(f"{name}: NINTERP must be a number in [0, {MAX_INTERPOLATED}], got {number!r}")
     return float(number)
+
+
+def _image_hdu(hdus: fits.HDUList) -> fits.hdu.base.ExtensionHDU | None:
+    """`IMAGE`, or the first image that is nothing else we know."""
+    named = [hdu for hdu in hdus if hdu.name == "IMAGE" and _is_image(hdu)]
+    known = ("MASK", "VARIANCE", "PSF")
+    return next(iter(named[-1:] + [hdu for hdu in hdus if hdu.name not in known and _is_image(hdu)]), None)
 
 
 def _read_wcs(header: fits.Header, shape: tuple[int, int], name: str) -> WCS:

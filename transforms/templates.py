@@ -1,8 +1,7 @@
 """Templates from exposures: what an exposure is worth, which go into which template, and the template itself. No Beam.
 
-A template belongs to one band and one detector of a field, and lies on the pixels of one of the exposures, with a margin
-so that dithered exposures find all of it. Everything that follows here depends on the exposures alone, not on their
-order.
+A template belongs to one band and one detector of a field, and lies on the pixels of one of the exposures, with a
+margin so that dithered exposures find all of it. What comes out depends on the exposures, not on their order.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from scipy.spatial import cKDTree
 
 from schemas.exposures import AB_ZERO_POINT_NJY, Exposure, mask_bits, read_exposure
 from transforms.numerics.background import subtract_background
-from transforms.numerics.image_stacking import ExposureToStack, StackedExposure, stack_on_grid
+from transforms.numerics.image_stacking import ExposureToStack, StackedExposure, StackingError, stack_on_grid
 from transforms.numerics.psf_modelling import PsfEstimationError, estimate_psf, fit_psf_model, psf_fwhm_pix
 from transforms.numerics.registration import MIN_MATCHES, RegistrationError, StarList, find_stars
 from transforms.numerics.warping import wcs_coordinate_grid
@@ -44,7 +43,7 @@ _MATCH_PIX = 3.0
 _MAX_OFFSET_FWHM = 0.5
 _LEAST_EXPECTED = 20  # stars that must be where the WCS says before it is judged
 _LEAST_FOUND = 0.25  # of them
-_TRUSTED_RATIO = 0.02  # zero points are believed as far as stars agree with them to this
+_TRUSTED_RATIO = 0.05  # zero points stand unless stars say otherwise; apertures in other seeing are wrong by 2 %
 _FWHM_TO_SIGMA = 1.0 / 2.3548
 
 
@@ -221,7 +220,7 @@ def _fields(ordered: Sequence[MeasuredExposure]) -> list[list[MeasuredExposure]]
     for one in ordered:
         for members in fields:
             same = members[0].listed.detector == one.listed.detector
-            if same and _overlap(_centre(members[0]), one) == 1.0:
+            if same and _covered(_centre(members[0]), one) == 1.0:
                 members.append(one)
                 break
         else:
@@ -241,8 +240,8 @@ def _plan(
             raise NoTemplateBuiltError(f"{what}: visit {config.grid_visit}, asked for as grid, is not there")
         grid = named[0]
     origin, shape = _with_margin(grid, group)
-    sky = _sky_lattice(grid, origin, shape)
-    overlapping = [one for one in everything if _overlap(sky, one) >= _LEAST_OVERLAP]
+    sky = sky_lattice(wcs_of(grid.wcs_header), shape, origin)
+    overlapping = [one for one in everything if _covered(sky, one) >= _LEAST_OVERLAP]
     chosen, left_out = _good_ones(overlapping, config)
     if len(chosen) < config.min_exposures:
         why = f"; left out: {', '.join(left_out)}" if left_out else ""
@@ -250,9 +249,7 @@ def _plan(
     instrument = re.sub(r"\W+", "_", grid.listed.instrument).lower()
     grid_ra, grid_dec = (float(value[0]) for value in _centre(grid))
     name = f"{instrument}_{grid.listed.band}_{grid.listed.detector:03d}_{grid_ra:.4f}{grid_dec:+.4f}"
-    return TemplatePlan(
-        name, grid.listed.detector, grid, origin, shape, tuple(chosen), tuple(left_out), config
-    )
+    return TemplatePlan(name, grid.listed.detector, grid, origin, shape, tuple(chosen), tuple(left_out), config)
 
 
 def _good_ones(
@@ -266,7 +263,8 @@ def _good_ones(
         sharp = ranked[(len(ranked) - 1) // 4].fwhm_arcsec
         limit = max(_SEEING_RANGE * sharp, ranked[min(config.min_exposures, len(ranked)) - 1].fwhm_arcsec)
     noise = _NOISE_RANGE * float(np.median([one.variance for one in ranked]))
-    chosen, left_out = [], []
+    chosen: list[MeasuredExposure] = []
+    left_out: list[str] = []
     for one in ranked:
         if one.fwhm_arcsec > limit:
             left_out.append(f"{one.name} (seeing {one.fwhm_arcsec:.2f} arcsec, at most {limit:.2f})")
@@ -284,21 +282,29 @@ def _centre(one: MeasuredExposure) -> tuple[NDArray[np.float64], NDArray[np.floa
     return ra % 360.0, dec
 
 
-def _sky_lattice(
-    grid: MeasuredExposure, origin: tuple[int, int], shape: tuple[int, int]
+def sky_lattice(
+    wcs: WCS, shape: tuple[int, int], origin: tuple[int, int] = (0, 0)
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Positions (ra, dec) of 17 x 17 pixels spread over an image from edge to edge."""
     x, y = np.meshgrid(
         origin[0] + np.linspace(0, shape[1] - 1, _LATTICE), origin[1] + np.linspace(0, shape[0] - 1, _LATTICE)
     )
-    ra, dec = wcs_of(grid.wcs_header).all_pix2world(x.ravel(), y.ravel(), 0)
+    ra, dec = wcs.all_pix2world(x.ravel(), y.ravel(), 0)
     return ra, dec
 
 
-def _overlap(sky: tuple[NDArray[np.float64], NDArray[np.float64]], one: MeasuredExposure) -> float:
-    """Part of the positions that lie on an exposure."""
-    x, y = _pixels(wcs_of(one.wcs_header), *sky)
-    ny, nx = one.shape
-    return float(np.mean((x >= 0) & (y >= 0) & (x <= nx - 1) & (y <= ny - 1)))
+def overlap(sky: tuple[NDArray[np.float64], NDArray[np.float64]], wcs: WCS, shape: tuple[int, int]) -> float:
+    """Part of the positions (ra, dec) that lie on an image, 0 to 1."""
+    x, y = _pixels(wcs, *sky)
+    return float(np.mean(_inside(x, y, shape)))
+
+
+def _inside(x: NDArray[np.float64], y: NDArray[np.float64], shape: tuple[int, int]) -> NDArray[np.bool_]:
+    return np.asarray((x >= 0) & (y >= 0) & (x <= shape[1] - 1) & (y <= shape[0] - 1))
+
+
+def _covered(sky: tuple[NDArray[np.float64], NDArray[np.float64]], one: MeasuredExposure) -> float:
+    return overlap(sky, wcs_of(one.wcs_header), one.shape)
 
 
 def _pixels(
@@ -312,15 +318,13 @@ def _pixels(
     return x, y
 
 
-def _with_margin(
-    grid: MeasuredExposure, group: Sequence[MeasuredExposure]
-) -> tuple[tuple[int, int], tuple[int, int]]:
+def _with_margin(grid: MeasuredExposure, group: Sequence[MeasuredExposure]) -> tuple[tuple[int, int], tuple[int, int]]:
     """Origin and shape of the grid that holds the exposures of a field, up to half a side beyond each edge."""
     wcs = wcs_of(grid.wcs_header)
     ny, nx = grid.shape
     left, low, right, top = 0.0, 0.0, nx - 1.0, ny - 1.0
     for one in group:
-        x, y = _pixels(wcs, *_sky_lattice(one, (0, 0), one.shape))
+        x, y = _pixels(wcs, *sky_lattice(wcs_of(one.wcs_header), one.shape))
         if np.isfinite(x).all():
             left, right = min(left, float(x.min())), max(right, float(x.max()))
             low, top = min(low, float(y.min())), max(top, float(y.max()))
@@ -344,21 +348,35 @@ def build_template(plan: TemplatePlan) -> BuiltTemplate:
     """Read, match and stack the exposures of a plan.
 
     An exposure whose stars are not where its WCS says is left out. Fluxes are scaled where stars show that a zero
-    point is off by more than 2 %.
+    point is off by more than 5 %.
 
     Raises
     ------
-    ExposureError, BackgroundError, StackingError, WarpError : from the steps
-    NoTemplateBuiltError : too few exposures are left
+    ExposureError, BackgroundError, WarpError : from the steps
+    NoTemplateBuiltError : too few exposures are left, or one of them has no pixel in the grid
     """
     wcs = shifted_wcs(read_exposure(plan.grid.listed.path).wcs, plan.origin)
-    scale_arcsec = _pixel_scale_arcsec(wcs, plan.shape)
     used: list[dict[str, Any]] = []
     left_out = list(plan.left_out)
+    try:
+        stack = stack_on_grid(_prepared(plan, wcs, used, left_out), plan.shape, min_exposures=plan.config.min_exposures)
+    except StackingError as error:
+        raise NoTemplateBuiltError(f"{plan.name}: {error}; left out: {', '.join(left_out) or 'none'}") from error
+    for facts, weight in zip(used, stack.weights, strict=True):
+        facts["weight"] = round(float(weight), 5)
+    exposure = exposure_of_stack(stack, wcs)
+    return BuiltTemplate(exposure, _record(plan, exposure, stack, used, left_out))
+
+
+def _prepared(
+    plan: TemplatePlan, wcs: WCS, used: list[dict[str, Any]], left_out: list[str]
+) -> Iterator[ExposureToStack]:
+    """Exposures one by one, the sharpest first; what is to be told of them goes into `used` and `left_out`."""
+    scale_arcsec = _pixel_scale_arcsec(wcs, plan.shape)
     first: tuple[StarList, WCS] | None = None
-    prepared = []
     for one in plan.exposures:
-        exposure = read_exposure(one.listed.path)
+        listed = one.listed
+        exposure = read_exposure(listed.path)
         stars = _stars(exposure)
         try:
             ratio = 1.0 if stars is None or first is None else _flux_ratio(first, stars, exposure)
@@ -367,8 +385,6 @@ def build_template(plan: TemplatePlan) -> BuiltTemplate:
             continue
         if first is None and stars is not None:
             first = stars, exposure.wcs
-        prepared.append(exposure_to_stack(exposure, wcs, plan.shape, ratio, one.fwhm_arcsec / scale_arcsec))
-        listed = one.listed
         used.append(
             {
                 "visit": listed.visit,
@@ -379,16 +395,7 @@ def build_template(plan: TemplatePlan) -> BuiltTemplate:
                 "flux_ratio": round(ratio, 5),
             }
         )
-    if len(prepared) < plan.config.min_exposures:
-        raise NoTemplateBuiltError(
-            f"{plan.name}: {len(prepared)} exposures, {plan.config.min_exposures} are needed; left out: "
-            + ", ".join(left_out)
-        )
-    stack = stack_on_grid(prepared, plan.shape, min_exposures=plan.config.min_exposures)
-    for facts, weight in zip(used, stack.weights, strict=True):
-        facts["weight"] = round(float(weight), 5)
-    exposure = exposure_of_stack(stack, wcs)
-    return BuiltTemplate(exposure, _record(plan, exposure, stack, used, left_out, scale_arcsec))
+        yield exposure_to_stack(exposure, wcs, plan.shape, ratio, one.fwhm_arcsec / scale_arcsec)
 
 
 def exposure_to_stack(
@@ -446,8 +453,7 @@ def _flux_ratio(first: tuple[StarList, WCS], stars: StarList, exposure: Exposure
     reference, wcs = first
     ra, dec = wcs.all_pix2world(reference.x, reference.y, 0)
     x, y = _pixels(exposure.wcs, ra, dec)
-    ny, nx = exposure.image.shape
-    expected = np.flatnonzero((x >= 0) & (y >= 0) & (x <= nx - 1) & (y <= ny - 1))
+    expected = np.flatnonzero(_inside(x, y, (exposure.image.shape[0], exposure.image.shape[1])))
     if len(expected) == 0:
         return 1.0
     here = np.column_stack((x[expected], y[expected]))
@@ -475,7 +481,6 @@ def _record(
     stack: StackedExposure,
     used: list[dict[str, Any]],
     left_out: list[str],
-    scale_arcsec: float,
 ) -> dict[str, Any]:
     fwhm_pix = math.nan if exposure.psf is None else psf_fwhm_pix(exposure.psf)
     filled = np.isfinite(exposure.image)
@@ -495,7 +500,7 @@ def _record(
         "n_exposures": len(used),
         "filled": round(float(filled.mean()), 4),
         "mean_depth": round(float(stack.n_used.mean(dtype=np.float64)), 3),
-        "fwhm_arcsec": round(fwhm_pix * scale_arcsec, 4) if known else None,
+        "fwhm_arcsec": round(fwhm_pix * _pixel_scale_arcsec(exposure.wcs, plan.shape), 4) if known else None,
         "depth_5sigma_mag": round(AB_ZERO_POINT_NJY - 2.5 * math.log10(noise), 3) if known else None,
         "exposures": used,
         "left_out": left_out,

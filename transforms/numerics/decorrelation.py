@@ -5,8 +5,9 @@ interpolation that put it onto the science grid. A further kernel undoes both, f
 
     phi(k)^2 = (v_S + r^2 v_T) / (v_S + v_T |K(k)|^2 |W(k)|^2n)
 
-with the variances v of a pixel, the matching kernel K of sum r, and the transfer W of the interpolation, which the noise
-went through n times: a stack's pixels once more than those of a single exposure. The difference convolved with phi has the variance v_S + r^2 v_T in every pixel, no covariance, and the PSF P_S * phi.
+with the variances v of a pixel, the matching kernel K of sum r, and the transfer W of the interpolation, which the
+noise went through n times: that of a stack once more than that of a single exposure. The difference convolved with phi
+has the variance v_S + r^2 v_T in every pixel, no covariance, and the PSF P_S * phi.
 """
 
 from __future__ import annotations

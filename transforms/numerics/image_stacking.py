@@ -2,8 +2,8 @@
 
     T(x, y) = sum_k w_k I_k / sum_k w_k,    I_k = warp(exposure_k - background_k) / flux ratio_k
 
-with one weight for all pixels of an exposure, 1 over its variance, so that bright stars have the same PSF as faint ones,
-and with what only one exposure shows left out.
+with one weight for all pixels of an exposure, 1 over its variance, so that bright stars have the same PSF as faint
+ones, and with what only one exposure shows left out.
 """
 
 from __future__ import annotations
