@@ -8,6 +8,7 @@ ones, and with what only one exposure shows left out.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -201,7 +202,7 @@ def stack_exposures(
 
         |I_k - M| > clip_sigma sqrt(v_k) + (model_error + |1 - (fwhm / fwhm_k)^2|) L,
 
-    with the median M, L the largest M within one FWHM, and the median fwhm of the exposures: the second term is what
+    with the median M, L the largest M within a little more than half a FWHM, and the median fwhm of the exposures: the second term is what
     another seeing does to a star at its core (peaks go with the inverse square) and, by L, in its wings. So are its
     neighbours, up to 3 pixels away, where they exceed half of that. Where half of the exposures or more would go,
     nothing is left out: there the sky itself varies.
@@ -247,7 +248,7 @@ def stack_exposures(
     shape = (images.shape[1], images.shape[2])
     median, n_given = np.zeros(shape, dtype=np.float32), np.zeros(shape, dtype=np.int16)
     _medians(images, good, median, n_given)
-    brightest = ndimage.maximum_filter(np.maximum(median, 0.0), 2 * max(round(usual), 1) + 1)
+    brightest = ndimage.maximum_filter(np.maximum(median, 0.0), 2 * math.floor(0.5 * usual + 1.0) + 1)
     outlier = np.zeros(images.shape, dtype=np.uint8)
     _find_outliers(images, variances, good, median, n_given, brightest, clip_sigma, tolerance, outlier)
     for _ in range(_OUTLIER_GROWTH):
