@@ -237,7 +237,9 @@ def test_stack_has_the_flux_of_its_unit_and_the_depth_of_all_exposures() -> None
     scales = np.array([1.0, 0.5, 2.0, 1.3, 0.9, 1.1])
     exposures = dithered(4, scales)
     stack = stack_on_grid(exposures, BIG, min_exposures=3)
-    alone = stack_on_grid([replace(exposures[0], grid=affine_grid(np.eye(3)[:2], BIG, (0.0, 0.0)))], BIG, min_exposures=1)
+    alone = stack_on_grid(
+        [replace(exposures[0], grid=affine_grid(np.eye(3)[:2], BIG, (0.0, 0.0)))], BIG, min_exposures=1
+    )
     inner = np.s_[20:-20, 20:-20]
     # equal depth whatever the unit: six equal weights, a sixth of the variance
     np.testing.assert_allclose(stack.weights, 1 / 6, rtol=0.02)
