@@ -202,10 +202,10 @@ def stack_exposures(
 
         |I_k - M| > clip_sigma sqrt(v_k) + (model_error + |1 - (fwhm / fwhm_k)^2|) L,
 
-    with the median M, L the largest M within a little more than half a FWHM, and the median fwhm of the exposures: the second term is what
-    another seeing does to a star at its core (peaks go with the inverse square) and, by L, in its wings. So are its
-    neighbours, up to 3 pixels away, where they exceed half of that. Where half of the exposures or more would go,
-    nothing is left out: there the sky itself varies.
+    with the median M, L the largest M within a little more than half a FWHM, and the median fwhm of the exposures: the
+    second term is what another seeing does to a star at its core (peaks go with the inverse square) and, by L, in its
+    wings. So are its neighbours, up to 3 pixels away, where they exceed half of that. Where half of the exposures or
+    more would go, nothing is left out: there the sky itself varies.
 
     Parameters
     ----------
