@@ -16,6 +16,7 @@ from schemas.claim_check import ImageStore
 from schemas.elements import DetectorVisit, StageElement, SubtractedExposure
 from schemas.exposures import MASK_BITS, Exposure, mask_bits, read_exposure
 from transforms.failures import FAILED, StageFn, failed_in, failure_of
+from transforms.numerics.decorrelation import interpolation_count
 from transforms.numerics.differencing import DifferenceResult, ImagePlanes, SubtractionParameters, subtract
 from transforms.numerics.warping import warp_exposure, wcs_coordinate_grid
 
@@ -126,10 +127,11 @@ def subtract_detector(element: DetectorVisit, config: SubtractionConfig, started
         template.image, template.variance, template.mask, grid, science.image.shape, mask_bits("NO_DATA")
     )
     template_bad = warped.no_data | ((warped.mask & mask_bits("BAD", "SAT", "CR")) != 0)
+    interpolated = template.interpolated + interpolation_count(warped.variance, warped.white_variance)
     science_bad = (science.mask & mask_bits("BAD", "SAT", "CR", "NO_DATA")) != 0
     result = subtract(
         ImagePlanes(science.image, science.variance, science_bad, science.psf),
-        ImagePlanes(warped.image, warped.white_variance, template_bad, template.psf, interpolated=True),
+        ImagePlanes(warped.image, warped.white_variance, template_bad, template.psf, interpolated),
         config.parameters(),
     )
     mask = _joined_mask(science, warped.mask, result.invalid)

@@ -49,15 +49,15 @@ class ImagePlanes:
     variance : (ny, nx) floating, square of the image's unit
     bad : (ny, nx) bool, pixels not to measure on: saturated, defective, hit, no data
     psf : (k, k) floating, k odd, sum 1; None to have it measured
-    interpolated : brought onto this grid by `warping.warp_exposure`; the variance is then that before interpolation
-        (`WarpedExposure.white_variance`)
+    interpolated : how many times `warping.warp_exposure` interpolated its noise (`decorrelation.interpolation_count`);
+        above 0 the variance is that before interpolation (`WarpedExposure.white_variance`)
     """
 
     image: NDArray[np.floating]
     variance: NDArray[np.floating]
     bad: NDArray[np.bool_]
     psf: NDArray[np.floating] | None = None
-    interpolated: bool = False
+    interpolated: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -285,7 +285,7 @@ def _decorrelation_of_cells(
     kernel: KernelSolution,
     science_variance: NDArray[np.float32],
     template_variance: NDArray[np.float32],
-    interpolated: bool,
+    interpolated: float,
 ) -> NDArray[np.float64]:
     cells = _kernels_of_blocks(kernel, DECORRELATION_CELL_PIX)
     found = decorrelation_kernels(
