@@ -8,7 +8,6 @@ name and renamed; where it exists already it is left alone, as a second writing 
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import struct
 import threading
@@ -36,7 +35,8 @@ class ClaimCheckError(OSError):
 class StoredExposure:
     """One exposure in the image store. Variances are infinite where a pixel must not be used.
 
-    `psf` and `science_psf` are the PSFs of difference and science image, odd squares with sum 1.
+    `psf` and `science_psf` are the PSFs of difference and science image in their cells, (cells_y, cells_x, k, k)
+    float32.
     """
 
     wcs: WCS
@@ -68,7 +68,7 @@ class ImageStore:
         psf: np.ndarray,
         science_psf: np.ndarray,
     ) -> None:
-        """Write the four planes of `PLANES`, all (ny, nx) float32, with WCS header text and PSFs."""
+        """Write the four planes of `PLANES`, all (ny, nx) float32, with WCS header text and the PSFs of cells."""
         path = self.path(visit, detector)
         if path.exists():
             return
@@ -86,8 +86,9 @@ class ImageStore:
             for index, plane in enumerate(planes):
                 stored[index] = plane
             stored.schunk.vlmeta["wcs"] = wcs_text
-            for name, image in (("psf", psf), ("science_psf", science_psf)):
-                stored.schunk.vlmeta[name] = np.ascontiguousarray(image, dtype=np.float64).tobytes()
+            for name, images in (("psf", psf), ("science_psf", science_psf)):
+                pixels = np.ascontiguousarray(images, dtype="<f4").tobytes()
+                stored.schunk.vlmeta[name] = {"shape": list(images.shape), "pixels": pixels}
             del stored
 
     def open(self, visit: int, detector: int) -> StoredExposure:
@@ -98,16 +99,14 @@ class ImageStore:
         try:
             pixels = blosc2.open(str(path), mode="r", dparams=blosc2.DParams(nthreads=1))
             meta = pixels.schunk.vlmeta
-            psf, science_psf = (_square(np.frombuffer(meta[name])) for name in ("psf", "science_psf"))
+            psf, science_psf = (
+                np.frombuffer(images["pixels"], dtype="<f4").reshape(images["shape"])
+                for images in (meta["psf"], meta["science_psf"])
+            )
             wcs = WCS(fits.Header.fromstring(meta["wcs"], sep="\n"))
-        except (RuntimeError, KeyError, ValueError) as error:
+        except (RuntimeError, KeyError, TypeError, ValueError) as error:
             raise ClaimCheckError(f"stored image of visit {visit} detector {detector} is broken: {error}") from error
         return StoredExposure(wcs, psf, science_psf, (pixels.shape[1], pixels.shape[2]), pixels)
-
-
-def _square(values: np.ndarray) -> np.ndarray:
-    side = math.isqrt(len(values))
-    return values.reshape(side, side)
 
 
 def write_blobs(path: Path, keys: np.ndarray, rows: Sequence[Sequence[bytes]]) -> None:
