@@ -22,6 +22,7 @@ from astropy.io import fits
 from astropy.wcs import WCS
 
 PLANES = ("difference", "difference_variance", "science", "science_variance")
+_PSF_NAMES = ("psf", "science_psf")
 _CHUNK_PIX = 128
 _MAGIC = b"NSBLOB01"
 _COUNT = struct.Struct("<II")
@@ -52,12 +53,15 @@ class StoredExposure:
 
 @dataclass(frozen=True)
 class ImageStore:
-    """Chunked, compressed pixels of each (visit, detector) under `root`."""
+    """Chunked, compressed pixels of each (visit, detector) under `root`, and beside them the PSFs as they are."""
 
     root: str
 
     def path(self, visit: int, detector: int) -> Path:
         return Path(self.root) / str(visit) / f"{detector:03d}.b2nd"
+
+    def psf_path(self, visit: int, detector: int, name: str) -> Path:
+        return self.path(visit, detector).with_name(f"{detector:03d}.{name}.npy")
 
     def write(
         self,
@@ -86,10 +90,10 @@ class ImageStore:
             for index, plane in enumerate(planes):
                 stored[index] = plane
             stored.schunk.vlmeta["wcs"] = wcs_text
-            for name, images in (("psf", psf), ("science_psf", science_psf)):
-                pixels = np.ascontiguousarray(images, dtype="<f4").tobytes()
-                stored.schunk.vlmeta[name] = {"shape": list(images.shape), "pixels": pixels}
             del stored
+            for name, images in zip(_PSF_NAMES, (psf, science_psf), strict=True):
+                with _renamed_when_whole(self.psf_path(visit, detector, name)) as other, other.open("wb") as stream:
+                    np.save(stream, np.ascontiguousarray(images, dtype="<f4"))
 
     def open(self, visit: int, detector: int) -> StoredExposure:
         """Open one exposure for reading by window; ClaimCheckError when it is not there."""
@@ -98,13 +102,11 @@ class ImageStore:
             raise ClaimCheckError(f"no stored image of visit {visit} detector {detector}: {path.name} is missing")
         try:
             pixels = blosc2.open(str(path), mode="r", dparams=blosc2.DParams(nthreads=1))
-            meta = pixels.schunk.vlmeta
             psf, science_psf = (
-                np.frombuffer(images["pixels"], dtype="<f4").reshape(images["shape"])
-                for images in (meta["psf"], meta["science_psf"])
+                np.asarray(np.load(self.psf_path(visit, detector, name), mmap_mode="r")) for name in _PSF_NAMES
             )
-            wcs = WCS(fits.Header.fromstring(meta["wcs"], sep="\n"))
-        except (RuntimeError, KeyError, TypeError, ValueError) as error:
+            wcs = WCS(fits.Header.fromstring(pixels.schunk.vlmeta["wcs"], sep="\n"))
+        except (OSError, RuntimeError, KeyError, ValueError, EOFError) as error:
             raise ClaimCheckError(f"stored image of visit {visit} detector {detector} is broken: {error}") from error
         return StoredExposure(wcs, psf, science_psf, (pixels.shape[1], pixels.shape[2]), pixels)
 

@@ -132,7 +132,7 @@ def test_every_window_of_every_plane_comes_back_as_it_was_stored(tmp_path: Path,
             window = stored.window(name, y0, y1, x0, x1)
             assert window.dtype == np.float32
             np.testing.assert_array_equal(window, plane[y0:y1, x0:x1])
-    assert _files(tmp_path) == ["004.b2nd"]
+    assert _files(tmp_path) == ["004.b2nd", "004.psf.npy", "004.science_psf.npy"]
 
 
 def test_the_first_writing_of_an_image_stands(tmp_path: Path, planes: list[np.ndarray]) -> None:
@@ -148,13 +148,24 @@ def test_a_missing_image_is_refused_by_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kept", [0.0, 0.001, 0.3, 0.9, 0.999])
-def test_an_image_cut_short_is_refused_by_name(tmp_path: Path, planes: list[np.ndarray], kept: float) -> None:
+@pytest.mark.parametrize("file", ["004.b2nd", "004.psf.npy", "004.science_psf.npy"])
+def test_an_image_cut_short_is_refused_by_name(
+    tmp_path: Path, planes: list[np.ndarray], file: str, kept: float
+) -> None:
     store = ImageStore(str(tmp_path))
     store.write(17, 4, planes, _wcs_text(), np.ones((1, 1, 3, 3)), np.ones((1, 1, 3, 3)))
-    path = store.path(17, 4)
+    path = store.path(17, 4).with_name(file)
     content = path.read_bytes()
     path.write_bytes(content[: int(kept * len(content))])
     with pytest.raises(ClaimCheckError, match="stored image of visit 17 detector 4 is broken"):
+        store.open(17, 4)
+
+
+def test_an_image_without_its_psf_is_refused_by_name(tmp_path: Path, planes: list[np.ndarray]) -> None:
+    store = ImageStore(str(tmp_path))
+    store.write(17, 4, planes, _wcs_text(), np.ones((1, 1, 3, 3)), np.ones((1, 1, 3, 3)))
+    store.psf_path(17, 4, "psf").unlink()
+    with pytest.raises(ClaimCheckError, match=r"stored image of visit 17 detector 4 is broken: .*004\.psf\.npy"):
         store.open(17, 4)
 
 
