@@ -463,13 +463,13 @@ class _ForcedPhotometer:
         try:
             stored, psfs = self._open(self.store, visit, detector)
             x, y = (np.asarray(axis) for axis in stored.wcs.world_to_pixel_values(ra, dec))
+            ny, nx = stored.shape
+            fluxes.inside[:] = (x >= 0) & (x <= nx - 1) & (y >= 0) & (y <= ny - 1)
+            inside = np.flatnonzero(fluxes.inside)
+            splines = {plane: psf_splines(psf, x[inside], y[inside]) for plane, psf in psfs.items()}
         except Exception as error:
             self.failures.append(failure_of(error, STAGE, visit, detector, lost=f"forced photometry of {n} objects"))
             return fluxes
-        ny, nx = stored.shape
-        fluxes.inside[:] = (x >= 0) & (x <= nx - 1) & (y >= 0) & (y <= ny - 1)
-        inside = np.flatnonzero(fluxes.inside)
-        splines = {plane: psf_splines(psf, x[inside], y[inside]) for plane, psf in psfs.items()}
         n_failed = 0
         last_error: Exception | None = None
         for rank, index in enumerate(inside):
