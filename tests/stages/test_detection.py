@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import io
+
 import numpy as np
 import pytest
+from astropy.io import fits
 from astropy.wcs import WCS
 
 from schemas.elements import SubtractedExposure
 from schemas.exposures import MASK_BITS, mask_bits
 from schemas.identifiers import dia_source_ids
 from schemas.manifests import DetectorImages, Visit
+from transforms.cutouts import encode_cutouts
 from transforms.detection import DetectionConfig, SourceStormError, detect_sources
 
 SIZE = 256
@@ -18,10 +22,10 @@ FLUX = 4000.0
 PLACES = ((60.3, 70.8), (180.6, 90.1), (120.0, 200.4))
 
 
-def _psf() -> np.ndarray:
+def _psf(sigma: float = 1.8) -> np.ndarray:
     axis = np.arange(-12, 13)
-    psf = np.exp(-(axis[None, :] ** 2 + axis[:, None] ** 2) / (2 * 1.8**2))
-    return psf / psf.sum()
+    psf = np.exp(-(axis[None, :] ** 2 + axis[:, None] ** 2) / (2 * sigma**2))
+    return (psf / psf.sum())[None, None].astype(np.float32)
 
 
 def _star(x: float, y: float) -> np.ndarray:
@@ -123,6 +127,23 @@ def test_negative_direct_image_is_no_source_and_counted() -> None:
     assert found.rejected["negative direct image"] == 1
     # The ids of the others do not depend on what was dropped.
     assert found.dia_sources["diaSourceId"].tolist() == dia_source_ids(20261122, 123, 94, 3)[:2].tolist()
+
+
+def test_the_psf_of_a_cutout_and_of_the_moments_is_that_of_the_source_s_cell() -> None:
+    exposure = _exposure()
+    sigmas, science_sigmas = np.array([[1.7, 1.8], [1.9, 2.0]]), np.array([[1.5, 1.4], [1.3, 1.2]])
+    for name, of_cells in (("psf", sigmas), ("science_psf", science_sigmas)):
+        grid = np.array([[_psf(sigma)[0, 0] for sigma in row] for row in of_cells])
+        object.__setattr__(exposure, name, grid)
+    detected = detect_sources(exposure, DetectionConfig())
+    for source, stamps in zip(detected.dia_sources, encode_cutouts(detected), strict=True):
+        cell = int(source["y"]) // 128, int(source["x"]) // 128
+        assert source["ixxPSF"] == pytest.approx((0.2 * sigmas[cell]) ** 2, rel=1e-3)
+        for stamp, plane in zip(stamps, ("psf", "science_psf", "science_psf"), strict=True):
+            with fits.open(io.BytesIO(stamp)) as hdus:
+                np.testing.assert_array_equal(hdus["PSFIMAGE"].data, getattr(exposure, plane)[cell])
+    cells = {(int(source["y"]) // 128, int(source["x"]) // 128) for source in detected.dia_sources}
+    assert len(cells) == 3
 
 
 def test_source_storm_is_refused_with_its_numbers() -> None:

@@ -21,7 +21,15 @@ from transforms.numerics.kernel_matching import (
     select_kernel_stars,
 )
 from transforms.numerics.mask_growth import grown
-from transforms.numerics.psf_modelling import PsfEstimate, detect_sources, estimate_psf, psf_fwhm_pix
+from transforms.numerics.psf_grid import PSF_CELL_PIX, PsfGrid
+from transforms.numerics.psf_modelling import (
+    PsfModel,
+    constant_psf,
+    detect_sources,
+    estimate_psf,
+    fit_psf_model,
+    psf_fwhm_pix,
+)
 
 _KERNEL_BLOCK_PIX = 32
 DECORRELATION_CELL_PIX = 256
@@ -48,7 +56,7 @@ class ImagePlanes:
     image : (ny, nx) floating, sky may be present, NaN where there are no data
     variance : (ny, nx) floating, square of the image's unit
     bad : (ny, nx) bool, pixels not to measure on: saturated, defective, hit, no data
-    psf : (k, k) floating, k odd, sum 1; None to have it measured
+    psf : (k, k) floating, k odd, sum 1, taken for the same everywhere; None to have it measured
     interpolated : how many times `warping.warp_exposure` interpolated its noise (`decorrelation.interpolation_count`);
         above 0 the variance is that before interpolation (`WarpedExposure.white_variance`)
     """
@@ -93,13 +101,13 @@ class DifferenceResult:
     matched_template : (ny, nx) float32, template convolved with the kernel, without sky; finite
     invalid : (ny, nx) bool, True where the science image has no data, or bad template pixels or the image's edge
         lie within the kernel's core; other bad science pixels keep their values
-    psf : (k, k) float64, sum 1: PSF of the difference, that of the science image but for the decorrelation
-    science_psf : (k, k) float64, sum 1
+    psf : PSFs of the difference, float32: those of the science image but for the decorrelation
+    science_psf : PSFs of the science image, float32
     decorrelation : (cells_y, cells_x, m, m) float64, sums 1: what the difference was convolved with in each cell of 256
         pixels
     kernel : the kernel solution, with its numbers of stars and chi-squares
     science_background, template_background : mean levels that were subtracted
-    fwhm_science_pix, fwhm_template_pix : widths of the PSFs
+    fwhm_science_pix, fwhm_template_pix : widths of the PSFs at the centre of the image
     n_psf_stars : stars of the science PSF; 0 when the PSF was given
     """
 
@@ -108,8 +116,8 @@ class DifferenceResult:
     science: NDArray[np.float32]
     matched_template: NDArray[np.float32]
     invalid: NDArray[np.bool_]
-    psf: NDArray[np.float64]
-    science_psf: NDArray[np.float64]
+    psf: PsfGrid
+    science_psf: PsfGrid
     decorrelation: NDArray[np.float64]
     kernel: KernelSolution
     science_background: float
@@ -167,16 +175,19 @@ def subtract(
     template_pixels = _filled(template_sky.image, template_bad)
 
     sources = detect_sources(science_sky.image, science_variance, science_bad)
-    science_psf = _known_psf(science) or estimate_psf(science_sky.image, science_variance, science_bad, sources)
-    template_psf = _known_psf(template) or estimate_psf(template_pixels, template_variance, template_bad)
-    half = kernel_half_width_pix(science_psf.fwhm_pix, template_psf.fwhm_pix)
+    model = _known_psf(science) or fit_psf_model(science_sky.image, science_variance, science_bad, sources)
+    if template.psf is None:
+        template_fwhm_pix = estimate_psf(template_pixels, template_variance, template_bad).fwhm_pix
+    else:
+        template_fwhm_pix = psf_fwhm_pix(template.psf)
+    half = kernel_half_width_pix(model.fwhm_pix, template_fwhm_pix)
     near_bad_template = grown(template_bad, half // 2, outside=True)
     stars = select_kernel_stars(
         sources,
         science_bad,
         near_bad_template,
         half,
-        _ISOLATION_FWHM * science_psf.fwhm_pix,
+        _ISOLATION_FWHM * model.fwhm_pix,
         parameters.min_snr,
         parameters.max_snr,
     )
@@ -189,8 +200,8 @@ def subtract(
         near_bad_template,
         sources.x[stars],
         sources.y[stars],
-        science_psf.fwhm_pix,
-        template_psf.fwhm_pix,
+        model.fwhm_pix,
+        template_fwhm_pix,
         parameters.spatial_order,
         parameters.background_order,
         _kernel_models(parameters.spatial_order),
@@ -208,6 +219,7 @@ def subtract(
     science_pixels = difference + matched
     decorrelation = _decorrelation_of_cells(kernel, science_variance, template_variance, template.interpolated)
     difference = _decorrelated(difference, unusable, decorrelation)
+    science_psf = model.on_cells()
     difference[invalid] = np.nan
     science_pixels[invalid] = np.nan
     variance[invalid] = np.inf
@@ -217,15 +229,15 @@ def subtract(
         science=science_pixels,
         matched_template=matched,
         invalid=invalid,
-        psf=_convolved_psf(science_psf.psf, decorrelation.mean(axis=(0, 1))),
-        science_psf=science_psf.psf,
+        psf=_decorrelated_psf(science_psf, decorrelation, kernel.shape),
+        science_psf=science_psf,
         decorrelation=decorrelation,
         kernel=kernel,
         science_background=science_sky.level,
         template_background=template_sky.level,
-        fwhm_science_pix=science_psf.fwhm_pix,
-        fwhm_template_pix=template_psf.fwhm_pix,
-        n_psf_stars=science_psf.n_stars,
+        fwhm_science_pix=model.fwhm_pix,
+        fwhm_template_pix=template_fwhm_pix,
+        n_psf_stars=model.n_stars,
     )
 
 
@@ -268,11 +280,9 @@ def _finite_plane(variance: NDArray[np.floating], bad: NDArray[np.bool_]) -> NDA
     return plane
 
 
-def _known_psf(planes: ImagePlanes) -> PsfEstimate | None:
-    if planes.psf is None:
-        return None
-    psf = np.asarray(planes.psf, dtype=np.float64)
-    return PsfEstimate(psf=psf, fwhm_pix=psf_fwhm_pix(psf), n_stars=0)
+def _known_psf(planes: ImagePlanes) -> PsfModel | None:
+    ny, nx = planes.image.shape
+    return None if planes.psf is None else constant_psf(planes.psf, (ny, nx))
 
 
 def _kernels_of_blocks(kernel: KernelSolution, block_pix: int) -> NDArray[np.float64]:
@@ -315,9 +325,17 @@ def _decorrelated(
     return white
 
 
-def _convolved_psf(psf: NDArray[np.floating], kernel: NDArray[np.float64]) -> NDArray[np.float64]:
-    convolved = fftconvolve(psf, kernel, mode="same")
-    return np.asarray(convolved / convolved.sum())
+def _decorrelated_psf(psf: PsfGrid, kernels: NDArray[np.float64], shape: tuple[int, int]) -> PsfGrid:
+    """PSF of each cell convolved with the kernel of the larger cell it lies in."""
+    rows, columns = (np.arange(0, side, PSF_CELL_PIX) for side in shape)
+    side = psf.images.shape[2]
+    convolved = np.empty((len(rows), len(columns), side, side), dtype=np.float32)
+    for row, y in enumerate(rows):
+        images = psf.of_cells[psf.cells_at(columns, np.full(len(columns), y))]
+        white = kernels[y // DECORRELATION_CELL_PIX, columns // DECORRELATION_CELL_PIX]
+        found = fftconvolve(images.astype(np.float64), white, mode="same", axes=(1, 2))
+        convolved[row] = found / found.sum(axis=(1, 2), keepdims=True)
+    return PsfGrid(convolved)
 
 
 def _background_left_over(

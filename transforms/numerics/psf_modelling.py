@@ -21,6 +21,8 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import ndimage
 from scipy.spatial import cKDTree
 
+from transforms.numerics.convolution import block_centres
+from transforms.numerics.psf_grid import PSF_CELL_PIX, PsfGrid
 from transforms.numerics.warping import HALF_TAPS, TAPS, sinc_weights
 
 MIN_PSF_STARS = 5
@@ -173,6 +175,13 @@ class PsfModel:
         """PSF (k, k) at the centre of the image."""
         ny, nx = self.shape
         return np.asarray(self.at(0.5 * (nx - 1), 0.5 * (ny - 1))[0])
+
+    def on_cells(self) -> PsfGrid:
+        """PSFs at the centres of the cells of the image, in float32; one where it is the same everywhere."""
+        shape = self.shape if self.spatial_order > 0 else (1, 1)
+        x, y = block_centres(shape, PSF_CELL_PIX)
+        images = self.at(x.ravel(), y.ravel()).astype(np.float32)
+        return PsfGrid(images.reshape(*x.shape, *images.shape[1:]))
 
 
 @dataclass(frozen=True, eq=False)
