@@ -22,6 +22,7 @@ from transforms.numerics.kernel_matching import (
 )
 from transforms.numerics.mask_growth import grown
 from transforms.numerics.psf_modelling import PsfEstimate, detect_sources, estimate_psf, psf_fwhm_pix
+from transforms.numerics.subtraction_quality import SubtractionQuality, measure_quality, require_a_subtraction
 
 _KERNEL_BLOCK_PIX = 32
 DECORRELATION_CELL_PIX = 256
@@ -101,6 +102,7 @@ class DifferenceResult:
     science_background, template_background : mean levels that were subtracted
     fwhm_science_pix, fwhm_template_pix : widths of the PSFs
     n_psf_stars : stars of the science PSF; 0 when the PSF was given
+    quality : what the difference has of its sources and of its noise
     """
 
     difference: NDArray[np.float32]
@@ -117,6 +119,7 @@ class DifferenceResult:
     fwhm_science_pix: float
     fwhm_template_pix: float
     n_psf_stars: int
+    quality: SubtractionQuality
 
     @property
     def fwhm_ratio(self) -> float:
@@ -149,6 +152,7 @@ def subtract(
     UnusableImageError : shapes differ, an image is too small, has no good pixel, or is constant
     LowCoverageError : fewer than `min_coverage` of the pixels are good in both images
     BackgroundError, PsfEstimationError, TooFewKernelStarsError, BadKernelError : from the steps
+    BadSubtractionError : the sources are not gone, or the noise is far beyond what the variances say
     """
     science_bad = _checked_bad("science image", science)
     template_bad = _checked_bad("template", template)
@@ -208,6 +212,8 @@ def subtract(
     science_pixels = difference + matched
     decorrelation = _decorrelation_of_cells(kernel, science_variance, template_variance, template.interpolated)
     difference = _decorrelated(difference, unusable, decorrelation)
+    quality = measure_quality(difference, variance, science_pixels, matched, unusable)
+    require_a_subtraction(quality)
     difference[invalid] = np.nan
     science_pixels[invalid] = np.nan
     variance[invalid] = np.inf
@@ -226,6 +232,7 @@ def subtract(
         fwhm_science_pix=science_psf.fwhm_pix,
         fwhm_template_pix=template_psf.fwhm_pix,
         n_psf_stars=science_psf.n_stars,
+        quality=quality,
     )
 
 
