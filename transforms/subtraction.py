@@ -23,7 +23,7 @@ from transforms.numerics.warping import warp_exposure, wcs_coordinate_grid
 
 STAGE = "subtraction"
 UNUSABLE_PLANES = ("BAD", "SAT", "CR", "NO_DATA", "SAT_TEMPLATE", "BAD_TEMPLATE")
-POOR_RESIDUAL = 0.1
+POOR_RESIDUAL, POOR_TYPICAL_RESIDUAL = 0.2, 0.1
 POOR_SUM_VARIATION, SURE_SIGMA = 0.1, 5.0
 LEAST_NOISE_RATIO, MOST_NOISE_RATIO = 0.8, 1.25
 _CARRIED_OVER = {"SAT": "SAT_TEMPLATE", "BAD": "BAD_TEMPLATE", "CR": "CR_TEMPLATE", "INJECTED": "INJECTED_TEMPLATE"}
@@ -174,8 +174,8 @@ def _quality_notes(kernel: KernelSolution, quality: SubtractionQuality) -> Itera
         yield f"poor matching kernel: reduced chi2 above {POOR_VALIDATION_CHI2} on held-out stars"
     if kernel.sum_variation > max(POOR_SUM_VARIATION, SURE_SIGMA * kernel.sum_variation_error):
         yield f"flux ratio to the template varies over the image by more than {POOR_SUM_VARIATION:.0%}"
-    if quality.residual_fraction > POOR_RESIDUAL:
-        yield f"poor subtraction: more than {POOR_RESIDUAL:.0%} of the sources' light is left in the difference"
+    if quality.residual_fraction > POOR_RESIDUAL or quality.typical_residual > POOR_TYPICAL_RESIDUAL:
+        yield "poor subtraction: too much of the sources' light is left in the difference"
     if quality.noise_ratio < LEAST_NOISE_RATIO:
         yield f"noise of the difference below {LEAST_NOISE_RATIO:g} of what the variances say"
     if quality.noise_ratio > MOST_NOISE_RATIO:
