@@ -68,7 +68,7 @@ def test_noise_alone_is_no_residual_whatever_the_variances_say(noise: float) -> 
     stars = grid_of_stars(3e3)
     quality = quality_of(np.zeros_like(stars), stars, stars, noise)
     # a MAD's error is 1.17 / sqrt(n) of it
-    assert quality.noise_ratio == pytest.approx(noise, rel=5 * 1.17 / np.sqrt((320 / 3) ** 2))
+    assert quality.noise_ratio == pytest.approx(noise, rel=5 * 1.17 / np.sqrt((320 / 5) ** 2))
     # E sqrt(max(N, 0)) is 0.41 sqrt(sigma); here sigma is sqrt(2 * 49) noise^2, and the mean is of 100
     light = np.sum(stars**2) / 100
     assert quality.residual_fraction == pytest.approx(0.41 * np.sqrt(np.sqrt(98) * noise**2 / light), rel=5 * 0.13)
