@@ -71,8 +71,8 @@ def measure_quality(
 
     Notes
     -----
-    Noise alone gives a source of S/N 20 a residual of 0.07 on average, one of 50 half as much. Cost O(n_pixels): 0.065 CPU
-    s at 4096 x 4096, a quarter of the convolution with the kernel.
+    Noise alone gives a source of S/N 20 a residual of 0.07 on average, one of 50 half as much. Cost O(n_pixels): 0.07 s
+    of one core at 4096 x 4096, a quarter of the convolution with the kernel.
     """
     noise_ratio = _noise_ratio(difference, variance, unusable)
     residuals = _residuals_of_cells(difference, variance, science, matched_template, unusable, noise_ratio**2)
