@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -24,6 +25,8 @@ from transforms.numerics.psf_modelling import PsfEstimationError, psf_fwhm_pix
 
 SHAPE = (400, 400)
 INNER = (slice(30, -30), slice(30, -30))
+# of the pixel's noise: single precision of pixels up to 1e5 is 1e-2 of 20 or more, in few of them; 1e-3 was seen
+ROUNDING_SIGMA = 0.01
 
 
 def planes(image: SimulatedImage, psf: np.ndarray | None = None) -> ImagePlanes:
@@ -36,6 +39,11 @@ def steady_pair(seed: int, fwhm_pix: float = 4.0, n_stars: int = 250) -> tuple[S
     truth = render(SHAPE, stars, fwhm_pix)
     first, second = (expose(np.random.default_rng([seed, i]), truth, sky=400.0 * i, sky_variance=400.0) for i in (1, 2))
     return first, second, stars
+
+
+def unlikeness(plain: DifferenceResult, difference: np.ndarray) -> float:
+    """Rms of what two differences differ by, over the noise of the first."""
+    return float(np.sqrt(np.mean(((difference - plain.difference) / np.sqrt(plain.variance))[INNER] ** 2)))
 
 
 def core_chi(result: DifferenceResult, stars: Stars, flux_min: float, flux_max: float = np.inf) -> float:
@@ -143,6 +151,62 @@ def test_whole_pixel_offset_between_images_is_taken_up_by_the_kernel() -> None:
     window = moffat_stamp(len(middle) // 2, 8.0)
     # the template lies one pixel to the right, so the kernel reaches to the left; the window shrinks the centroid
     assert np.sum(window * middle * offset[None, :]) / np.sum(window * middle) == pytest.approx(-0.85, abs=0.15)
+
+
+def test_scaling_the_science_image_scales_the_difference_and_its_noise() -> None:
+    science, template, _ = simulate_pair(31)
+    scaled = SimulatedImage(science.image * 3, science.variance * 9, science.bad, science.truth)
+    plain, other = subtract(planes(science), planes(template)), subtract(planes(scaled), planes(template))
+    assert other.kernel.kernel_sum == pytest.approx(3 * plain.kernel.kernel_sum, rel=1e-5)
+    np.testing.assert_allclose(other.variance[INNER], 9 * plain.variance[INNER], rtol=1e-4)
+    assert unlikeness(plain, other.difference / 3) < ROUNDING_SIGMA
+
+
+@pytest.mark.parametrize("which", ["science", "template"])
+def test_a_constant_sky_in_either_image_changes_nothing(which: str) -> None:
+    science, template, _ = simulate_pair(32)
+    plain = subtract(planes(science), planes(template))
+    brighter = planes(science if which == "science" else template)
+    brighter = replace(brighter, image=brighter.image + np.float32(1000.0))
+    pair = (brighter, planes(template)) if which == "science" else (planes(science), brighter)
+    other = subtract(*pair)
+    # the modes of the background's boxes come from histograms whose bins move: a part of 1e-3 of the noise
+    assert unlikeness(plain, other.difference) < ROUNDING_SIGMA
+    assert other.science_background + other.template_background == pytest.approx(
+        plain.science_background + plain.template_background + 1000.0, abs=0.1
+    )
+
+
+@pytest.mark.parametrize(
+    "turned",
+    [lambda plane: plane.T, lambda plane: plane[:, ::-1], lambda plane: plane[::-1]],
+    ids=["transposed", "mirrored in x", "mirrored in y"],
+)
+def test_turned_images_give_the_turned_difference(turned: Callable[[np.ndarray], np.ndarray]) -> None:
+    """At 512 pixels, which are whole boxes of the background and whole cells of stars, kernels and decorrelation."""
+    science, template, _ = simulate_pair(33, shape=(512, 512), n_stars=400)
+    plain = subtract(planes(science), planes(template))
+    other = subtract(
+        *(ImagePlanes(turned(one.image), turned(one.variance), turned(one.bad)) for one in (science, template))
+    )
+    np.testing.assert_array_equal(turned(other.invalid), plain.invalid)
+    # sums run in another order, and samples of every fourth pixel take others: noise levels move by 1e-3 of themselves
+    assert unlikeness(plain, turned(other.difference)) < ROUNDING_SIGMA
+    np.testing.assert_allclose(turned(other.variance)[INNER], plain.variance[INNER], rtol=1e-3)
+
+
+def test_a_template_without_noise_adds_none() -> None:
+    science, _, stars = simulate_pair(34)
+    light = render(SHAPE, stars, 3.75, -0.06)
+    template = ImagePlanes((light + 300.0).astype(np.float32), np.full(SHAPE, 1e-6), science.bad)
+    result = subtract(planes(science), template)
+    used = ~result.invalid
+    np.testing.assert_allclose(result.variance[used], science.variance[used], rtol=1e-5)
+    # nothing to decorrelate: the kernel is one pixel
+    np.testing.assert_allclose(result.decorrelation.max(axis=(2, 3)), 1.0, atol=1e-5)
+    pull = (result.difference / np.sqrt(result.variance))[INNER]
+    # 1 % for the kernel that the noise itself fixed, as above
+    assert np.std(pull) == pytest.approx(1.0, abs=5 / np.sqrt(2 * pull.size) + 0.01)
 
 
 @pytest.mark.parametrize(("fwhm_science", "fwhm_template"), [(4.75, 3.75), (3.5, 4.4), (2.6, 2.2)])

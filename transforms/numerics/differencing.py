@@ -30,6 +30,7 @@ from transforms.numerics.psf_modelling import (
     fit_psf_model,
     psf_fwhm_pix,
 )
+from transforms.numerics.subtraction_quality import SubtractionQuality, measure_quality, require_a_subtraction
 
 _KERNEL_BLOCK_PIX = 32
 DECORRELATION_CELL_PIX = 256
@@ -109,6 +110,7 @@ class DifferenceResult:
     science_background, template_background : mean levels that were subtracted
     fwhm_science_pix, fwhm_template_pix : widths of the PSFs at the centre of the image
     n_psf_stars : stars of the science PSF; 0 when the PSF was given
+    quality : what the difference has of its sources and of its noise
     """
 
     difference: NDArray[np.float32]
@@ -125,6 +127,7 @@ class DifferenceResult:
     fwhm_science_pix: float
     fwhm_template_pix: float
     n_psf_stars: int
+    quality: SubtractionQuality
 
     @property
     def fwhm_ratio(self) -> float:
@@ -157,6 +160,7 @@ def subtract(
     UnusableImageError : shapes differ, an image is too small, has no good pixel, or is constant
     LowCoverageError : fewer than `min_coverage` of the pixels are good in both images
     BackgroundError, PsfEstimationError, TooFewKernelStarsError, BadKernelError : from the steps
+    BadSubtractionError : the sources are not gone, or the noise is far beyond what the variances say
     """
     science_bad = _checked_bad("science image", science)
     template_bad = _checked_bad("template", template)
@@ -219,6 +223,8 @@ def subtract(
     science_pixels = difference + matched
     decorrelation = _decorrelation_of_cells(kernel, science_variance, template_variance, template.interpolated)
     difference = _decorrelated(difference, unusable, decorrelation)
+    quality = measure_quality(difference, variance, science_pixels, matched, unusable)
+    require_a_subtraction(quality)
     science_psf = model.on_cells()
     difference[invalid] = np.nan
     science_pixels[invalid] = np.nan
@@ -238,6 +244,7 @@ def subtract(
         fwhm_science_pix=model.fwhm_pix,
         fwhm_template_pix=template_fwhm_pix,
         n_psf_stars=model.n_stars,
+        quality=quality,
     )
 
 

@@ -1132,6 +1132,8 @@ def _ring_profile(
     gram = np.diag(gram_ring) - np.einsum("nak,nal->kl", cross, solved[:, :, :-1])
     right = right_ring - np.einsum("nak,na->k", cross, solved[:, :, -1])
     gram[np.diag_indices_from(gram)] += _RING_RIDGE * gram_ring
+    if not gram_ring.all():  # a ring of which no star has a pixel that is used
+        return np.zeros_like(model), values
     rings_fitted = np.linalg.solve(gram, right)
     if float(np.sum(rings_fitted * right)) < n_free + _RING_SIGMA * math.sqrt(2.0 * n_free):
         return np.zeros_like(model), values
