@@ -132,7 +132,7 @@ def subtract_detector(element: DetectorVisit, config: SubtractionConfig, started
         ImagePlanes(warped.image, warped.white_variance, template_bad, template.psf, interpolated=True),
         config.parameters(),
     )
-    mask = _joined_mask(science, warped.mask, result.invalid)
+    mask = _joined_mask(science, warped.mask, result)
     return SubtractedExposure(
         visit=element.visit,
         detector=element.detector,
@@ -170,11 +170,16 @@ def _kernel_notes(validation_chi2: float) -> Iterator[str]:
         yield f"poor matching kernel: reduced chi2 above {POOR_KERNEL_CHI2} on held-out stars"
 
 
-def _joined_mask(science: Exposure, template_mask: np.ndarray, invalid: np.ndarray) -> np.ndarray:
+def _joined_mask(science: Exposure, template_mask: np.ndarray, result: DifferenceResult) -> np.ndarray:
     mask = science.mask.copy()
     for plane, carried in _CARRIED_OVER.items():
         mask[(template_mask >> MASK_BITS[plane]) & 1 == 1] |= np.int32(1 << MASK_BITS[carried])
-    mask[invalid] |= np.int32(mask_bits("NO_DATA"))
+    for plane, pixels in {
+        "NO_DATA": result.invalid,
+        "CR": result.cosmic_rays,
+        "CR_TEMPLATE": result.template_cosmic_rays,
+    }.items():
+        mask[pixels] |= np.int32(mask_bits(plane))
     return mask
 
 

@@ -165,7 +165,7 @@ def subtract_ours(task: Task) -> Difference:
     def transfer(x: float, y: float) -> np.ndarray:
         return np.asarray(result.decorrelation[int(y + 0.5) // cell_pix, int(x + 0.5) // cell_pix])
 
-    return Difference(result.difference, result.variance, result.invalid, seconds, transfer)
+    return Difference(result.difference, result.variance, result.invalid | result.cosmic_rays, seconds, transfer)
 
 
 @contextlib.contextmanager

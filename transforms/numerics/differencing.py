@@ -11,6 +11,7 @@ from scipy.signal import fftconvolve
 
 from transforms.numerics.background import BackgroundError, subtract_background
 from transforms.numerics.convolution import block_centres, convolve_spatially_varying
+from transforms.numerics.cosmic_rays import find_cosmic_rays
 from transforms.numerics.decorrelation import decorrelation_kernels
 from transforms.numerics.kernel_matching import (
     KERNEL_MODELS,
@@ -93,6 +94,8 @@ class DifferenceResult:
     matched_template : (ny, nx) float32, template convolved with the kernel, without sky; finite
     invalid : (ny, nx) bool, True where the science image has no data, or bad template pixels or the image's edge
         lie within the kernel's core; other bad science pixels keep their values
+    cosmic_rays, template_cosmic_rays : (ny, nx) bool, hits that no mask knew: those of the science image kept their
+        values and reached no other pixel; around those of the template the difference is invalid
     psf : (k, k) float64, sum 1: PSF of the difference, that of the science image but for the decorrelation
     science_psf : (k, k) float64, sum 1
     decorrelation : (cells_y, cells_x, m, m) float64, sums 1: what the difference was convolved with in each cell of 256
@@ -108,6 +111,8 @@ class DifferenceResult:
     science: NDArray[np.float32]
     matched_template: NDArray[np.float32]
     invalid: NDArray[np.bool_]
+    cosmic_rays: NDArray[np.bool_]
+    template_cosmic_rays: NDArray[np.bool_]
     psf: NDArray[np.float64]
     science_psf: NDArray[np.float64]
     decorrelation: NDArray[np.float64]
@@ -206,6 +211,10 @@ def subtract(
     kernel.subtract_background(difference)
     difference -= _background_left_over(difference, unusable, parameters.background_box_pix)
     science_pixels = difference + matched
+    cosmic_rays = find_cosmic_rays(difference, variance, science_pixels, unusable, science_psf.psf)
+    template_cosmic_rays = find_cosmic_rays(-difference, variance, matched, unusable, science_psf.psf)
+    invalid |= grown(template_cosmic_rays, _core_radius_pix(kernels))
+    unusable |= invalid | cosmic_rays
     decorrelation = _decorrelation_of_cells(kernel, science_variance, template_variance, template.interpolated)
     difference = _decorrelated(difference, unusable, decorrelation)
     difference[invalid] = np.nan
@@ -217,6 +226,8 @@ def subtract(
         science=science_pixels,
         matched_template=matched,
         invalid=invalid,
+        cosmic_rays=cosmic_rays,
+        template_cosmic_rays=template_cosmic_rays,
         psf=_convolved_psf(science_psf.psf, decorrelation.mean(axis=(0, 1))),
         science_psf=science_psf.psf,
         decorrelation=decorrelation,
