@@ -20,7 +20,7 @@ from transforms.numerics.differencing import DifferenceResult, ImagePlanes, Subt
 from transforms.numerics.warping import warp_exposure, wcs_coordinate_grid
 
 STAGE = "subtraction"
-UNUSABLE_PLANES = ("BAD", "SAT", "CR", "NO_DATA", "SAT_TEMPLATE", "BAD_TEMPLATE")
+UNUSABLE_PLANES = ("BAD", "SAT", "CR", "NO_DATA", "SPIKE", "SAT_TEMPLATE", "BAD_TEMPLATE")
 POOR_KERNEL_CHI2 = 1.3
 _CARRIED_OVER = {"SAT": "SAT_TEMPLATE", "BAD": "BAD_TEMPLATE", "CR": "CR_TEMPLATE", "INJECTED": "INJECTED_TEMPLATE"}
 
@@ -128,8 +128,21 @@ def subtract_detector(element: DetectorVisit, config: SubtractionConfig, started
     template_bad = warped.no_data | ((warped.mask & mask_bits("BAD", "SAT", "CR")) != 0)
     science_bad = (science.mask & mask_bits("BAD", "SAT", "CR", "NO_DATA")) != 0
     result = subtract(
-        ImagePlanes(science.image, science.variance, science_bad, science.psf),
-        ImagePlanes(warped.image, warped.white_variance, template_bad, template.psf, interpolated=True),
+        ImagePlanes(
+            science.image,
+            science.variance,
+            science_bad,
+            science.psf,
+            saturated=(science.mask & mask_bits("SAT")) != 0,
+        ),
+        ImagePlanes(
+            warped.image,
+            warped.white_variance,
+            template_bad,
+            template.psf,
+            interpolated=True,
+            saturated=(warped.mask & mask_bits("SAT")) != 0,
+        ),
         config.parameters(),
     )
     mask = _joined_mask(science, warped.mask, result)
@@ -176,6 +189,8 @@ def _joined_mask(science: Exposure, template_mask: np.ndarray, result: Differenc
         mask[(template_mask >> MASK_BITS[plane]) & 1 == 1] |= np.int32(1 << MASK_BITS[carried])
     for plane, pixels in {
         "NO_DATA": result.invalid,
+        "SUSPECT": result.suspect,
+        "SPIKE": result.trails,
         "CR": result.cosmic_rays,
         "CR_TEMPLATE": result.template_cosmic_rays,
     }.items():

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from scipy.signal import fftconvolve
 
 from transforms.numerics.background import BackgroundError, subtract_background
+from transforms.numerics.bright_star_masks import residual_part, star_trails
 from transforms.numerics.convolution import block_centres, convolve_spatially_varying
 from transforms.numerics.cosmic_rays import find_cosmic_rays
 from transforms.numerics.decorrelation import decorrelation_kernels
@@ -52,6 +53,7 @@ class ImagePlanes:
     psf : (k, k) floating, k odd, sum 1; None to have it measured
     interpolated : brought onto this grid by `warping.warp_exposure`; the variance is then that before interpolation
         (`WarpedExposure.white_variance`)
+    saturated : (ny, nx) bool, which of the bad pixels are saturated: trails start there; None if that is not known
     """
 
     image: NDArray[np.floating]
@@ -59,6 +61,7 @@ class ImagePlanes:
     bad: NDArray[np.bool_]
     psf: NDArray[np.floating] | None = None
     interpolated: bool = False
+    saturated: NDArray[np.bool_] | None = None
 
 
 @dataclass(frozen=True)
@@ -94,8 +97,10 @@ class DifferenceResult:
     matched_template : (ny, nx) float32, template convolved with the kernel, without sky; finite
     invalid : (ny, nx) bool, True where the science image has no data, or bad template pixels or the image's edge
         lie within the kernel's core; other bad science pixels keep their values
+    suspect : (ny, nx) bool, where what the subtraction may leave of a star outweighs the noise
+    trails : (ny, nx) bool, along bleeds, rows and columns of saturated stars; they kept their values
     cosmic_rays, template_cosmic_rays : (ny, nx) bool, hits that no mask knew: those of the science image kept their
-        values and reached no other pixel; around those of the template the difference is invalid
+        values; around those of the template the difference is invalid
     psf : (k, k) float64, sum 1: PSF of the difference, that of the science image but for the decorrelation
     science_psf : (k, k) float64, sum 1
     decorrelation : (cells_y, cells_x, m, m) float64, sums 1: what the difference was convolved with in each cell of 256
@@ -111,6 +116,8 @@ class DifferenceResult:
     science: NDArray[np.float32]
     matched_template: NDArray[np.float32]
     invalid: NDArray[np.bool_]
+    suspect: NDArray[np.bool_]
+    trails: NDArray[np.bool_]
     cosmic_rays: NDArray[np.bool_]
     template_cosmic_rays: NDArray[np.bool_]
     psf: NDArray[np.float64]
@@ -138,7 +145,8 @@ def subtract(
     template is convolved also where the science image is sharper, and phi makes the noise white again
     (`decorrelation`), one kernel per cell of 256 pixels. b is fitted at the stars, where it also takes up what their
     far wings differ by, so what is left of a background between them is measured in boxes and subtracted too. The
-    variance is that of both images, ``v_S + (K^2 * v_T) (sum K)^2 / sum K^2``.
+    variance is that of both images and of what the kernel leaves of bright stars, ``v_S + (K^2 * v_T) (sum K)^2 /
+    sum K^2 + (p K * T)^2`` with p by `bright_star_masks.residual_part`.
 
     Parameters
     ----------
@@ -211,12 +219,18 @@ def subtract(
     kernel.subtract_background(difference)
     difference -= _background_left_over(difference, unusable, parameters.background_box_pix)
     science_pixels = difference + matched
+    trails = star_trails(difference, variance, _saturated(science, template), unusable, science_psf.fwhm_pix)
+    unusable |= trails
     cosmic_rays = find_cosmic_rays(difference, variance, science_pixels, unusable, science_psf.psf)
     template_cosmic_rays = find_cosmic_rays(-difference, variance, matched, unusable, science_psf.psf)
     invalid |= grown(template_cosmic_rays, _core_radius_pix(kernels))
     unusable |= invalid | cosmic_rays
     decorrelation = _decorrelation_of_cells(kernel, science_variance, template_variance, template.interpolated)
     difference = _decorrelated(difference, unusable, decorrelation)
+    part = residual_part(difference, variance, matched, unusable)
+    residual = np.square(np.float32(part) * matched)
+    suspect = residual > variance
+    variance += residual
     difference[invalid] = np.nan
     science_pixels[invalid] = np.nan
     variance[invalid] = np.inf
@@ -226,6 +240,8 @@ def subtract(
         science=science_pixels,
         matched_template=matched,
         invalid=invalid,
+        suspect=suspect,
+        trails=trails,
         cosmic_rays=cosmic_rays,
         template_cosmic_rays=template_cosmic_rays,
         psf=_convolved_psf(science_psf.psf, decorrelation.mean(axis=(0, 1))),
@@ -277,6 +293,11 @@ def _finite_plane(variance: NDArray[np.floating], bad: NDArray[np.bool_]) -> NDA
     sample = plane[::4, ::4][~bad[::4, ::4]]
     plane[unusable] = np.median(sample if len(sample) else plane[~bad])
     return plane
+
+
+def _saturated(*images: ImagePlanes) -> NDArray[np.bool_]:
+    known = [image.saturated for image in images if image.saturated is not None]
+    return np.logical_or.reduce(known) if known else np.zeros(images[0].image.shape, dtype=np.bool_)
 
 
 def _known_psf(planes: ImagePlanes) -> PsfEstimate | None:
