@@ -23,7 +23,7 @@ from transforms.numerics.reliability import RELIABILITY_VERSION, score
 from transforms.subtraction import UNUSABLE_PLANES
 
 STAGE = "detection"
-REJECTED_PLANES = ("NO_DATA", "BAD", "SAT", "EDGE")
+REJECTED_PLANES = ("NO_DATA", "BAD", "SAT", "EDGE", "CR_TEMPLATE")
 SATURATED_PLANES = ("SAT", "SAT_TEMPLATE")
 _FLAG_PLANES = {
     "pixelFlags_bad": ("BAD", False),
@@ -147,7 +147,8 @@ def detect_sources(exposure: SubtractedExposure, config: DetectionConfig) -> Det
         More than `max_sources` detections.
     """
     bad = (exposure.mask & mask_bits(*UNUSABLE_PLANES)) != 0
-    snr_map, noise_ratio = significance_map(exposure.difference, exposure.difference_variance, bad, exposure.psf)
+    expected = exposure.difference_variance + np.square(np.float32(exposure.residual_part) * exposure.matched_template)
+    snr_map, noise_ratio = significance_map(exposure.difference, expected, bad, exposure.psf)
     reject = (exposure.mask & mask_bits(*REJECTED_PLANES)) != 0
     found = find_peaks(snr_map, reject, config.threshold_snr, lobe_distance(exposure.psf))
     if len(found.peak_x) > config.max_sources:

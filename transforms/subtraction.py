@@ -167,6 +167,7 @@ def subtract_detector(element: DetectorVisit, config: SubtractionConfig, started
             *_kernel_notes(result.kernel.validation_chi2),
             *((f"no PSF: measured on {result.n_psf_stars} stars",) if result.n_psf_stars else ()),
         ),
+        residual_part=result.residual_part,
     )
 
 

@@ -171,7 +171,8 @@ def subtract_ours(task: Task) -> Difference:
         return np.asarray(result.decorrelation[int(y + 0.5) // cell_pix, int(x + 0.5) // cell_pix])
 
     unusable = result.invalid | result.cosmic_rays | result.trails
-    return Difference(result.difference, result.variance, unusable, seconds, transfer)
+    expected = result.variance + np.square(np.float32(result.residual_part) * result.matched_template)
+    return Difference(result.difference, expected, unusable, seconds, transfer)
 
 
 @contextlib.contextmanager

@@ -97,10 +97,10 @@ class DifferenceResult:
     matched_template : (ny, nx) float32, template convolved with the kernel, without sky; finite
     invalid : (ny, nx) bool, True where the science image has no data, or bad template pixels or the image's edge
         lie within the kernel's core; other bad science pixels keep their values
-    suspect : (ny, nx) bool, where what the subtraction may leave of a star outweighs the noise
+    residual_part : of the matched template's light that its subtraction leaves, see `bright_star_masks`
+    suspect : (ny, nx) bool, where that outweighs the noise
     trails : (ny, nx) bool, along bleeds, rows and columns of saturated stars; they kept their values
-    cosmic_rays, template_cosmic_rays : (ny, nx) bool, hits that no mask knew: those of the science image kept their
-        values; around those of the template the difference is invalid
+    cosmic_rays, template_cosmic_rays : (ny, nx) bool, hits that no mask knew; they kept their values
     psf : (k, k) float64, sum 1: PSF of the difference, that of the science image but for the decorrelation
     science_psf : (k, k) float64, sum 1
     decorrelation : (cells_y, cells_x, m, m) float64, sums 1: what the difference was convolved with in each cell of 256
@@ -116,6 +116,7 @@ class DifferenceResult:
     science: NDArray[np.float32]
     matched_template: NDArray[np.float32]
     invalid: NDArray[np.bool_]
+    residual_part: float
     suspect: NDArray[np.bool_]
     trails: NDArray[np.bool_]
     cosmic_rays: NDArray[np.bool_]
@@ -145,8 +146,7 @@ def subtract(
     template is convolved also where the science image is sharper, and phi makes the noise white again
     (`decorrelation`), one kernel per cell of 256 pixels. b is fitted at the stars, where it also takes up what their
     far wings differ by, so what is left of a background between them is measured in boxes and subtracted too. The
-    variance is that of both images and of what the kernel leaves of bright stars, ``v_S + (K^2 * v_T) (sum K)^2 /
-    sum K^2 + (p K * T)^2`` with p by `bright_star_masks.residual_part`.
+    variance is that of both images, ``v_S + (K^2 * v_T) (sum K)^2 / sum K^2``.
 
     Parameters
     ----------
@@ -219,18 +219,16 @@ def subtract(
     kernel.subtract_background(difference)
     difference -= _background_left_over(difference, unusable, parameters.background_box_pix)
     science_pixels = difference + matched
-    trails = star_trails(difference, variance, _saturated(science, template), unusable, science_psf.fwhm_pix)
-    unusable |= trails
-    cosmic_rays = find_cosmic_rays(difference, variance, science_pixels, unusable, science_psf.psf)
-    template_cosmic_rays = find_cosmic_rays(-difference, variance, matched, unusable, science_psf.psf)
-    invalid |= grown(template_cosmic_rays, _core_radius_pix(kernels))
-    unusable |= invalid | cosmic_rays
-    decorrelation = _decorrelation_of_cells(kernel, science_variance, template_variance, template.interpolated)
-    difference = _decorrelated(difference, unusable, decorrelation)
     part = residual_part(difference, variance, matched, unusable)
     residual = np.square(np.float32(part) * matched)
-    suspect = residual > variance
-    variance += residual
+    noise2 = variance + residual
+    trails = star_trails(difference, noise2, _saturated(science, template), unusable, science_psf.fwhm_pix)
+    unusable |= trails
+    cosmic_rays = find_cosmic_rays(difference, noise2, science_pixels, unusable, science_psf.psf)
+    template_cosmic_rays = find_cosmic_rays(-difference, noise2, matched, unusable, science_psf.psf)
+    unusable |= cosmic_rays
+    decorrelation = _decorrelation_of_cells(kernel, science_variance, template_variance, template.interpolated)
+    difference = _decorrelated(difference, unusable, decorrelation)
     difference[invalid] = np.nan
     science_pixels[invalid] = np.nan
     variance[invalid] = np.inf
@@ -240,7 +238,8 @@ def subtract(
         science=science_pixels,
         matched_template=matched,
         invalid=invalid,
-        suspect=suspect,
+        residual_part=part,
+        suspect=residual > variance,
         trails=trails,
         cosmic_rays=cosmic_rays,
         template_cosmic_rays=template_cosmic_rays,
