@@ -154,9 +154,7 @@ def prepare(pair: SimulatedPair) -> Task:
 def subtract_ours(task: Task) -> Difference:
     """Our chain, from pixels in memory; PSFs are measured, as the chain has to when none comes with an image."""
     pair, warped = task.pair, task.warped
-    science = ImagePlanes(
-        pair.science.image, pair.science.variance, task.science_bad, saturated=pair.science.saturated
-    )
+    science = ImagePlanes(pair.science.image, pair.science.variance, task.science_bad, saturated=pair.science.saturated)
     template = ImagePlanes(
         warped.image, warped.white_variance, task.template_bad, saturated=task.template_bad & ~warped.no_data
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 from simulated_pair import moffat
@@ -11,6 +13,7 @@ from transforms.numerics.bright_star_masks import residual_part, star_trails
 SHAPE = (300, 400)
 NOTHING = np.zeros(SHAPE, dtype=bool)
 FWHM = 4.0
+Planes = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
 
 def stars(rng: np.random.Generator, n: int, flux: float) -> np.ndarray:
@@ -23,8 +26,13 @@ def noise(rng: np.random.Generator, variance: np.ndarray) -> np.ndarray:
     return rng.normal(size=SHAPE) * np.sqrt(variance)
 
 
-def float32(*planes: np.ndarray) -> list[np.ndarray]:
-    return [plane.astype(np.float32) for plane in planes]
+def part_of(difference: np.ndarray, variance: np.ndarray, light: np.ndarray) -> float:
+    return residual_part(difference.astype(np.float32), variance.astype(np.float32), light.astype(np.float32), NOTHING)
+
+
+def trails_of(planes: Planes, turn: Callable[[np.ndarray], np.ndarray] = np.asarray) -> np.ndarray:
+    difference, variance, saturated, bad = planes
+    return star_trails(turn(difference), turn(variance), turn(saturated), turn(bad), FWHM)
 
 
 @pytest.mark.parametrize("part", [0.01, 0.05])
@@ -33,20 +41,19 @@ def test_the_part_of_the_light_that_is_left_is_measured(part: float) -> None:
     light = stars(rng, 40, 3e5)
     variance = 900.0 + light
     difference = noise(rng, variance) + part * light * rng.normal(size=SHAPE)
-    planes = float32(difference, variance, light)
     n_bright = np.count_nonzero(light > 20.0 * np.sqrt(variance))
     # the median of |x| has an error of 1.17 / sqrt(2 n) of sigma; below the photon noise it tells less of the part
     excess = np.median((part * light / np.sqrt(variance))[light > 20.0 * np.sqrt(variance)])
     error = part * (1.17 / np.sqrt(2.0 * n_bright)) * (1.0 + 1.0 / excess**2)
     assert n_bright > 1000
-    assert residual_part(*planes, NOTHING) == pytest.approx(part, abs=5.0 * error)
+    assert part_of(difference, variance, light) == pytest.approx(part, abs=5.0 * error)
 
 
 def test_nothing_is_left_where_noise_explains_all() -> None:
     """With a variance 10 % too large, so that chance cannot decide."""
     rng = np.random.default_rng(2)
     light = stars(rng, 40, 3e5)
-    assert residual_part(*float32(noise(rng, 900.0 + light), 1.1 * (900.0 + light), light), NOTHING) == 0.0
+    assert part_of(noise(rng, 900.0 + light), 1.1 * (900.0 + light), light) == 0.0
 
 
 def test_a_few_variables_do_not_hide_that_the_others_are_subtracted() -> None:
@@ -54,28 +61,28 @@ def test_a_few_variables_do_not_hide_that_the_others_are_subtracted() -> None:
     steady, variable = stars(rng, 40, 3e5), stars(rng, 4, 3e5)
     variance = 900.0 + steady + variable
     difference = noise(rng, variance) + 0.02 * steady * rng.normal(size=SHAPE) + 0.3 * variable
-    assert 0.02 < residual_part(*float32(difference, variance, steady + variable), NOTHING) < 0.03
+    assert 0.02 < part_of(difference, variance, steady + variable) < 0.03
 
 
 def test_an_image_without_bright_stars_has_no_residual_part() -> None:
     rng = np.random.default_rng(4)
     variance = np.full(SHAPE, 900.0)
-    assert residual_part(*float32(noise(rng, variance), variance, np.zeros(SHAPE)), NOTHING) == 0.0
+    assert part_of(noise(rng, variance), variance, np.zeros(SHAPE)) == 0.0
 
 
-def field_with_trail(rng: np.random.Generator, trail_sigma: float) -> tuple[np.ndarray, ...]:
+def field_with_trail(rng: np.random.Generator, trail_sigma: float) -> Planes:
     """A saturated star whose rows 149 to 151 are off by some sigma a pixel, to the right, over 150 pixels."""
     saturated = NOTHING.copy()
     saturated[145:156, 100:111] = True
     variance = np.full(SHAPE, 900.0)
     difference = noise(rng, variance)
     difference[149:152, 111:261] += 30.0 * trail_sigma
-    return *float32(difference, variance), saturated, saturated
+    return difference.astype(np.float32), variance.astype(np.float32), saturated, saturated
 
 
 @pytest.mark.parametrize("sigma", [2.0, -2.0])
 def test_a_trail_is_marked_along_its_rows_and_nowhere_else(sigma: float) -> None:
-    marked = star_trails(*field_with_trail(np.random.default_rng(5), sigma), FWHM)
+    marked = trails_of(field_with_trail(np.random.default_rng(5), sigma))
     assert marked[149:152, 111:255].all()
     marked[148:153, 111:290] = False
     assert not marked.any()
@@ -91,17 +98,16 @@ def test_noise_and_sources_beside_a_saturated_star_make_no_trail() -> None:
         for x, y in ((130, 150), (200, 151), (105, 200), (60, 149)):
             difference += (10.0 ** rng.uniform(3, 5) * moffat(columns - x, rows - y, FWHM)).astype(np.float32)
         difference += (3e4 / (30.0**2 + (columns - 105) ** 2 + (rows - 150) ** 2)).astype(np.float32)
-        n_marked += np.any(star_trails(difference, variance, saturated, bad, FWHM))
+        n_marked += int(star_trails(difference, variance, saturated, bad, FWHM).any())
     assert n_marked == 0
 
 
 @pytest.mark.parametrize("turn", [np.fliplr, np.flipud, np.transpose])
-def test_a_turned_image_has_the_turned_mask(turn: object) -> None:
+def test_a_turned_image_has_the_turned_mask(turn: Callable[[np.ndarray], np.ndarray]) -> None:
     planes = field_with_trail(np.random.default_rng(7), 1.5)
-    marked = star_trails(*planes, FWHM)
+    marked = trails_of(planes)
     assert marked.any()
-    turned = star_trails(*(turn(plane) for plane in planes), FWHM)  # type: ignore[operator]
-    np.testing.assert_array_equal(turned, turn(marked))  # type: ignore[operator]
+    np.testing.assert_array_equal(trails_of(planes, turn), turn(marked))
 
 
 def test_a_constant_added_to_the_difference_changes_no_trail() -> None:
@@ -112,12 +118,12 @@ def test_a_constant_added_to_the_difference_changes_no_trail() -> None:
 
 
 @pytest.mark.parametrize("turn", [np.asarray, np.transpose])
-def test_a_bleed_is_grown_by_a_pixel_and_a_round_core_is_not(turn: object) -> None:
+def test_a_bleed_is_grown_by_a_pixel_and_a_round_core_is_not(turn: Callable[[np.ndarray], np.ndarray]) -> None:
     saturated = NOTHING.copy()
     saturated[100, 50:120] = True  # a row, one pixel wide
     saturated[90:111, 75:96] = True  # its star, not much wider than a third of the bleed
     planes = (np.zeros(SHAPE, np.float32), np.ones(SHAPE, np.float32), saturated, saturated)
-    marked = turn(star_trails(*(turn(plane) for plane in planes), FWHM))  # type: ignore[operator]
+    marked = turn(trails_of(planes, turn))
     expected = NOTHING.copy()
     expected[[99, 101], 50:120] = True
     expected[:, 75:96] = False

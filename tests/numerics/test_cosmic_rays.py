@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 from scipy import ndimage
@@ -65,7 +67,7 @@ def test_fewer_than_three_in_a_thousand_point_sources_lose_a_pixel(fwhm: float, 
         snr = np.exp(rng.uniform(np.log(least), np.log(most), N_SIDE**2))
         image, variance = noisy(rng, point_sources(rng, fwhm * narrower, snr))
         hits = find_cosmic_rays(image, variance, image, NOTHING, psf_of(fwhm))
-        n_lost += np.count_nonzero(hits.reshape(N_SIDE, SIDE, N_SIDE, SIDE).any(axis=(1, 3)))
+        n_lost += int(np.count_nonzero(hits.reshape(N_SIDE, SIDE, N_SIDE, SIDE).any(axis=(1, 3))))
         n += N_SIDE**2
     assert n_lost <= 0.003 * n
 
@@ -110,18 +112,18 @@ def test_dipoles_lose_nothing() -> None:
 
 
 @pytest.mark.parametrize("turn", [np.fliplr, np.flipud, np.transpose, lambda plane: np.rot90(plane, 2)])
-def test_a_turned_image_has_the_turned_mask(turn: object) -> None:
+def test_a_turned_image_has_the_turned_mask(turn: Callable[[np.ndarray], np.ndarray]) -> None:
     rng = np.random.default_rng(2)
     light = point_sources(rng, 3.0, np.full(N_SIDE**2, 100.0))
     image, variance = noisy(rng, light)
     image += tracks(rng, image.shape, 60, 250.0).astype(np.float32)
     bad = rng.random(image.shape) < 0.003
     psf = psf_of(3.0)
-    planes = (image - light.astype(np.float32), variance, image, bad)
-    hits = find_cosmic_rays(*planes, psf)
-    turned = find_cosmic_rays(*(turn(plane) for plane in planes), turn(psf))  # type: ignore[operator]
+    difference = image - light.astype(np.float32)
+    hits = find_cosmic_rays(difference, variance, image, bad, psf)
+    turned = find_cosmic_rays(turn(difference), turn(variance), turn(image), turn(bad), turn(psf))
     assert np.count_nonzero(hits) > 100
-    np.testing.assert_array_equal(turned, turn(hits))  # type: ignore[operator]
+    np.testing.assert_array_equal(turned, turn(hits))
 
 
 def test_bad_pixels_are_neither_marked_nor_looked_at() -> None:

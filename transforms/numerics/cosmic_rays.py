@@ -32,8 +32,8 @@ def find_cosmic_rays(
 
     With two opposite neighbours a and b of a pixel d, ``e = d - R (a + b) / 2`` is not positive for any point source,
     if R is the largest value that ``P(r) / ((P(r + u) + P(r - u)) / 2)`` takes in the PSF's core, for u the step to the
-    neighbour; nor then for a sum of such sources: a blend, a galaxy, a trail. A hit has d > 5 sigma and e > 4.25 sigma_e
-    for one of the four pairs around it, and that both in the difference, where steady stars are gone, and in the
+    neighbour; nor then for a sum of such sources: a blend, a galaxy, a trail. A hit has d > 5 sigma and e > 4.25 of its
+    own sigma for one of the four pairs around it, and that both in the difference, where steady stars are gone, and in the
     direct image, where a residual still lies on its star. Neighbours of hits follow at 3 and 2 sigma, in the difference
     alone; a pair with a pixel that is bad or already a hit says nothing.
 
@@ -53,6 +53,15 @@ def find_cosmic_rays(
     Raises
     ------
     ValueError : the planes differ in shape, or the PSF is no odd square image of at least 5 pixels a side
+
+    Notes
+    -----
+    Measured on four pairs of each regime of `pair_simulation`: all 242 pixels of the 26 hidden hits found in each, no
+    pixel of the 452 to 491 real sources. Of 300 tracks of 5 to 40 sigma a pixel with diffused charge, added to each of
+    two pairs, pixels found (at 4 instead of 4.25 sigma) against those of astroscrappy (sigclip 5) on the science image:
+    0.96 and 0.84 (lsst), 0.94 and 0.82 (sharp_science), 0.95 and 0.77 (crowded), 0.82 and 0.82 (undersampled); after
+    decorrelation within 0.02 of before. At 4 sigma at most 0.2 % of point sources lost a pixel, at any S/N from 5 to
+    3000, also with a PSF 8 % narrower than given; none at FWHM 2.0 and 2.3 pixels. O(ny nx).
     """
     shape = np.shape(difference)
     if len(shape) != 2 or not shape == np.shape(variance) == np.shape(light) == np.shape(bad):
@@ -121,9 +130,9 @@ def _mark_hits(
     for y in range(ny):
         for x in range(nx):
             d, v = difference[y, x], variance[y, x]
-            if d > 0.0 and d * d > _PEAK_SIGMA**2 * v and not bad[y, x]:
-                if _stands_out(difference, variance, light, bad, hits, contrasts, y, x, _EXCESS_SIGMA, True):
-                    front.append((y, x))
+            is_bright = d > 0.0 and d * d > _PEAK_SIGMA**2 * v and not bad[y, x]
+            if is_bright and _stands_out(difference, variance, light, bad, hits, contrasts, y, x, _EXCESS_SIGMA, True):
+                front.append((y, x))
     while len(front) > 0:  # all of a pass at once, so that no direction is preferred
         for y, x in front:
             hits[y, x] = True
