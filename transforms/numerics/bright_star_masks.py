@@ -57,7 +57,7 @@ def residual_part(
     stars. p M outweighs the noise on 0.04 %, 0.4 %, 0.15 % and 0.1 % of the pixels.
     Cost: O(ny nx).
     """
-    bright = ~bad & (light > 0.0) & (np.square(light, dtype=np.float32) > np.float32(_BRIGHT_SIGMA**2) * variance)
+    bright = ~bad & (light > np.float32(_BRIGHT_SIGMA) * np.sqrt(variance))
     if np.count_nonzero(bright) < _LEAST_PIXELS:
         return 0.0
     absolute = np.abs(difference[bright].astype(np.float64))
@@ -137,7 +137,7 @@ def _mark_along_rows(
     least_bleed_pix: int,
     marked: NDArray[np.bool_],
 ) -> None:
-    ny, nx = saturated.shape
+    nx = saturated.shape[1]
     for index in range(rows.size):
         y, x = rows[index], columns[index]
         is_start, is_stop = x == 0 or not saturated[y, x - 1], x == nx - 1 or not saturated[y, x + 1]

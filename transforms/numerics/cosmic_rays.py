@@ -33,9 +33,9 @@ def find_cosmic_rays(
     With two opposite neighbours a and b of a pixel d, ``e = d - R (a + b) / 2`` is not positive for any point source,
     if R is the largest value that ``P(r) / ((P(r + u) + P(r - u)) / 2)`` takes in the PSF's core, for u the step to the
     neighbour; nor then for a sum of such sources: a blend, a galaxy, a trail. A hit has d > 5 sigma and e > 4.25 of its
-    own sigma for one of the four pairs around it, and that both in the difference, where steady stars are gone, and in the
-    direct image, where a residual still lies on its star. Neighbours of hits follow at 3 and 2 sigma, in the difference
-    alone; a pair with a pixel that is bad or already a hit says nothing.
+    own sigma for one of the four pairs around it, and that both in the difference, where steady stars are gone, and in
+    the direct image, where a residual still lies on its star. Neighbours of hits follow at 3 and 2 sigma, in the
+    difference alone; a pair with a pixel that is bad or already a hit says nothing.
 
     Parameters
     ----------
