@@ -95,6 +95,7 @@ class SubtractedExposure(FusedElement):
     seconds : wall-clock seconds per stage so far
     started_at : UNIX time at which work on the exposure began
     notes : what had to be estimated
+    residual_part : of the matched template's light that its subtraction may leave in a pixel
     """
 
     visit: Visit
@@ -112,6 +113,7 @@ class SubtractedExposure(FusedElement):
     seconds: dict[str, float]
     started_at: float
     notes: tuple[str, ...]
+    residual_part: float = 0.0
 
     def nbytes(self) -> int:
         return 7 * self.science.nbytes + self.psf.nbytes + self.science_psf.nbytes

@@ -24,7 +24,7 @@ from transforms.numerics.reliability import RELIABILITY_VERSION, score
 from transforms.subtraction import UNUSABLE_PLANES
 
 STAGE = "detection"
-REJECTED_PLANES = ("NO_DATA", "BAD", "SAT", "EDGE")
+REJECTED_PLANES = ("NO_DATA", "BAD", "SAT", "EDGE", "CR_TEMPLATE")
 SATURATED_PLANES = ("SAT", "SAT_TEMPLATE")
 _FLAG_PLANES = {
     "pixelFlags_bad": ("BAD", False),
@@ -149,7 +149,8 @@ def detect_sources(exposure: SubtractedExposure, config: DetectionConfig) -> Det
     """
     bad = (exposure.mask & mask_bits(*UNUSABLE_PLANES)) != 0
     psf = PsfGrid(exposure.psf)
-    snr_map, noise_ratio = significance_map(exposure.difference, exposure.difference_variance, bad, psf)
+    expected = exposure.difference_variance + np.square(np.float32(exposure.residual_part) * exposure.matched_template)
+    snr_map, noise_ratio = significance_map(exposure.difference, expected, bad, psf)
     reject = (exposure.mask & mask_bits(*REJECTED_PLANES)) != 0
     found = find_peaks(snr_map, reject, config.threshold_snr, lobe_distance(psf))
     if len(found.peak_x) > config.max_sources:

@@ -23,7 +23,7 @@ from transforms.numerics.subtraction_quality import SubtractionQuality
 from transforms.numerics.warping import warp_exposure, wcs_coordinate_grid
 
 STAGE = "subtraction"
-UNUSABLE_PLANES = ("BAD", "SAT", "CR", "NO_DATA", "SAT_TEMPLATE", "BAD_TEMPLATE")
+UNUSABLE_PLANES = ("BAD", "SAT", "CR", "NO_DATA", "SPIKE", "SAT_TEMPLATE", "BAD_TEMPLATE")
 POOR_RESIDUAL, POOR_TYPICAL_RESIDUAL = 0.2, 0.1
 POOR_SUM_VARIATION, SURE_SIGMA = 0.1, 5.0
 LEAST_NOISE_RATIO, MOST_NOISE_RATIO = 0.8, 1.25
@@ -134,11 +134,24 @@ def subtract_detector(element: DetectorVisit, config: SubtractionConfig, started
     interpolated = template.interpolated + interpolation_count(warped.variance, warped.white_variance)
     science_bad = (science.mask & mask_bits("BAD", "SAT", "CR", "NO_DATA")) != 0
     result = subtract(
-        ImagePlanes(science.image, science.variance, science_bad, science.psf),
-        ImagePlanes(warped.image, warped.white_variance, template_bad, template.psf, interpolated),
+        ImagePlanes(
+            science.image,
+            science.variance,
+            science_bad,
+            science.psf,
+            saturated=(science.mask & mask_bits("SAT")) != 0,
+        ),
+        ImagePlanes(
+            warped.image,
+            warped.white_variance,
+            template_bad,
+            template.psf,
+            interpolated=interpolated,
+            saturated=(warped.mask & mask_bits("SAT")) != 0,
+        ),
         config.parameters(),
     )
-    mask = _joined_mask(science, warped.mask, result.invalid)
+    mask = _joined_mask(science, warped.mask, result)
     return SubtractedExposure(
         visit=element.visit,
         detector=element.detector,
@@ -160,6 +173,7 @@ def subtract_detector(element: DetectorVisit, config: SubtractionConfig, started
             *_quality_notes(result.kernel, result.quality),
             *((f"no PSF: measured on {result.n_psf_stars} stars",) if result.n_psf_stars else ()),
         ),
+        residual_part=result.residual_part,
     )
 
 
@@ -184,11 +198,18 @@ def _quality_notes(kernel: KernelSolution, quality: SubtractionQuality) -> Itera
         yield f"noise of the difference above {MOST_NOISE_RATIO:g} of what the variances say"
 
 
-def _joined_mask(science: Exposure, template_mask: np.ndarray, invalid: np.ndarray) -> np.ndarray:
+def _joined_mask(science: Exposure, template_mask: np.ndarray, result: DifferenceResult) -> np.ndarray:
     mask = science.mask.copy()
     for plane, carried in _CARRIED_OVER.items():
         mask[(template_mask >> MASK_BITS[plane]) & 1 == 1] |= np.int32(1 << MASK_BITS[carried])
-    mask[invalid] |= np.int32(mask_bits("NO_DATA"))
+    for plane, pixels in {
+        "NO_DATA": result.invalid,
+        "SUSPECT": result.suspect,
+        "SPIKE": result.trails,
+        "CR": result.cosmic_rays,
+        "CR_TEMPLATE": result.template_cosmic_rays,
+    }.items():
+        mask[pixels] |= np.int32(mask_bits(plane))
     return mask
 
 

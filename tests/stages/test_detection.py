@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -110,7 +111,7 @@ def test_flags_name_the_planes_that_a_source_meets() -> None:
     assert found["pixelFlags_streakCenter"].tolist() == [0, 0, 0]
 
 
-@pytest.mark.parametrize("plane", ["SAT", "BAD", "NO_DATA", "EDGE"])
+@pytest.mark.parametrize("plane", ["SAT", "BAD", "NO_DATA", "EDGE", "CR_TEMPLATE"])
 def test_peak_on_rejected_pixels_is_counted_not_kept(plane: str) -> None:
     mask = np.zeros((SIZE, SIZE), dtype=np.int32)
     mask[185:216, 105:136] |= np.int32(1 << MASK_BITS[plane])
@@ -149,6 +150,14 @@ def test_the_psf_of_a_cutout_and_of_the_moments_is_that_of_the_source_s_cell() -
 def test_source_storm_is_refused_with_its_numbers() -> None:
     with pytest.raises(SourceStormError, match="3 sources in one detector, more than max_sources 2"):
         detect_sources(_exposure(), DetectionConfig(max_sources=2))
+
+
+def test_what_is_left_of_a_star_must_be_exceeded_but_is_no_error() -> None:
+    """The second source stands on a star twice as bright: at 2 x 2, a pixel's S/N is at most 1/4."""
+    found = detect_sources(replace(_exposure(), residual_part=2.0), DetectionConfig()).dia_sources
+    without = detect_sources(_exposure(), DetectionConfig()).dia_sources
+    assert found["isNegative"].tolist() == [0, 0]
+    np.testing.assert_array_equal(found["psfFluxErr"], without["psfFluxErr"][[0, 2]])
 
 
 def test_empty_difference_gives_no_source_and_no_error() -> None:

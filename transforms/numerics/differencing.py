@@ -10,7 +10,9 @@ from numpy.typing import NDArray
 from scipy.signal import fftconvolve
 
 from transforms.numerics.background import BackgroundError, subtract_background
+from transforms.numerics.bright_star_masks import residual_part, star_trails
 from transforms.numerics.convolution import block_centres, convolve_spatially_varying
+from transforms.numerics.cosmic_rays import find_cosmic_rays
 from transforms.numerics.decorrelation import decorrelation_kernels
 from transforms.numerics.kernel_matching import (
     KERNEL_MODELS,
@@ -60,6 +62,7 @@ class ImagePlanes:
     psf : (k, k) floating, k odd, sum 1, taken for the same everywhere; None to have it measured
     interpolated : how many times `warping.warp_exposure` interpolated its noise (`decorrelation.interpolation_count`);
         above 0 the variance is that before interpolation (`WarpedExposure.white_variance`)
+    saturated : (ny, nx) bool, which of the bad pixels are saturated: trails start there; None if that is not known
     """
 
     image: NDArray[np.floating]
@@ -67,6 +70,7 @@ class ImagePlanes:
     bad: NDArray[np.bool_]
     psf: NDArray[np.floating] | None = None
     interpolated: float = 0.0
+    saturated: NDArray[np.bool_] | None = None
 
 
 @dataclass(frozen=True)
@@ -102,6 +106,10 @@ class DifferenceResult:
     matched_template : (ny, nx) float32, template convolved with the kernel, without sky; finite
     invalid : (ny, nx) bool, True where the science image has no data, or bad template pixels or the image's edge
         lie within the kernel's core; other bad science pixels keep their values
+    residual_part : of the matched template's light that its subtraction leaves, see `bright_star_masks`
+    suspect : (ny, nx) bool, where that outweighs the noise
+    trails : (ny, nx) bool, along bleeds, rows and columns of saturated stars; they kept their values
+    cosmic_rays, template_cosmic_rays : (ny, nx) bool, hits that no mask knew; they kept their values
     psf : PSFs of the difference, float32: those of the science image but for the decorrelation
     science_psf : PSFs of the science image, float32
     decorrelation : (cells_y, cells_x, m, m) float64, sums 1: what the difference was convolved with in each cell of 256
@@ -118,6 +126,11 @@ class DifferenceResult:
     science: NDArray[np.float32]
     matched_template: NDArray[np.float32]
     invalid: NDArray[np.bool_]
+    residual_part: float
+    suspect: NDArray[np.bool_]
+    trails: NDArray[np.bool_]
+    cosmic_rays: NDArray[np.bool_]
+    template_cosmic_rays: NDArray[np.bool_]
     psf: PsfGrid
     science_psf: PsfGrid
     decorrelation: NDArray[np.float64]
@@ -221,6 +234,14 @@ def subtract(
     kernel.subtract_background(difference)
     difference -= _background_left_over(difference, unusable, parameters.background_box_pix)
     science_pixels = difference + matched
+    part = residual_part(difference, variance, matched, unusable)
+    residual = np.square(np.float32(part) * matched)
+    noise2 = variance + residual
+    trails = star_trails(difference, noise2, _saturated(science, template), unusable, model.fwhm_pix)
+    unusable |= trails
+    cosmic_rays = find_cosmic_rays(difference, noise2, science_pixels, unusable, model.at_centre())
+    template_cosmic_rays = find_cosmic_rays(-difference, noise2, matched, unusable, model.at_centre())
+    unusable |= cosmic_rays
     decorrelation = _decorrelation_of_cells(kernel, science_variance, template_variance, template.interpolated)
     difference = _decorrelated(difference, unusable, decorrelation)
     quality = measure_quality(difference, variance, science_pixels, matched, unusable)
@@ -235,6 +256,11 @@ def subtract(
         science=science_pixels,
         matched_template=matched,
         invalid=invalid,
+        residual_part=part,
+        suspect=residual > variance,
+        trails=trails,
+        cosmic_rays=cosmic_rays,
+        template_cosmic_rays=template_cosmic_rays,
         psf=_decorrelated_psf(science_psf, decorrelation, kernel.shape),
         science_psf=science_psf,
         decorrelation=decorrelation,
@@ -285,6 +311,11 @@ def _finite_plane(variance: NDArray[np.floating], bad: NDArray[np.bool_]) -> NDA
     sample = plane[::4, ::4][~bad[::4, ::4]]
     plane[unusable] = np.median(sample if len(sample) else plane[~bad])
     return plane
+
+
+def _saturated(*images: ImagePlanes) -> NDArray[np.bool_]:
+    known = [image.saturated for image in images if image.saturated is not None]
+    return np.logical_or.reduce(known) if known else np.zeros(images[0].image.shape, dtype=np.bool_)
 
 
 def _known_psf(planes: ImagePlanes) -> PsfModel | None:
