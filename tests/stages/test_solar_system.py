@@ -12,8 +12,15 @@ import pytest
 
 from schemas.elements import DetectedSources, SubtractedExposure
 from schemas.manifests import DetectorImages, Visit
+from schemas.observatories import OBSERVATORIES
 from schemas.records import DIA_SOURCE, SS_SOURCE, empty_records
-from transforms.solar_system import EphemeridesError, SolarSystemConfig, associate_ss_objects, read_ephemerides
+from transforms.solar_system import (
+    EphemeridesError,
+    KnownObjects,
+    SolarSystemConfig,
+    associate_ss_objects,
+    read_ephemerides,
+)
 
 BIG_ID = 2**60 + 1
 MIDPOINT = 61367.1
@@ -51,8 +58,8 @@ def _detected(ra: list[float], dec: list[float]) -> DetectedSources:
 
 
 def test_sources_at_the_interpolated_places_get_ids_beyond_2_53(tmp_path: Path) -> None:
-    table = read_ephemerides(_written(tmp_path, _table()))
-    named = associate_ss_objects(_detected([150.001, 150.1, 150.05], [2.0, 2.101, 2.0]), table, SolarSystemConfig())
+    known = KnownObjects(read_ephemerides(_written(tmp_path, _table())), None, OBSERVATORIES["X05"])
+    named = associate_ss_objects(_detected([150.001, 150.1, 150.05], [2.0, 2.101, 2.0]), known, SolarSystemConfig())
     assert named.dia_sources["ssObjectId"].tolist() == [BIG_ID, BIG_ID + 2, 0]
     assert named.ss_sources["ssObjectId"].tolist() == [BIG_ID, BIG_ID + 2]
     # Half of 0.002 deg in 0.1 d: 0.01 deg / d, times cos(dec) in right ascension.
@@ -61,8 +68,8 @@ def test_sources_at_the_interpolated_places_get_ids_beyond_2_53(tmp_path: Path) 
 
 
 def test_long_designation_is_cut_between_characters(tmp_path: Path) -> None:
-    table = read_ephemerides(_written(tmp_path, _table()))
-    named = associate_ss_objects(_detected([150.001], [2.0]), table, SolarSystemConfig())
+    known = KnownObjects(read_ephemerides(_written(tmp_path, _table())), None, OBSERVATORIES["X05"])
+    named = associate_ss_objects(_detected([150.001], [2.0]), known, SolarSystemConfig())
     assert named.ss_sources["designation"][0].decode() == "x" * 31
 
 
