@@ -33,8 +33,9 @@ _SERIES_TERMS = 10
 _ITERATIONS_MAX = 100
 _LIGHT_TIME_ITERATIONS = 3  # each leaves v / c, at most 1e-3, of the last error
 _PLANET_STEP_D = 1.0
-# A step is this part of the time of free fall to the Sun, and no planet comes nearer by more than a fifth in it.
-_STEP_PER_FALL_TIME, _STEP_PER_PLANET_AU, _STEP_MIN_D, _STEP_MAX_D = 1.0 / 40.0, 10.0, 1e-3, 8.0
+# A step is a part of the time of free fall to the Sun, and so many days per au to the nearest planet, which then comes
+# nearer by at most some percent. Measured over 300 days: 5e-8 au in the main belt, 2e-8 au near the Earth (medians).
+_STEP_PER_FALL_TIME, _STEP_PER_PLANET_AU, _STEP_MIN_D, _STEP_MAX_D = 1.0 / 60.0, 3.0, 1e-3, 8.0
 
 FloatArray = NDArray[np.float64]
 
@@ -497,6 +498,13 @@ def _stumpff(z: float) -> tuple[float, float, float, float]:
 
 
 @njit(cache=True)
+def _time_at(x: float, r0: float, sigma: float, inverse_a: float) -> float:
+    """Kepler's equation: sqrt(GM) times the time since the start at the universal anomaly x."""
+    _, c1, c2, c3 = _stumpff(inverse_a * x * x)
+    return r0 * x * c1 + sigma * x * x * c2 + x * x * x * c3
+
+
+@njit(cache=True)
 def _kepler(position: np.ndarray, velocity: np.ndarray, dt: float) -> None:
     """Move one state by two-body motion, in place."""
     if dt == 0.0:
@@ -512,10 +520,17 @@ def _kepler(position: np.ndarray, velocity: np.ndarray, dt: float) -> None:
     sign = 1.0 if dt >= 0.0 else -1.0
     sigma *= sign
     target = GAUSSIAN_CONSTANT * abs(dt)
-    low, high = 0.0, math.inf
+    low, x = 0.0, target / r0
     if inverse_a > 0.0:
         high = 2.0 * math.pi / math.sqrt(inverse_a)
-    x = min(target / r0, 0.5 * high)
+        x = min(x, 0.5 * high)
+    else:
+        if inverse_a < 0.0:
+            x = min(x, 1.0 / math.sqrt(-inverse_a))
+        high = x
+        while _time_at(high, r0, sigma, inverse_a) < target:
+            low, high = high, 2.0 * high
+        x = max(x, low)
     c1, c2, r = 1.0, 0.5, r0
     for _ in range(_ITERATIONS_MAX):
         c0, c1, c2, c3 = _stumpff(inverse_a * x * x)
@@ -530,7 +545,7 @@ def _kepler(position: np.ndarray, velocity: np.ndarray, dt: float) -> None:
         root = math.sqrt(abs(16.0 * r * r - 20.0 * excess * slope))
         following = x - 5.0 * excess / (r + root)
         if not low <= following <= high:
-            following = 0.5 * (low + high) if high < math.inf else 2.0 * x
+            following = 0.5 * (low + high)
         if abs(following - x) <= 4e-16 * x:
             break
         x = following
