@@ -198,7 +198,10 @@ def propagate_two_body(orbits: Orbits, to_mjd_tdb: ArrayLike) -> Orbits:
 
     Notes
     -----
-    Against numerical integration: 1e-9 au over years, for e from 0 to 3 (tests). 0.2 us an object for short steps.
+    Against numerical integration: 2e-9 au over two years, for e from 0 to 6 (tests). A hyperbola that comes and goes in
+    one call loses the digits of exp(F1 - F0), the rise of its anomaly. 0.2 us an object.
+
+    Two-body motion leaves a main-belt orbit by 0.4 arcsec after 30 days, 4 after 100, 40 after 300 (medians).
     """
     to = np.broadcast_to(np.asarray(to_mjd_tdb, np.float64), orbits.mjd_tdb.shape).copy()
     position, velocity = np.empty_like(orbits.position), np.empty_like(orbits.velocity)
@@ -219,8 +222,9 @@ def propagate_perturbed(orbits: Orbits, to_mjd_tdb: float) -> Orbits:
 
     Notes
     -----
-    Not in it: the Moon apart from the Earth, large asteroids, relativity, radiation, outgassing. Accuracy is
-    measured by `tests/benchmarks/bench_orbit_propagation.py`.
+    Not in it: the Moon apart from the Earth, large asteroids, relativity, radiation, outgassing. Against JPL's
+    Horizons 0.009 arcsec at most after 10 to 30 days; against detections of ZTF 0.06 arcsec (theirs) up to 900 days
+    from the epoch. 0.09 us an object and day in the main belt.
 
     References
     ----------
