@@ -11,7 +11,9 @@ from numpy.typing import ArrayLike, NDArray
 
 from transforms.numerics.forced_photometry import checked_planes, evaluate_psf, pixel_weight
 from transforms.numerics.model_fitting import (
+    DAMPING_FREE,
     FIT_REACH_SIGMA,
+    SETTLED,
     SHIFT_MAX_PIX,
     SplineStack,
     factorise,
@@ -24,7 +26,6 @@ LOBE_SHARE_MAX = 0.65
 SEPARATION_MAX_SIGMA = 5.0
 _DIRECT_WEIGHT = 0.5  # of science and template beside the difference, which repeats what they say but knows no host
 _EVALUATIONS_MAX = 40
-_SETTLED = 1e-4  # of chi-square: within 0.01 of the standard error
 _LOBE = 4  # parameters of a lobe: flux, x, y, and the pedestal of the image it lies in
 _LOBE_SIGN = (1.0, -1.0)
 
@@ -285,7 +286,7 @@ def _fit_one(
     new_matrix, gradient, new_gradient = np.empty((n, n)), np.empty(n), np.empty(n)
     step, tried = np.empty(n), np.empty(n)
     _evaluate_lobes(coefficients, science_coefficients, half_width, parameters, stamps)
-    chi2, _ = _accumulate(values, weights, stamps, parameters, matrix, gradient)
+    chi2, difference_chi2 = _accumulate(values, weights, stamps, parameters, matrix, gradient)
     damping = 0.0
     for evaluation in range(_EVALUATIONS_MAX):
         if evaluation == 0:
@@ -293,32 +294,34 @@ def _fit_one(
                 for k in range(lobe * _LOBE + 1, lobe * _LOBE + 3):
                     matrix[k, k], gradient[k] = 1.0, 0.0  # with no flux yet, this row is zero besides
         if not factorise(matrix, damping, factor):
-            return False, 0.0
+            break
         solve_factored(factor, gradient, step)
         gain = 0.0
         for k in range(n):
             gain += step[k] * gradient[k]
             tried[k] = parameters[k] + step[k]
+        if not gain < np.inf:
+            break
         for lobe in range(2):
             for k in range(lobe * _LOBE + 1, lobe * _LOBE + 3):
                 tried[k] = min(max(tried[k], -SHIFT_MAX_PIX), SHIFT_MAX_PIX)
+        if evaluation > 0 and damping < DAMPING_FREE and gain < SETTLED:
+            parameters[:] = tried
+            _evaluate_lobes(coefficients, science_coefficients, half_width, parameters, stamps)
+            if factorise(matrix, 0.0, factor):
+                _spread(values, weights, stamps, parameters, factor, covariance)
+                return True, difference_chi2
+            break
         _evaluate_lobes(coefficients, science_coefficients, half_width, tried, stamps)
-        new_chi2, difference_chi2 = _accumulate(values, weights, stamps, tried, new_matrix, new_gradient)
+        new_chi2, new_difference_chi2 = _accumulate(values, weights, stamps, tried, new_matrix, new_gradient)
         if new_chi2 <= chi2:
             parameters[:] = tried
             matrix[:] = new_matrix
             gradient[:] = new_gradient
-            chi2 = new_chi2
-            if evaluation > 0 and gain < _SETTLED:
-                if not factorise(matrix, 0.0, factor):
-                    return False, 0.0
-                _spread(values, weights, stamps, parameters, factor, covariance)
-                return True, difference_chi2
+            chi2, difference_chi2 = new_chi2, new_difference_chi2
             damping = 0.0 if damping < 1e-3 else 0.1 * damping
-        elif new_chi2 < np.inf:
-            damping = max(10.0 * damping, 1e-2)
         else:
-            return False, 0.0
+            damping = max(10.0 * damping, 1e-2)
     return False, 0.0
 
 

@@ -13,6 +13,8 @@ from transforms.numerics.forced_photometry import PsfError, psf_spline
 
 SHIFT_MAX_PIX = 6.0  # how far `evaluate_psf` may move a PSF off the centre of its stamp
 FIT_REACH_SIGMA = 3.5  # pixels this far from the model's skeleton, plus one, are fitted: 99.8 % of a Gaussian's flux
+SETTLED = 1e-2  # of chi-square to be gained by the last step: a tenth of the standard error
+DAMPING_FREE = 0.1  # beyond this damping, what a step gains does not tell how far the minimum is
 _STAMP_SIGMA = 5.0
 _STAMP_HALF_WIDTH_MIN_PIX = 8
 _PIVOT_MIN = 1e-10  # of the diagonal: below it two parameters do the same to float64 and a little noise
