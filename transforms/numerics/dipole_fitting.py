@@ -137,11 +137,28 @@ def fit_dipoles(
     )
     good = np.isfinite(real).all(axis=0)
     real[:, ~good] = np.nan
+    n_pixels[~good] = 0
     separation = np.hypot(real[0] - real[2], real[1] - real[3])
     with np.errstate(invalid="ignore"):
         is_dipole = good & (real[10] > DIPOLE_SNR_MIN) & (real[11] < LOBE_SHARE_MAX)
         is_dipole &= separation < SEPARATION_MAX_SIGMA * psfs.sigma_pix[psf_of_source]
-    return Dipoles(good, is_dipole, *real[:10], n_pixels, *real[10:12])
+    return Dipoles(
+        good=good,
+        is_dipole=is_dipole,
+        x_positive=real[0],
+        y_positive=real[1],
+        x_negative=real[2],
+        y_negative=real[3],
+        separation_err=real[4],
+        mean_flux=real[5],
+        mean_flux_err=real[6],
+        flux_diff=real[7],
+        flux_diff_err=real[8],
+        chi2=real[9],
+        n_pixels=n_pixels,
+        snr=real[10],
+        lobe_share=real[11],
+    )
 
 
 @njit(cache=True)

@@ -86,7 +86,7 @@ def fit_trails(
     """Fit a uniform trail to each source.
 
     The model is flux times the mean of P(c + t d), t from -1/2 to 1/2, with d the vector from end to end. It is fitted
-    first with a Gaussian P, whose integral is closed (Veres et al. 2012, eq. 3), then with the PSF image itself,
+    first with a Gaussian P, whose integral is closed (Veres et al. 2012), then with the PSF image itself,
     summed along the line. Levenberg-Marquardt with analytic derivatives and inverse-variance weights.
 
     Parameters
@@ -129,14 +129,26 @@ def fit_trails(
     )
     good = np.isfinite(real).all(axis=0)
     real[:, ~good] = np.nan
+    n_pixels[~good] = 0
     sigma = psfs.sigma_pix[psf_index]
     inside = _margin(real[0], real[1], real[5], real[6], pixels.shape)
     with np.errstate(invalid="ignore"):
         return Trails(
-            good,
-            *real[:12],
-            real[12],
-            n_pixels,
+            good=good,
+            x=real[0],
+            y=real[1],
+            x_err=real[2],
+            y_err=real[3],
+            x_y_cov=real[4],
+            dx=real[5],
+            dy=real[6],
+            dx_err=real[7],
+            dy_err=real[8],
+            dx_dy_cov=real[9],
+            flux=real[10],
+            flux_err=real[11],
+            chi2=real[12],
+            n_pixels=n_pixels,
             off_image=inside < 0.0,
             edge=inside < _FWHM_PER_SIGMA * sigma,
             suspect_long=np.hypot(real[5], real[6]) > SUSPECT_LENGTH_SIGMA * sigma,
@@ -270,8 +282,9 @@ def _fit_one(
     parameters: NDArray[np.float64],
     covariance: NDArray[np.float64],
 ) -> tuple[bool, float]:
-    """Bring the parameters from their start to the minimum; whether they settled, and chi-square. The first step moves
-    the flux alone.
+    """Bring the parameters from their start to the minimum; whether they settled, and chi-square before the last step.
+
+    The first step with a Gaussian PSF moves the flux alone.
     """
     n = _N_PARAMETERS
     planes = np.empty((_N_PLANES, values.shape[0], values.shape[1]))
