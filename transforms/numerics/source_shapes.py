@@ -19,7 +19,7 @@ _OPPOSITE_PART_MIN = 0.4
 _FOOTPRINT_SPREAD_PSF = 4.0  # in PSF sigma^2; the footprint of a point source has 2, that of a 3 FWHM trail 4
 _FOOTPRINT_AXIS_RATIO2 = 2.25
 _AXIS_ERROR = 2.0 * np.sqrt(2.0)  # the major moment of a Gaussian source has this relative error at S/N 1
-_EXCESS_SIGNIFICANCE = 2.5  # 1 point source in 200, none below S/N 7, where no moment can exceed its error so far
+_EXCESS_SIGNIFICANCE = 3.5  # 1 point source in 2,000; none below S/N 10, where no moment exceeds its error so far
 _EXCESS_MIN = 0.25  # of the PSF's moment: a trail of 0.74 FWHM
 _MINOR_EXCESS_MAX = 0.5  # of the excess of the major axis: rounder sources are blobs
 _MINOR_MIN = 0.5  # of the PSF's moment: narrower tracks are cosmic rays
@@ -69,7 +69,7 @@ def measure_shapes(
     """Fit dipoles and trails where a source looks like one, and tell how extended each source is.
 
     A dipole is tried where the opposite sign is beyond 4 sigma and 0.4 of the peak. A trail is tried on what is no
-    dipole and elongated: by its footprint, or by moments whose major axis exceeds the PSF's by 2.5 errors and a
+    dipole and elongated: by its footprint, or by moments whose major axis exceeds the PSF's by 3.5 errors and a
     quarter, the minor one by less than half as much.
 
     Parameters
