@@ -37,8 +37,9 @@ class AlertProduction:
     ----------
     visits : the visits of a night folder
     delivery : who gets what
-    ephemerides : Parquet file, or None
+    ephemerides : Parquet file of known objects' places, or None
     history : output folders of earlier nights
+    elements : file of known objects' orbits, or None
     """
 
     visits: VisitList
@@ -46,6 +47,7 @@ class AlertProduction:
     config: AlertProductionConfig
     ephemerides: str | None = None
     history: tuple[str, ...] = ()
+    elements: str | None = None
 
     def build(self, flow: beam.Pipeline, *, spread: bool = False) -> None:
         """Add the whole chain to a pipeline.
@@ -59,7 +61,8 @@ class AlertProduction:
         visits = flow | "ReadVisits" >> ReadVisits(self.visits, self.history, spread=spread)
         subtracted = visits.good | "SubtractTemplates" >> SubtractTemplates(config.subtraction, images)
         detected = subtracted.good | "DetectDiaSources" >> DetectDiaSources(config.detection)
-        named = detected.good | "AssociateSsObjects" >> AssociateSsObjects(config.solar_system, self.ephemerides)
+        known = AssociateSsObjects(config.solar_system, self.ephemerides, self.elements)
+        named = detected.good | "AssociateSsObjects" >> known
         stamped = named.good | "EncodeCutouts" >> EncodeCutouts(cutouts)
 
         # Sky space: keyed by sky cell, in event time; the only stage that remembers.

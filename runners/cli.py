@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from runners.ingest.commands import ingest
 from runners.run_commands import BadUsage, Failure, associate, produce, replay
+from runners.template_commands import templates
 
 PROGRAM = "nightstream"
 DEFAULT_SEED = 20261122
@@ -151,5 +152,5 @@ def _decoded(messages: Iterator[bytes], decode: Any) -> Iterator[dict[str, Any]]
             yield {}
 
 
-for command in (produce, associate, replay, ingest):
+for command in (produce, associate, replay, ingest, templates):
     main.add_command(command)

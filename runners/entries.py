@@ -12,6 +12,7 @@ from pipelines.catalogue_association import CatalogueAssociation
 from pipelines.packet_replay import PacketReplay
 from runners.output_folder import fingerprint, history_digest
 from runners.running import Entry, RunInput, RunRequest
+from schemas.element_tables import ElementsError, read_element_table
 from schemas.elements import FailureRecord
 from schemas.manifests import ManifestError, manifest_lines, manifest_path, night_folder, read_manifest
 from schemas.packet_index import index_packets, packet_files, read_index_visits
@@ -21,9 +22,11 @@ from transforms.delivery import Delivery
 from transforms.distribution import BrokerConfig
 from transforms.failures import failure_of
 from transforms.ingestion import VisitList
-from transforms.solar_system import EphemeridesError, read_ephemerides
+from transforms.solar_system import STAGE, EphemeridesError, read_ephemerides
 
 ZTF_TOPIC = "ztf-alerts"
+EPHEMERIDES = "ephemerides.parquet"
+ORBITS = ("orbits.parquet", "orbits.csv")  # the first there is
 
 
 class HistoryError(ValueError):
@@ -39,19 +42,20 @@ def night_input(night: Path, request: RunRequest, history: tuple[Path, ...] = ()
     folders = tuple(str(folder) for folder in history)
 
     def enter(store: Path) -> Entry:
-        ephemerides, problem = usable_ephemerides(night)
+        ephemerides, without_places = usable_ephemerides(night)
+        elements, without_orbits = usable_elements(night)
 
         def dataflow(delivery: Delivery) -> AlertProduction:
             visits = VisitList(str(manifest_path(night)), read_manifest)
-            return AlertProduction(visits, delivery, request.config, ephemerides, folders)
+            return AlertProduction(visits, delivery, request.config, ephemerides, folders, elements)
 
-        return Entry(manifest, dataflow, request.brokers, () if problem is None else (problem,))
+        return Entry(manifest, dataflow, request.brokers, (*without_places, *without_orbits))
 
     # The order of lines does not decide anything, unless some cannot be used: of two that contradict each
     # other the first stands.
     lines = manifest_lines(night)
     images = {path for visit in manifest.visits for one in visit.detectors for path in (one.science, one.template)}
-    beside = [str(night_folder(night) / "ephemerides.parquet")]
+    beside = [str(night_folder(night) / name) for name in (EPHEMERIDES, *ORBITS)]
     parts = [
         "night",
         lines if manifest.problems else sorted(lines),
@@ -114,13 +118,30 @@ def check_history(history: tuple[Path, ...], out: Path) -> None:
         raise HistoryError(f"--history {', '.join(str(folder) for folder in history)}: {error}") from error
 
 
-def usable_ephemerides(night: Path) -> tuple[str | None, FailureRecord | None]:
+def usable_ephemerides(night: Path) -> tuple[str | None, tuple[FailureRecord, ...]]:
     """The night's ephemerides; without them, or with broken ones, the night goes on."""
-    path = night_folder(night) / "ephemerides.parquet"
+    path = night_folder(night) / EPHEMERIDES
     if not path.is_file():
-        return None, None
+        return None, ()
     try:
         read_ephemerides(str(path))
     except EphemeridesError as error:
-        return None, failure_of(error, "solar_system", None, lost="solar-system association of the night")
-    return str(path), None
+        return None, (failure_of(error, STAGE, None, lost="solar-system association with the night's ephemerides"),)
+    return str(path), ()
+
+
+def usable_elements(night: Path) -> tuple[str | None, tuple[FailureRecord, ...]]:
+    """The night's elements, and what of them cannot be used; without them the night goes on."""
+    path = next((path for name in ORBITS if (path := night_folder(night) / name).is_file()), None)
+    if path is None:
+        return None, ()
+    try:
+        table = read_element_table(path)
+    except ElementsError as error:
+        return None, (failure_of(error, STAGE, None, lost="solar-system association with the night's elements"),)
+    return str(path), tuple(
+        FailureRecord(
+            None, None, STAGE, "UnusableElements", f"{path.name}: {one.reason}", f"{one.count} solar-system objects"
+        )
+        for one in table.problems
+    )

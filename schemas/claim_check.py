@@ -8,7 +8,6 @@ name and renamed; where it exists already it is left alone, as a second writing 
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import struct
 import threading
@@ -23,6 +22,7 @@ from astropy.io import fits
 from astropy.wcs import WCS
 
 PLANES = ("difference", "difference_variance", "science", "science_variance")
+_PSF_NAMES = ("psf", "science_psf")
 _CHUNK_PIX = 128
 _MAGIC = b"NSBLOB01"
 _COUNT = struct.Struct("<II")
@@ -36,7 +36,8 @@ class ClaimCheckError(OSError):
 class StoredExposure:
     """One exposure in the image store. Variances are infinite where a pixel must not be used.
 
-    `psf` and `science_psf` are the PSFs of difference and science image, odd squares with sum 1.
+    `psf` and `science_psf` are the PSFs of difference and science image in their cells, (cells_y, cells_x, k, k)
+    float32.
     """
 
     wcs: WCS
@@ -52,12 +53,15 @@ class StoredExposure:
 
 @dataclass(frozen=True)
 class ImageStore:
-    """Chunked, compressed pixels of each (visit, detector) under `root`."""
+    """Chunked, compressed pixels of each (visit, detector) under `root`, and beside them the PSFs as they are."""
 
     root: str
 
     def path(self, visit: int, detector: int) -> Path:
         return Path(self.root) / str(visit) / f"{detector:03d}.b2nd"
+
+    def psf_path(self, visit: int, detector: int, name: str) -> Path:
+        return self.path(visit, detector).with_name(f"{detector:03d}.{name}.npy")
 
     def write(
         self,
@@ -68,7 +72,7 @@ class ImageStore:
         psf: np.ndarray,
         science_psf: np.ndarray,
     ) -> None:
-        """Write the four planes of `PLANES`, all (ny, nx) float32, with WCS header text and PSFs."""
+        """Write the four planes of `PLANES`, all (ny, nx) float32, with WCS header text and the PSFs of cells."""
         path = self.path(visit, detector)
         if path.exists():
             return
@@ -86,9 +90,10 @@ class ImageStore:
             for index, plane in enumerate(planes):
                 stored[index] = plane
             stored.schunk.vlmeta["wcs"] = wcs_text
-            for name, image in (("psf", psf), ("science_psf", science_psf)):
-                stored.schunk.vlmeta[name] = np.ascontiguousarray(image, dtype=np.float64).tobytes()
             del stored
+            for name, images in zip(_PSF_NAMES, (psf, science_psf), strict=True):
+                with _renamed_when_whole(self.psf_path(visit, detector, name)) as other, other.open("wb") as stream:
+                    np.save(stream, np.ascontiguousarray(images, dtype="<f4"))
 
     def open(self, visit: int, detector: int) -> StoredExposure:
         """Open one exposure for reading by window; ClaimCheckError when it is not there."""
@@ -97,17 +102,13 @@ class ImageStore:
             raise ClaimCheckError(f"no stored image of visit {visit} detector {detector}: {path.name} is missing")
         try:
             pixels = blosc2.open(str(path), mode="r", dparams=blosc2.DParams(nthreads=1))
-            meta = pixels.schunk.vlmeta
-            psf, science_psf = (_square(np.frombuffer(meta[name])) for name in ("psf", "science_psf"))
-            wcs = WCS(fits.Header.fromstring(meta["wcs"], sep="\n"))
-        except (RuntimeError, KeyError, ValueError) as error:
+            psf, science_psf = (
+                np.asarray(np.load(self.psf_path(visit, detector, name), mmap_mode="r")) for name in _PSF_NAMES
+            )
+            wcs = WCS(fits.Header.fromstring(pixels.schunk.vlmeta["wcs"], sep="\n"))
+        except (OSError, RuntimeError, KeyError, ValueError, EOFError) as error:
             raise ClaimCheckError(f"stored image of visit {visit} detector {detector} is broken: {error}") from error
         return StoredExposure(wcs, psf, science_psf, (pixels.shape[1], pixels.shape[2]), pixels)
-
-
-def _square(values: np.ndarray) -> np.ndarray:
-    side = math.isqrt(len(values))
-    return values.reshape(side, side)
 
 
 def write_blobs(path: Path, keys: np.ndarray, rows: Sequence[Sequence[bytes]]) -> None:

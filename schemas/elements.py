@@ -89,12 +89,13 @@ class SubtractedExposure(FusedElement):
     science, science_variance, difference, difference_variance, matched_template,
     template_variance : (ny, nx) float32, nJy or nJy^2; science without its background; the difference's noise white
     mask : (ny, nx) int32, science planes and the template's as `_TEMPLATE`
-    psf : (k, k) float64, sum 1, the PSF of the difference
-    science_psf : (k, k) float64, sum 1, the PSF of the science image and the matched template
+    psf : (cells_y, cells_x, k, k) float32, sums 1, the PSFs of the difference in its cells (`numerics.psf_grid`)
+    science_psf : the same of the science image and the matched template
     wcs : WCS of the science image
     seconds : wall-clock seconds per stage so far
     started_at : UNIX time at which work on the exposure began
     notes : what had to be estimated
+    residual_part : of the matched template's light that its subtraction may leave in a pixel
     """
 
     visit: Visit
@@ -112,9 +113,10 @@ class SubtractedExposure(FusedElement):
     seconds: dict[str, float]
     started_at: float
     notes: tuple[str, ...]
+    residual_part: float = 0.0
 
     def nbytes(self) -> int:
-        return 7 * self.science.nbytes
+        return 7 * self.science.nbytes + self.psf.nbytes + self.science_psf.nbytes
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 Layout of a file: `IMAGE` (or the primary HDU) float32 with the WCS, `MASK` int32 with
 `MP_<PLANE>` cards giving bit numbers, `VARIANCE` float32 in BUNIT squared, `PSF` an odd square
 image summing to 1. Pixels are converted to nJy on reading; mask planes to the fixed bits below.
+A card `NINTERP` of `VARIANCE` says that the noise is not white: how often it was interpolated.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ MAX_STORED_BITS = 63
 J2000 = 2000.0
 MIN_SIDE_PIX = 32
 MIN_PSF_SIDE_PIX = 3
+MAX_INTERPOLATED = 16
 MAX_ABS_MAG_ZERO = 60.0  # beyond, nJy no longer fit float32
 
 
@@ -67,6 +69,8 @@ class Exposure:
     wcs : celestial WCS, 0-based pixels with `origin=0`
     psf : (k, k) float64 with k odd and sum 1, or None when the file has none
     notes : what was missing in the file and had to be estimated
+    interpolated : how many times the noise was interpolated, a mean for a stack; the variance is then that of white
+        noise which gives sums over several pixels the error they have
     """
 
     image: np.ndarray
@@ -75,6 +79,7 @@ class Exposure:
     wcs: WCS
     psf: np.ndarray | None
     notes: tuple[str, ...] = ()
+    interpolated: float = 0.0
 
 
 def mask_bits(*planes: str) -> int:
@@ -129,6 +134,31 @@ def read_exposure(path: str | Path) -> Exposure:
         raise ExposureError(f"{path.name}: broken FITS file: {type(error).__name__}: {error}") from error
 
 
+def read_grid(path: str | Path) -> tuple[WCS, tuple[int, int]]:
+    """WCS and shape (ny, nx) of an exposure, from its headers alone.
+
+    Raises
+    ------
+    ExposureError : missing or broken file, no two-dimensional image, no WCS in (ra, dec)
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ExposureError(f"{path.name}: no such file: {path}")
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=AstropyWarning)
+            with open_unpacked(path) as stream, fits.open(stream, memmap=False, lazy_load_hdus=False) as hdus:
+                image_hdu = _image_hdu(hdus)
+                if image_hdu is None or image_hdu.header.get("NAXIS") != 2:
+                    raise ExposureError(f"{path.name}: no two-dimensional image in the file")
+                shape = (int(image_hdu.header["NAXIS2"]), int(image_hdu.header["NAXIS1"]))
+                return _read_wcs(image_hdu.header, shape, path.name), shape
+    except ExposureError:
+        raise
+    except Exception as error:  # astropy raises many kinds on broken bytes
+        raise ExposureError(f"{path.name}: broken FITS file: {type(error).__name__}: {error}") from error
+
+
 def open_unpacked(path: Path) -> BinaryIO:
     """The file to read FITS from: unpacked here, as astropy takes a packed file cut short for a short one.
 
@@ -147,10 +177,7 @@ def open_unpacked(path: Path) -> BinaryIO:
 def _exposure_from_hdus(hdus: fits.HDUList, name: str) -> Exposure:
     notes: list[str] = []
     planes = {hdu.name: hdu for hdu in hdus}
-    image_hdu = planes.get("IMAGE")
-    if image_hdu is None or image_hdu.data is None:
-        known = ("MASK", "VARIANCE", "PSF")
-        image_hdu = next((hdu for hdu in hdus if hdu.name not in known and _is_image(hdu)), None)
+    image_hdu = _image_hdu(hdus)
     if image_hdu is None:
         raise ExposureError(f"{name}: no image in the file")
     if image_hdu.data.ndim != 2:
@@ -176,7 +203,29 @@ def _exposure_from_hdus(hdus: fits.HDUList, name: str) -> Exposure:
     mask[unusable] |= mask_bits("NO_DATA")
     variance[unusable] = np.inf
     image[unusable] = np.nan
-    return Exposure(image, variance, mask, wcs, _read_psf(planes.get("PSF"), name), tuple(notes))
+    return Exposure(
+        image,
+        variance,
+        mask,
+        wcs,
+        _read_psf(planes.get("PSF"), name),
+        tuple(notes),
+        _read_interpolated(planes.get("VARIANCE"), name),
+    )
+
+
+def _read_interpolated(hdu: fits.ImageHDU | None, name: str) -> float:
+    number = 0.0 if hdu is None else hdu.header.get("NINTERP", 0.0)
+    if isinstance(number, bool) or not isinstance(number, (int, float)) or not 0 <= number <= MAX_INTERPOLATED:
+        raise ExposureError(f"{name}: NINTERP must be a number in [0, {MAX_INTERPOLATED}], got {number!r}")
+    return float(number)
+
+
+def _image_hdu(hdus: fits.HDUList) -> fits.hdu.base.ExtensionHDU | None:
+    """`IMAGE`, or the first image that is nothing else we know."""
+    named = [hdu for hdu in hdus if hdu.name == "IMAGE" and _is_image(hdu)]
+    known = ("MASK", "VARIANCE", "PSF")
+    return next(iter(named[-1:] + [hdu for hdu in hdus if hdu.name not in known and _is_image(hdu)]), None)
 
 
 def _read_wcs(header: fits.Header, shape: tuple[int, int], name: str) -> WCS:
@@ -298,6 +347,8 @@ def write_exposure(path: Path, exposure: Exposure, *, header: dict[str, object] 
             mask_header[f"MP_{plane}"] = bit
     variance_header = fits.Header()
     variance_header["BUNIT"] = "nJy2"
+    if exposure.interpolated > 0:
+        variance_header["NINTERP"] = (exposure.interpolated, "times the noise was interpolated")
     hdus = [
         fits.PrimaryHDU(),
         fits.ImageHDU(np.asarray(exposure.image, dtype=np.float32), image_header, name="IMAGE"),

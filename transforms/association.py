@@ -38,7 +38,8 @@ from schemas.records import (
 )
 from transforms.failures import FAILED, failure_of, failure_part
 from transforms.ingestion import visit_context
-from transforms.numerics.forced_photometry import forced_psf_flux
+from transforms.numerics.forced_photometry import PsfSplines, forced_psf_flux, psf_splines
+from transforms.numerics.psf_grid import PsfGrid
 from transforms.sky_cells import (
     AssociationRules,
     CellKnowledge,
@@ -436,12 +437,17 @@ def _seen_in(sources: np.ndarray) -> set[tuple[int, int]]:
     return {(int(visit), int(detector)) for visit, detector in zip(sources["visit"], sources["detector"], strict=True)}
 
 
+class _OpenExposure(NamedTuple):
+    stored: StoredExposure
+    psfs: dict[str, PsfGrid]  # by plane
+
+
 class _ForcedPhotometer:
     """Forced fluxes from the image store; keeps the last few exposures open, remembers its failures."""
 
     def __init__(self, store: ImageStore | None) -> None:
         self.store = store
-        self.opened: OrderedDict[tuple[int, int], StoredExposure] = OrderedDict()
+        self.opened: OrderedDict[tuple[int, int], _OpenExposure] = OrderedDict()
         self.failures: list[FailureRecord] = []
 
     def take_failures(self) -> list[FailureRecord]:
@@ -455,18 +461,21 @@ class _ForcedPhotometer:
         if self.store is None:
             return fluxes
         try:
-            stored = self._open(self.store, visit, detector)
+            stored, psfs = self._open(self.store, visit, detector)
             x, y = (np.asarray(axis) for axis in stored.wcs.world_to_pixel_values(ra, dec))
+            ny, nx = stored.shape
+            fluxes.inside[:] = (x >= 0) & (x <= nx - 1) & (y >= 0) & (y <= ny - 1)
+            inside = np.flatnonzero(fluxes.inside)
+            splines = {plane: psf_splines(psf, x[inside], y[inside]) for plane, psf in psfs.items()}
         except Exception as error:
             self.failures.append(failure_of(error, STAGE, visit, detector, lost=f"forced photometry of {n} objects"))
             return fluxes
-        ny, nx = stored.shape
-        fluxes.inside[:] = (x >= 0) & (x <= nx - 1) & (y >= 0) & (y <= ny - 1)
         n_failed = 0
         last_error: Exception | None = None
-        for index in np.flatnonzero(fluxes.inside):
+        for rank, index in enumerate(inside):
+            of_source = {plane: prepared.of(rank) for plane, prepared in splines.items()}
             try:
-                self._measure_one(stored, float(x[index]), float(y[index]), int(index), fluxes)
+                self._measure_one(stored, of_source, float(x[index]), float(y[index]), int(index), fluxes)
             except Exception as error:
                 n_failed, last_error = n_failed + 1, error
         if last_error is not None:
@@ -474,24 +483,34 @@ class _ForcedPhotometer:
             self.failures.append(failure_of(last_error, STAGE, visit, detector, lost=lost))
         return fluxes
 
-    def _measure_one(self, stored: StoredExposure, x: float, y: float, index: int, fluxes: ForcedFluxes) -> None:
-        half = max(stored.psf.shape[0], stored.science_psf.shape[0]) // 2 + 1
+    def _measure_one(
+        self,
+        stored: StoredExposure,
+        psfs: dict[str, PsfSplines],
+        x: float,
+        y: float,
+        index: int,
+        fluxes: ForcedFluxes,
+    ) -> None:
+        half = max(splines.half_width for splines in psfs.values()) + 1
         y0, x0 = max(round(y) - half, 0), max(round(x) - half, 0)
         y1, x1 = min(round(y) + half + 1, stored.shape[0]), min(round(x) + half + 1, stored.shape[1])
         at_x, at_y = np.array([x - x0]), np.array([y - y0])
-        for plane, psf, flux, flux_err in (
-            ("difference", stored.psf, fluxes.psf_flux, fluxes.psf_flux_err),
-            ("science", stored.science_psf, fluxes.science_flux, fluxes.science_flux_err),
+        for plane, flux, flux_err in (
+            ("difference", fluxes.psf_flux, fluxes.psf_flux_err),
+            ("science", fluxes.science_flux, fluxes.science_flux_err),
         ):
             image = stored.window(plane, y0, y1, x0, x1)
             variance = stored.window(plane + "_variance", y0, y1, x0, x1)
-            measured = forced_psf_flux(image, variance, psf, at_x, at_y)
+            measured = forced_psf_flux(image, variance, psfs[plane], at_x, at_y)
             flux[index], flux_err[index] = measured[0][0], measured[1][0]
 
-    def _open(self, store: ImageStore, visit: int, detector: int) -> StoredExposure:
+    def _open(self, store: ImageStore, visit: int, detector: int) -> _OpenExposure:
         key = (visit, detector)
         if key not in self.opened:
-            self.opened[key] = store.open(visit, detector)
+            stored = store.open(visit, detector)
+            psfs = {"difference": PsfGrid(stored.psf), "science": PsfGrid(stored.science_psf)}
+            self.opened[key] = _OpenExposure(stored, psfs)
             if len(self.opened) > _OPEN_EXPOSURES:
                 self.opened.popitem(last=False)
         self.opened.move_to_end(key)

@@ -15,6 +15,7 @@ from schemas.elements import DetectedSources, StageElement, VisitPart
 from schemas.exposures import MASK_BITS
 from schemas.framing import pack
 from transforms.failures import FAILED, StageFn, failed_in, failure_of
+from transforms.numerics.psf_grid import PsfGrid
 from transforms.packaging import cutout_file
 
 STAGE = "cutouts"
@@ -112,10 +113,11 @@ def encode_cutouts(detected: DetectedSources) -> list[tuple[bytes, bytes, bytes]
     if len(sources) == 0:
         return []
     tangents = local_tangents(exposure.wcs, sources["x"].astype(float), sources["y"].astype(float))
+    psf, science_psf = PsfGrid(exposure.psf), PsfGrid(exposure.science_psf)
     planes = (
-        (exposure.difference, exposure.difference_variance, exposure.psf),
-        (exposure.science, exposure.science_variance, exposure.science_psf),
-        (exposure.matched_template, exposure.template_variance, exposure.science_psf),
+        (exposure.difference, exposure.difference_variance, psf),
+        (exposure.science, exposure.science_variance, science_psf),
+        (exposure.matched_template, exposure.template_variance, science_psf),
     )
     rows = []
     for source, tangent in zip(sources, tangents, strict=True):
@@ -124,7 +126,7 @@ def encode_cutouts(detected: DetectedSources) -> list[tuple[bytes, bytes, bytes]
                 image,
                 variance,
                 exposure.mask,
-                psf,
+                psfs.at(float(source["x"]), float(source["y"])),
                 float(source["x"]),
                 float(source["y"]),
                 cutout_side(int(source["bboxSize"])),
@@ -132,7 +134,7 @@ def encode_cutouts(detected: DetectedSources) -> list[tuple[bytes, bytes, bytes]
                 exposure.visit.rotation_deg,
                 MASK_BITS,
             )
-            for image, variance, psf in planes
+            for image, variance, psfs in planes
         ]
         rows.append((stamps[0] or b"", stamps[1] or b"", stamps[2] or b""))
     return rows

@@ -18,12 +18,13 @@ from schemas.records import DIA_SOURCE, SS_SOURCE, empty_records, take_records
 from transforms.failures import FAILED, StageFn, failed_in, failure_of
 from transforms.numerics.detection import Detections, find_peaks, lobe_distance, significance_map
 from transforms.numerics.measurement import MaskFlags, Measurements, mask_flags, measure_sources
+from transforms.numerics.psf_grid import PsfGrid
 from transforms.numerics.psf_modelling import psf_fwhm_pix
 from transforms.numerics.reliability import RELIABILITY_VERSION, score
 from transforms.subtraction import UNUSABLE_PLANES
 
 STAGE = "detection"
-REJECTED_PLANES = ("NO_DATA", "BAD", "SAT", "EDGE")
+REJECTED_PLANES = ("NO_DATA", "BAD", "SAT", "EDGE", "CR_TEMPLATE")
 SATURATED_PLANES = ("SAT", "SAT_TEMPLATE")
 _FLAG_PLANES = {
     "pixelFlags_bad": ("BAD", False),
@@ -147,9 +148,11 @@ def detect_sources(exposure: SubtractedExposure, config: DetectionConfig) -> Det
         More than `max_sources` detections.
     """
     bad = (exposure.mask & mask_bits(*UNUSABLE_PLANES)) != 0
-    snr_map, noise_ratio = significance_map(exposure.difference, exposure.difference_variance, bad, exposure.psf)
+    psf = PsfGrid(exposure.psf)
+    expected = exposure.difference_variance + np.square(np.float32(exposure.residual_part) * exposure.matched_template)
+    snr_map, noise_ratio = significance_map(exposure.difference, expected, bad, psf)
     reject = (exposure.mask & mask_bits(*REJECTED_PLANES)) != 0
-    found = find_peaks(snr_map, reject, config.threshold_snr, lobe_distance(exposure.psf))
+    found = find_peaks(snr_map, reject, config.threshold_snr, lobe_distance(psf))
     if len(found.peak_x) > config.max_sources:
         raise SourceStormError(
             f"{len(found.peak_x)} sources in one detector, more than max_sources {config.max_sources}: bad subtraction?"
@@ -162,12 +165,12 @@ def detect_sources(exposure: SubtractedExposure, config: DetectionConfig) -> Det
         exposure.matched_template,
         exposure.template_variance,
         bad,
-        exposure.psf,
+        psf,
         found,
-        exposure.science_psf,
+        PsfGrid(exposure.science_psf),
     )
     flags = mask_flags(exposure.mask, MASK_BITS, measured.x, measured.y, found)
-    records = _records(exposure, measured, flags, _near_saturated(exposure, measured, found), noise_ratio, config)
+    records = _records(exposure, measured, flags, _near_saturated(exposure, psf, measured, found), noise_ratio, config)
     kept, rejected = _select(records, config)
     rejected["on rejected pixels"] = int(found.n_rejected)
     return DetectedSources(
@@ -180,9 +183,11 @@ def detect_sources(exposure: SubtractedExposure, config: DetectionConfig) -> Det
     )
 
 
-def _near_saturated(exposure: SubtractedExposure, measured: Measurements, found: Detections) -> np.ndarray:
+def _near_saturated(
+    exposure: SubtractedExposure, psf: PsfGrid, measured: Measurements, found: Detections
+) -> np.ndarray:
     """(n,) whether a pixel saturated in science or template lies within two FWHM of each source."""
-    radius_pix = round(2.0 * psf_fwhm_pix(exposure.psf))
+    radius_pix = round(2.0 * psf_fwhm_pix(psf.middle))
     bits = {plane: MASK_BITS[plane] for plane in SATURATED_PLANES}
     flags = mask_flags(exposure.mask, bits, measured.x, measured.y, found, radius_pix)
     return np.any([flags.anywhere[plane] for plane in SATURATED_PLANES], axis=0)

@@ -16,12 +16,17 @@ from schemas.claim_check import ImageStore
 from schemas.elements import DetectorVisit, StageElement, SubtractedExposure
 from schemas.exposures import MASK_BITS, Exposure, mask_bits, read_exposure
 from transforms.failures import FAILED, StageFn, failed_in, failure_of
+from transforms.numerics.decorrelation import interpolation_count
 from transforms.numerics.differencing import DifferenceResult, ImagePlanes, SubtractionParameters, subtract
+from transforms.numerics.kernel_matching import POOR_VALIDATION_CHI2, KernelSolution
+from transforms.numerics.subtraction_quality import SubtractionQuality
 from transforms.numerics.warping import warp_exposure, wcs_coordinate_grid
 
 STAGE = "subtraction"
-UNUSABLE_PLANES = ("BAD", "SAT", "CR", "NO_DATA", "SAT_TEMPLATE", "BAD_TEMPLATE")
-POOR_KERNEL_CHI2 = 1.3
+UNUSABLE_PLANES = ("BAD", "SAT", "CR", "NO_DATA", "SPIKE", "SAT_TEMPLATE", "BAD_TEMPLATE")
+POOR_RESIDUAL, POOR_TYPICAL_RESIDUAL = 0.2, 0.1
+POOR_SUM_VARIATION, SURE_SIGMA = 0.1, 5.0
+LEAST_NOISE_RATIO, MOST_NOISE_RATIO = 0.8, 1.25
 _CARRIED_OVER = {"SAT": "SAT_TEMPLATE", "BAD": "BAD_TEMPLATE", "CR": "CR_TEMPLATE", "INJECTED": "INJECTED_TEMPLATE"}
 
 
@@ -126,13 +131,27 @@ def subtract_detector(element: DetectorVisit, config: SubtractionConfig, started
         template.image, template.variance, template.mask, grid, science.image.shape, mask_bits("NO_DATA")
     )
     template_bad = warped.no_data | ((warped.mask & mask_bits("BAD", "SAT", "CR")) != 0)
+    interpolated = template.interpolated + interpolation_count(warped.variance, warped.white_variance)
     science_bad = (science.mask & mask_bits("BAD", "SAT", "CR", "NO_DATA")) != 0
     result = subtract(
-        ImagePlanes(science.image, science.variance, science_bad, science.psf),
-        ImagePlanes(warped.image, warped.white_variance, template_bad, template.psf, interpolated=True),
+        ImagePlanes(
+            science.image,
+            science.variance,
+            science_bad,
+            science.psf,
+            saturated=(science.mask & mask_bits("SAT")) != 0,
+        ),
+        ImagePlanes(
+            warped.image,
+            warped.white_variance,
+            template_bad,
+            template.psf,
+            interpolated=interpolated,
+            saturated=(warped.mask & mask_bits("SAT")) != 0,
+        ),
         config.parameters(),
     )
-    mask = _joined_mask(science, warped.mask, result.invalid)
+    mask = _joined_mask(science, warped.mask, result)
     return SubtractedExposure(
         visit=element.visit,
         detector=element.detector,
@@ -143,17 +162,18 @@ def subtract_detector(element: DetectorVisit, config: SubtractionConfig, started
         matched_template=result.matched_template,
         template_variance=_template_variance(result, science.variance),
         mask=mask,
-        psf=result.psf,
-        science_psf=np.asarray(result.science_psf, dtype=np.float64),
+        psf=result.psf.images,
+        science_psf=result.science_psf.images,
         wcs=science.wcs,
         seconds={"reading": read_seconds},
         started_at=started_at,
         notes=(
             *science.notes,
             *(f"template: {note}" for note in template.notes),
-            *_kernel_notes(result.kernel.validation_chi2),
+            *_quality_notes(result.kernel, result.quality),
             *((f"no PSF: measured on {result.n_psf_stars} stars",) if result.n_psf_stars else ()),
         ),
+        residual_part=result.residual_part,
     )
 
 
@@ -164,17 +184,32 @@ def _template_variance(result: DifferenceResult, science_variance: np.ndarray) -
     return np.maximum(variance, 0.0, dtype=np.float32)
 
 
-def _kernel_notes(validation_chi2: float) -> Iterator[str]:
-    """A kernel that does not describe stars it was not fitted to is worth a note."""
-    if validation_chi2 > POOR_KERNEL_CHI2:
-        yield f"poor matching kernel: reduced chi2 above {POOR_KERNEL_CHI2} on held-out stars"
+def _quality_notes(kernel: KernelSolution, quality: SubtractionQuality) -> Iterator[str]:
+    """What is not bad enough to refuse a difference; without figures, as notes are counted by their text."""
+    if kernel.is_poor:
+        yield f"poor matching kernel: reduced chi2 above {POOR_VALIDATION_CHI2} on held-out stars"
+    if kernel.sum_variation > max(POOR_SUM_VARIATION, SURE_SIGMA * kernel.sum_variation_error):
+        yield f"flux ratio to the template varies over the image by more than {POOR_SUM_VARIATION:.0%}"
+    if quality.residual_fraction > POOR_RESIDUAL or quality.typical_residual > POOR_TYPICAL_RESIDUAL:
+        yield "poor subtraction: too much of the sources' light is left in the difference"
+    if quality.noise_ratio < LEAST_NOISE_RATIO:
+        yield f"noise of the difference below {LEAST_NOISE_RATIO:g} of what the variances say"
+    if quality.noise_ratio > MOST_NOISE_RATIO:
+        yield f"noise of the difference above {MOST_NOISE_RATIO:g} of what the variances say"
 
 
-def _joined_mask(science: Exposure, template_mask: np.ndarray, invalid: np.ndarray) -> np.ndarray:
+def _joined_mask(science: Exposure, template_mask: np.ndarray, result: DifferenceResult) -> np.ndarray:
     mask = science.mask.copy()
     for plane, carried in _CARRIED_OVER.items():
         mask[(template_mask >> MASK_BITS[plane]) & 1 == 1] |= np.int32(1 << MASK_BITS[carried])
-    mask[invalid] |= np.int32(mask_bits("NO_DATA"))
+    for plane, pixels in {
+        "NO_DATA": result.invalid,
+        "SUSPECT": result.suspect,
+        "SPIKE": result.trails,
+        "CR": result.cosmic_rays,
+        "CR_TEMPLATE": result.template_cosmic_rays,
+    }.items():
+        mask[pixels] |= np.int32(mask_bits(plane))
     return mask
 
 

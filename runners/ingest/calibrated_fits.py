@@ -65,9 +65,10 @@ from schemas.exposures import (
 )
 from schemas.manifests import BANDS
 from transforms.numerics.background import BackgroundError, subtract_background
-from transforms.numerics.image_stacking import StackingError, stack_exposures
+from transforms.numerics.image_stacking import StackingError, stack_on_grid
 from transforms.numerics.psf_modelling import PsfEstimationError, estimate_psf, psf_fwhm_pix
-from transforms.numerics.warping import WarpError, warp_exposure, wcs_coordinate_grid
+from transforms.numerics.warping import WarpError
+from transforms.templates import exposure_of_stack, exposure_to_stack
 
 TEMPLATE_PART = 1.0 / 3.0
 MAX_TEMPLATE_EXPOSURES = 10
@@ -596,20 +597,9 @@ def _stacked(group: list[ConvertedExposure]) -> Exposure:
     first = read_exposure(group[0].path)
     if len(group) == 1:
         return first
-    images, variances, masks, usable = [], [], [], []
     shape = (first.image.shape[0], first.image.shape[1])
-    for one in group:
-        exposure = read_exposure(one.path)
-        bad = (exposure.mask & mask_bits(*UNUSABLE_PLANES)) != 0
-        sky = subtract_background(exposure.image, bad, _BACKGROUND_BOX_PIX)
-        grid = wcs_coordinate_grid(first.wcs, exposure.wcs, shape)
-        warped = warp_exposure(sky.image, exposure.variance, exposure.mask, grid, shape, mask_bits("NO_DATA"))
-        images.append(warped.image)
-        variances.append(warped.white_variance)
-        masks.append(warped.mask)
-        usable.append(~warped.no_data & ((warped.mask & mask_bits("BAD", "CR")) == 0))
-    stack = stack_exposures(np.array(images), np.array(variances), np.array(usable), min_exposures=1)
-    saturated = np.sum([(mask & mask_bits("SAT")) != 0 for mask in masks], axis=0)
-    mask = np.where(np.isfinite(stack.image), 0, mask_bits("NO_DATA")).astype(np.int32)
-    mask[2 * saturated >= np.maximum(stack.n_given, 1)] |= mask_bits("SAT")
-    return Exposure(stack.image, stack.variance, mask, first.wcs, None)
+    exposures = (
+        exposure_to_stack(read_exposure(one.path), first.wcs, shape, flux_ratio=1.0, fwhm_pix=one.fwhm_pix)
+        for one in group
+    )
+    return exposure_of_stack(stack_on_grid(exposures, shape, min_exposures=1), first.wcs)

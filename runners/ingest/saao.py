@@ -35,10 +35,9 @@ from runners.ingest.night_folder import (
 from schemas.exposures import AB_ZERO_POINT_NJY, Exposure, mask_bits, write_exposure
 from schemas.manifests import DetectorImages, Visit
 from transforms.numerics.background import subtract_background
-from transforms.numerics.image_stacking import StackingError, affine_grid, find_hits, stack_exposures
+from transforms.numerics.image_stacking import ExposureToStack, StackingError, affine_grid, find_hits, stack_on_grid
 from transforms.numerics.psf_modelling import DetectedSources, PsfEstimationError, estimate_psf
 from transforms.numerics.registration import Registration, RegistrationError, StarList, find_stars, register
-from transforms.numerics.warping import warp_exposure
 
 PIXEL_SCALE_ARCSEC = 0.31
 NOMINAL_ZERO_POINT = 25.0  # of 1 adu in the whole exposure of the first of the template's frames
@@ -325,43 +324,41 @@ def _write_template(registered: list[_RegisteredFrame], hot: NDArray[np.bool_], 
     inside = np.concatenate([_to_common(one.registration.affine, corners) for one in chosen])
     first = np.floor(inside.min(axis=0)).astype(int)
     shape = tuple(int(side) for side in (np.ceil(inside.max(axis=0)).astype(int) - first + 1)[::-1])
-    images, variances, usable, saturated = [], [], [], []
-    for one in chosen:
-        frame, ratio = one.frame, np.float32(one.registration.flux_ratio)
-        sky = subtract_background(frame.pixels, frame.saturated, _BACKGROUND_BOX_PIX)
-        planes = 1 * frame.saturated + 2 * (one.hits | hot)
-        grid = affine_grid(one.registration.affine, (shape[0], shape[1]), (first[0], first[1]))
-        warped = warp_exposure(sky.image, frame.variance, planes.astype(np.int32), grid, (shape[0], shape[1]))
-        images.append(warped.image / ratio)
-        variances.append(warped.variance / ratio**2)
-        usable.append(~warped.no_data & (warped.mask == 0))
-        saturated.append((warped.mask & 1) != 0)
+    exposures = (
+        ExposureToStack(
+            image=one.frame.pixels,
+            variance=one.frame.variance,
+            saturated=one.frame.saturated,
+            bad=one.hits | hot,
+            grid=affine_grid(one.registration.affine, (shape[0], shape[1]), (first[0], first[1])),
+            flux_ratio=one.registration.flux_ratio,
+            fwhm_pix=one.stars.fwhm_pix,
+        )
+        for one in chosen
+    )
     try:
-        least = min(_MIN_TEMPLATE_FRAMES, len(chosen))
-        stack = stack_exposures(np.array(images), np.array(variances), np.array(usable), min_exposures=least)
+        stack = stack_on_grid(
+            exposures,
+            (shape[0], shape[1]),
+            min_exposures=min(_MIN_TEMPLATE_FRAMES, len(chosen)),
+            background_box_pix=_BACKGROUND_BOX_PIX,
+        )
     except StackingError as error:
         raise IngestError(f"no template: {error}") from error
-    n_saturated = np.sum(saturated, axis=0)
     mask = np.where(np.isfinite(stack.image), 0, mask_bits("NO_DATA")).astype(np.int32)
-    mask[n_saturated > stack.n_given] |= mask_bits("SAT")
-    # a saturated core must not be a hole without data: fill it with what the frames have there
-    core = (n_saturated > stack.n_given) & ~np.isfinite(stack.image)
-    mask[core] &= ~np.int32(mask_bits("NO_DATA"))
-    with np.errstate(invalid="ignore"):
-        filled = np.nanmax(np.where(np.array(saturated), np.array(images), -np.inf), axis=0)
-    image = np.where(core, filled, stack.image)
-    variance = np.where(core, np.abs(filled), stack.variance)
+    mask[stack.saturated] |= mask_bits("SAT")
     scale = np.float32(10.0 ** (0.4 * (AB_ZERO_POINT_NJY - NOMINAL_ZERO_POINT)))
     to_template = np.array([[1.0, 0.0, -first[0]], [0.0, 1.0, -first[1]]])
-    stars = _stars_alone(image, mask != 0)
+    stars = _stars_alone(stack.image, mask != 0)
     template = _Template(len(chosen), stars.x + first[0], stars.y + first[1], stars.flux)
-    psf = _psf(image, variance, mask != 0, template, to_template, stars)
+    psf = _psf(stack.image, stack.variance, mask != 0, template, to_template, stars)
     exposure = Exposure(
-        image=(image * scale).astype(np.float32),
-        variance=(variance * scale**2).astype(np.float32),
+        image=stack.image * scale,
+        variance=stack.variance * scale**2,
         mask=mask,
         wcs=_nominal_wcs(registered[0], to_template),
         psf=psf,
+        interpolated=stack.interpolated,
     )
     write_exposure(path, exposure, header=_NOMINAL_CARDS | {"NFRAMES": len(chosen)})
     return template

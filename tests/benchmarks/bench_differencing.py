@@ -153,8 +153,11 @@ def prepare(pair: SimulatedPair) -> Task:
 
 def subtract_ours(task: Task) -> Difference:
     """Our chain, from pixels in memory; PSFs are measured, as the chain has to when none comes with an image."""
-    science = ImagePlanes(task.pair.science.image, task.pair.science.variance, task.science_bad)
-    template = ImagePlanes(task.warped.image, task.warped.white_variance, task.template_bad)
+    pair, warped = task.pair, task.warped
+    science = ImagePlanes(pair.science.image, pair.science.variance, task.science_bad, saturated=pair.science.saturated)
+    template = ImagePlanes(
+        warped.image, warped.white_variance, task.template_bad, saturated=task.template_bad & ~warped.no_data
+    )
     with timed_functions(differencing) as seconds:
         begin = time.process_time()
         result = differencing.subtract(science, template)
@@ -165,7 +168,9 @@ def subtract_ours(task: Task) -> Difference:
     def transfer(x: float, y: float) -> np.ndarray:
         return np.asarray(result.decorrelation[int(y + 0.5) // cell_pix, int(x + 0.5) // cell_pix])
 
-    return Difference(result.difference, result.variance, result.invalid, seconds, transfer)
+    unusable = result.invalid | result.cosmic_rays | result.trails
+    expected = result.variance + np.square(np.float32(result.residual_part) * result.matched_template)
+    return Difference(result.difference, expected, unusable, seconds, transfer)
 
 
 @contextlib.contextmanager

@@ -63,6 +63,20 @@ def _elsewhere(hdus: fits.HDUList) -> None:
     hdus["IMAGE"].header["CRVAL1"] += 30.0
 
 
+def _cutout_of_few_stars(hdus: fits.HDUList) -> None:
+    for name in ("IMAGE", "MASK", "VARIANCE"):
+        hdus[name].data = hdus[name].data[:120, :120]
+
+
+def _another_field(hdus: fits.HDUList) -> None:
+    for name in ("IMAGE", "MASK", "VARIANCE"):
+        hdus[name].data = hdus[name].data[:, ::-1]
+
+
+def _too_little_variance(hdus: fits.HDUList) -> None:
+    hdus["VARIANCE"].data /= 16.0
+
+
 # detector: what was done to its science image, and the failure: error and words of the reason.
 CHANGES: dict[int, tuple[Callable[[fits.HDUList], object], str, str]] = {
     20: (_no_wcs, "ExposureError", "no celestial WCS"),
@@ -74,6 +88,9 @@ CHANGES: dict[int, tuple[Callable[[fits.HDUList], object], str, str]] = {
     26: (_tiny, "ExposureError", "shape (20, 20) is too small, at least 32 x 32"),
     27: (_galactic, "ExposureError", "must have axes RA, DEC, got GLON-TAN, GLAT-TAN"),
     28: (_elsewhere, "UnusableImageError", "template has no good pixel"),
+    29: (_cutout_of_few_stars, "TooFewKernelStarsError", "kernel stars offered, 10 are needed"),
+    30: (_another_field, "KernelSumError", "is not within 0.5 to 2 times the stars' flux ratio"),
+    31: (_too_little_variance, "BadSubtractionError", "times what the variances say, 3 times is allowed"),
 }
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy.signal import fftconvolve
 
-from transforms.numerics.decorrelation import decorrelation_kernels, interpolation_power
+from transforms.numerics.decorrelation import decorrelation_kernels, interpolation_count, interpolation_power
 from transforms.numerics.warping import TAPS, sinc_weights
 
 SIDE = 768
@@ -88,3 +88,37 @@ def test_interpolation_passes_slow_waves_whole_and_damps_fast_ones() -> None:
     # at the Nyquist frequency half of the phases see the wave's nodes
     assert 0.3 < power[3] < 0.7
     assert TAPS == 8
+
+
+def test_noise_that_was_interpolated_twice_becomes_white_too() -> None:
+    rng = np.random.default_rng(6)
+    weights = sinc_weights((np.arange(16) + 0.5) / 16)
+
+    def interpolated(image: np.ndarray) -> np.ndarray:
+        """As a stack is: half of the noise from each of two exposures, at other phases."""
+        phases = rng.integers(0, 16, 2)
+        return fftconvolve(image, np.outer(weights[phases[0]], weights[phases[1]])[::-1, ::-1], mode="same")
+
+    once, twice = [], []
+    (phi,) = decorrelation_kernels(gaussian(0.4)[np.newaxis], np.array([0.05]), np.array([1.0]), interpolated=2.0)
+    (blind,) = decorrelation_kernels(gaussian(0.4)[np.newaxis], np.array([0.05]), np.array([1.0]), interpolated=1.0)
+    for _ in range(64):
+        template = interpolated(interpolated(rng.normal(size=(SIDE // 4, SIDE // 4))))
+        difference = rng.normal(0.0, 0.05**0.5, size=template.shape) - fftconvolve(template, gaussian(0.4), mode="same")
+        for kernel, found in ((phi, twice), (blind, once)):
+            found.append(fftconvolve(difference, kernel, mode="same")[EDGE:-EDGE, EDGE:-EDGE].var())
+    # a variance of 1.05 is stated; 64 pairs of phases know their mean to 2 %
+    assert np.mean(twice) == pytest.approx(1.05, rel=0.06)
+    assert np.mean(once) < 0.9 * 1.05
+
+
+@pytest.mark.parametrize("count", [0.0, 0.5, 1.0, 2.0])
+def test_interpolations_are_counted_by_the_noise_they_took(count: float) -> None:
+    kept = np.mean(interpolation_power(np.fft.fftfreq(64)) ** count) ** 2
+    white = np.array([[4.0, 9.0], [np.inf, 0.0]])
+    variance = np.array([[4.0 * kept, 9.0 * kept], [np.inf, 0.0]])
+    assert interpolation_count(variance, white) == pytest.approx(count, abs=0.01)
+
+
+def test_nothing_known_counts_as_one_interpolation() -> None:
+    assert interpolation_count(np.full((2, 2), np.inf), np.full((2, 2), np.inf)) == 1.0

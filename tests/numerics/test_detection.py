@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from transforms.numerics.detection import Detections, _compact_filter, find_peaks, lobe_distance, significance_map
+from transforms.numerics.detection import Detections, _compact_filters, find_peaks, lobe_distance, significance_map
+from transforms.numerics.psf_grid import PsfGrid
 
 
 def moffat_psf(fwhm: float, size: int = 31, dx: float = 0.0, dy: float = 0.0) -> NDArray[np.float64]:
@@ -33,7 +34,7 @@ def test_significance_agrees_with_a_plain_loop_over_pixels() -> None:
     bad = rng.random(difference.shape) < 0.05
     bad[10:30, 20:45] = True
     difference[3, 4], variance[5, 6], variance[7, 8], variance[9, 10] = np.nan, 0.0, np.inf, -1.0
-    psf = _compact_filter(moffat_psf(2.6))
+    psf = _compact_filters(moffat_psf(2.6)[None, None])[0, 0]
     snr_map, noise_ratio = significance_map(difference, variance, bad, psf)
     reach = psf.shape[0] // 2
     expected = np.zeros(difference.shape)
@@ -52,6 +53,31 @@ def test_significance_agrees_with_a_plain_loop_over_pixels() -> None:
     assert (expected == 0.0).any()
     # Stored as float32 and divided in float32: two roundings of 6e-8; sums near zero keep float64's 1e-14.
     np.testing.assert_allclose(snr_map * noise_ratio, expected, rtol=3e-7, atol=1e-12)
+
+
+def test_the_map_of_a_grid_of_psfs_is_in_each_cell_that_of_its_psf() -> None:
+    rng = np.random.default_rng(8)
+    shape = (200, 310)
+    difference = rng.normal(0.0, 3.0, shape).astype(np.float32)
+    variance, bad = rng.uniform(4.0, 16.0, shape), rng.random(shape) < 0.05
+    # Nine pixels of so wide a PSF hold no border that could be cut off: the filters of all are 9 x 9.
+    images = np.array([[moffat_psf(5.0 + row + 0.7 * column, 9) for column in range(3)] for row in (0.0, 0.2)])
+    grid_map, grid_ratio = significance_map(difference, variance, bad, PsfGrid(images))
+    for row in range(2):
+        for column in range(3):
+            cell = np.s_[128 * row : 128 * (row + 1), 128 * column : 128 * (column + 1)]
+            one_map, one_ratio = significance_map(difference, variance, bad, images[row, column])
+            # Each is rounded to float32 twice, before and after its calibration.
+            np.testing.assert_allclose(grid_map[cell] * grid_ratio, one_map[cell] * one_ratio, rtol=3e-7, atol=1e-12)
+
+
+def test_every_psf_of_a_grid_keeps_its_significance_in_filters_of_one_width() -> None:
+    images = np.array([[moffat_psf(3.0), moffat_psf(6.0)]])
+    filters = _compact_filters(images)
+    kept = np.square(filters).sum(axis=(2, 3)) / np.square(images).sum(axis=(2, 3))
+    assert (kept >= 0.999).all()
+    assert filters.shape[2] == _compact_filters(images[:, 1:]).shape[2] < images.shape[2]
+    assert lobe_distance(PsfGrid(images[:, [0, 1, 1]])) == lobe_distance(images[0, 1]) > lobe_distance(images[0, 0])
 
 
 @pytest.mark.parametrize("true_over_claimed", [1.0, 2.0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -20,10 +21,12 @@ from transforms.numerics.differencing import (
     subtract,
 )
 from transforms.numerics.kernel_matching import KernelMatchingError, TooFewKernelStarsError
-from transforms.numerics.psf_modelling import PsfEstimationError
+from transforms.numerics.psf_modelling import PsfEstimationError, psf_fwhm_pix
 
 SHAPE = (400, 400)
 INNER = (slice(30, -30), slice(30, -30))
+# of the pixel's noise: single precision of pixels up to 1e5 is 1e-2 of 20 or more, in few of them; 1e-3 was seen
+ROUNDING_SIGMA = 0.01
 
 
 def planes(image: SimulatedImage, psf: np.ndarray | None = None) -> ImagePlanes:
@@ -36,6 +39,11 @@ def steady_pair(seed: int, fwhm_pix: float = 4.0, n_stars: int = 250) -> tuple[S
     truth = render(SHAPE, stars, fwhm_pix)
     first, second = (expose(np.random.default_rng([seed, i]), truth, sky=400.0 * i, sky_variance=400.0) for i in (1, 2))
     return first, second, stars
+
+
+def unlikeness(plain: DifferenceResult, difference: np.ndarray) -> float:
+    """Rms of what two differences differ by, over the noise of the first."""
+    return float(np.sqrt(np.mean(((difference - plain.difference) / np.sqrt(plain.variance))[INNER] ** 2)))
 
 
 def core_chi(result: DifferenceResult, stars: Stars, flux_min: float, flux_max: float = np.inf) -> float:
@@ -143,6 +151,62 @@ def test_whole_pixel_offset_between_images_is_taken_up_by_the_kernel() -> None:
     window = moffat_stamp(len(middle) // 2, 8.0)
     # the template lies one pixel to the right, so the kernel reaches to the left; the window shrinks the centroid
     assert np.sum(window * middle * offset[None, :]) / np.sum(window * middle) == pytest.approx(-0.85, abs=0.15)
+
+
+def test_scaling_the_science_image_scales_the_difference_and_its_noise() -> None:
+    science, template, _ = simulate_pair(31)
+    scaled = SimulatedImage(science.image * 3, science.variance * 9, science.bad, science.truth)
+    plain, other = subtract(planes(science), planes(template)), subtract(planes(scaled), planes(template))
+    assert other.kernel.kernel_sum == pytest.approx(3 * plain.kernel.kernel_sum, rel=1e-5)
+    np.testing.assert_allclose(other.variance[INNER], 9 * plain.variance[INNER], rtol=1e-4)
+    assert unlikeness(plain, other.difference / 3) < ROUNDING_SIGMA
+
+
+@pytest.mark.parametrize("which", ["science", "template"])
+def test_a_constant_sky_in_either_image_changes_nothing(which: str) -> None:
+    science, template, _ = simulate_pair(32)
+    plain = subtract(planes(science), planes(template))
+    brighter = planes(science if which == "science" else template)
+    brighter = replace(brighter, image=brighter.image + np.float32(1000.0))
+    pair = (brighter, planes(template)) if which == "science" else (planes(science), brighter)
+    other = subtract(*pair)
+    # the modes of the background's boxes come from histograms whose bins move: a part of 1e-3 of the noise
+    assert unlikeness(plain, other.difference) < ROUNDING_SIGMA
+    assert other.science_background + other.template_background == pytest.approx(
+        plain.science_background + plain.template_background + 1000.0, abs=0.1
+    )
+
+
+@pytest.mark.parametrize(
+    "turned",
+    [lambda plane: plane.T, lambda plane: plane[:, ::-1], lambda plane: plane[::-1]],
+    ids=["transposed", "mirrored in x", "mirrored in y"],
+)
+def test_turned_images_give_the_turned_difference(turned: Callable[[np.ndarray], np.ndarray]) -> None:
+    """At 512 pixels, which are whole boxes of the background and whole cells of stars, kernels and decorrelation."""
+    science, template, _ = simulate_pair(33, shape=(512, 512), n_stars=400)
+    plain = subtract(planes(science), planes(template))
+    other = subtract(
+        *(ImagePlanes(turned(one.image), turned(one.variance), turned(one.bad)) for one in (science, template))
+    )
+    np.testing.assert_array_equal(turned(other.invalid), plain.invalid)
+    # sums run in another order, and samples of every fourth pixel take others: noise levels move by 1e-3 of themselves
+    assert unlikeness(plain, turned(other.difference)) < ROUNDING_SIGMA
+    np.testing.assert_allclose(turned(other.variance)[INNER], plain.variance[INNER], rtol=1e-3)
+
+
+def test_a_template_without_noise_adds_none() -> None:
+    science, _, stars = simulate_pair(34)
+    light = render(SHAPE, stars, 3.75, -0.06)
+    template = ImagePlanes((light + 300.0).astype(np.float32), np.full(SHAPE, 1e-6), science.bad)
+    result = subtract(planes(science), template)
+    used = ~result.invalid
+    np.testing.assert_allclose(result.variance[used], science.variance[used], rtol=1e-5)
+    # nothing to decorrelate: the kernel is one pixel
+    np.testing.assert_allclose(result.decorrelation.max(axis=(2, 3)), 1.0, atol=1e-5)
+    pull = (result.difference / np.sqrt(result.variance))[INNER]
+    # 1 % for the kernel that the noise itself fixed, as above
+    assert np.std(pull) == pytest.approx(1.0, abs=5 / np.sqrt(2 * pull.size) + 0.01)
 
 
 @pytest.mark.parametrize(("fwhm_science", "fwhm_template"), [(4.75, 3.75), (3.5, 4.4), (2.6, 2.2)])
@@ -269,14 +333,32 @@ def test_given_psfs_are_used() -> None:
     science, template, _ = simulate_pair(13, gradient=0.0)
     psf = moffat_stamp(12, 4.75)
     result = subtract(planes(science, psf), planes(template, moffat_stamp(12, 3.75)))
-    np.testing.assert_array_equal(result.science_psf, psf)
-    expected = fftconvolve(psf, result.decorrelation.mean(axis=(0, 1)), mode="same")
-    np.testing.assert_allclose(result.psf, expected / expected.sum(), atol=1e-12)
+    assert result.science_psf.images.shape == (1, 1, 25, 25)
+    np.testing.assert_allclose(result.science_psf.at(300.0, 40.0), psf, rtol=1e-7)
     assert result.n_psf_stars == 0
     assert result.fwhm_science_pix == pytest.approx(4.75, rel=0.01)
     measured = subtract(planes(science), planes(template))
     assert measured.n_psf_stars >= 5
     assert measured.fwhm_template_pix == pytest.approx(3.75, rel=0.03)
+
+
+def test_measured_psfs_follow_the_stars_over_the_image_and_the_difference_has_them_decorrelated() -> None:
+    science, template, _ = simulate_pair(23, n_stars=400, gradient=0.08)
+    result = subtract(planes(science), planes(template))
+    science_psf, psf = result.science_psf.images, result.psf.images
+    assert science_psf.shape == psf.shape
+    assert science_psf.shape[:2] == (4, 4)  # the last cells are 16 pixels wide
+    for row, y in enumerate((63.5, 191.5, 319.5, 391.5)):
+        for column, x in enumerate((63.5, 191.5, 319.5, 391.5)):
+            u, v = 2.0 * x / 399 - 1.0, 2.0 * y / 399 - 1.0
+            fwhm_pix = 4.75 * (1.0 + 0.08 * (0.7 * u + 0.5 * v**2 - 0.2))
+            # 40 good stars or so fix 18 numbers of the widths to 1 % at a corner; 13 % is what they vary by
+            assert psf_fwhm_pix(science_psf[row, column]) == pytest.approx(fwhm_pix, rel=0.03)
+            kernel = result.decorrelation[row // 2, column // 2]
+            expected = fftconvolve(science_psf[row, column].astype(float), kernel, mode="same")
+            # float32 of values below 0.1
+            np.testing.assert_allclose(psf[row, column], expected / expected.sum(), atol=1e-8)
+    assert len({kernel.tobytes() for kernel in result.decorrelation.reshape(4, -1)}) == 4
 
 
 def test_input_is_not_changed_and_same_input_gives_same_bytes() -> None:
@@ -291,8 +373,9 @@ def test_input_is_not_changed_and_same_input_gives_same_bytes() -> None:
     for before, after in zip(kept, now, strict=True):
         np.testing.assert_array_equal(before, after)
     first, second = results
-    for name in ("difference", "variance", "matched_template", "psf"):
+    for name in ("difference", "variance", "matched_template"):
         assert getattr(first, name).tobytes() == getattr(second, name).tobytes()
+    assert first.psf.images.tobytes() == second.psf.images.tobytes()
 
 
 def test_sky_levels_are_reported() -> None:

@@ -11,12 +11,12 @@ from scipy.ndimage import map_coordinates
 
 from transforms.numerics.forced_photometry import (
     GOOD_WEIGHT_MIN,
-    PsfError,
     evaluate_psf,
     forced_psf_flux,
     linear_psf_fit,
-    psf_spline,
+    psf_splines,
 )
+from transforms.numerics.psf_grid import PsfError, PsfGrid
 
 FLOAT32_ROUNDING = 2.0**-23
 
@@ -97,15 +97,37 @@ def test_fit_agrees_with_a_plain_loop_over_pixels() -> None:
 
 
 def test_slopes_are_the_derivatives_of_the_model() -> None:
-    spline = psf_spline(gaussian_psf(2.5))
+    spline = psf_splines(gaussian_psf(2.5), [0.0], [0.0])
     size = 2 * spline.half_width + 1
     stamps = np.empty((5, 3, size, size))
     step = 1e-5
     for number, (ex, ey) in enumerate([(0, 0), (1, 0), (-1, 0), (0, 1), (0, -1)]):
-        evaluate_psf(spline.coefficients, spline.half_width, 2.37 + ex * step, -1.81 + ey * step, *stamps[number])
+        evaluate_psf(spline.coefficients[0], spline.half_width, 2.37 + ex * step, -1.81 + ey * step, *stamps[number])
     # Central differences: truncation step^2 P''' / 6 ~ 1e-11 and rounding 1e-16 / step ~ 1e-11.
     np.testing.assert_allclose(stamps[0, 1], (stamps[1, 0] - stamps[2, 0]) / (2.0 * step), atol=1e-9)
     np.testing.assert_allclose(stamps[0, 2], (stamps[3, 0] - stamps[4, 0]) / (2.0 * step), atol=1e-9)
+
+
+def test_every_source_is_fitted_with_the_psf_of_its_cell_and_of_no_other() -> None:
+    rng = np.random.default_rng(6)
+    images = np.array([[gaussian_psf(row + 0.3 * column, 21) for column in range(3)] for row in (3.0, 4.0)])
+    image, variance = rng.normal(0, 1, (256, 300)).astype(np.float32), np.ones((256, 300), np.float32)
+    # Cells end between pixels: 127.4 belongs to the first, 127.6 to the second.
+    x = np.concatenate([rng.uniform(-3, 303, 60), [127.4, 127.6, 260.0, 20.0]])
+    y = np.concatenate([rng.uniform(-3, 258, 60), [127.6, 127.4, 20.0, 200.0]])
+    together = linear_psf_fit(image, variance, PsfGrid(images), x, y)
+    splines = psf_splines(PsfGrid(images), x, y)
+    seen = set()
+    for source in range(x.size):
+        cell = min(max(int(y[source] + 0.5) // 128, 0), 1), min(max(int(x[source] + 0.5) // 128, 0), 2)
+        seen.add(cell)
+        at = x[source : source + 1], y[source : source + 1]
+        for alone in (
+            linear_psf_fit(image, variance, images[cell], *at),
+            linear_psf_fit(image, variance, splines.of(source), *at),
+        ):
+            assert [one.tobytes() for one in alone] == [one[source : source + 1].tobytes() for one in together]
+    assert len(seen) == 6
 
 
 def test_negating_the_image_negates_the_flux_and_keeps_the_error() -> None:

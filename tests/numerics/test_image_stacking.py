@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
+from scipy.ndimage import maximum_filter
+from scipy.signal import fftconvolve
+from simulated_pair import moffat
 
-from transforms.numerics.image_stacking import StackingError, affine_grid, find_hits, stack_exposures
+from transforms.numerics.decorrelation import interpolation_power
+from transforms.numerics.image_stacking import (
+    ExposureToStack,
+    StackingError,
+    affine_grid,
+    find_hits,
+    stack_exposures,
+    stack_on_grid,
+)
 from transforms.numerics.warping import warp_exposure
 
 SHAPE = (80, 90)
@@ -129,3 +142,164 @@ def test_bad_pixels_are_no_hits() -> None:
     bad = np.zeros(SHAPE, dtype=bool)
     bad[30, 30] = True
     assert not find_hits(image, np.full(SHAPE, 25.0), bad).any()
+
+
+def moffat_image(shape: tuple[int, int], x: float, y: float, fwhm_pix: float, flux: float) -> np.ndarray:
+    rows, columns = np.mgrid[: shape[0], : shape[1]]
+    return flux * moffat(columns - x, rows - y, fwhm_pix)
+
+
+SEEING = 4.0 * np.linspace(1.0, 1.6, N)
+
+
+def stars_in_varying_seeing(fluxes: tuple[float, ...], seed: int = 1) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Stars 26 pixels apart in seeing from 4 to 6.4 pixels, with photon noise; sky noise 5."""
+    images, variances, usable = noise_cube(np.full(N, 5.0), seed)
+    random = np.random.default_rng([seed, 2])
+    for k in range(N):
+        stars = sum(
+            moffat_image(SHAPE, 15.3 + 26 * (i % 3), 16.7 + 26 * (i // 3), SEEING[k], flux)
+            for i, flux in enumerate(fluxes)
+        )
+        images[k] += stars + random.normal(size=SHAPE) * np.sqrt(stars)
+        variances[k] += stars
+    return images, variances, usable
+
+
+def test_no_star_is_eaten_though_the_seeing_varies_by_60_percent() -> None:
+    cube = stars_in_varying_seeing((3e3, 1e4, 1e5, 1e6, 3e6, 1e7))
+    stack = stack_exposures(*cube, SEEING)
+    # of noise 6e-5 is beyond 4 sigma, and a pixel has N chances
+    assert np.mean(stack.n_used < N) < 5 * N * 6e-5
+    weights = stack.weights[:, None, None]
+    np.testing.assert_allclose(np.median(stack.image), np.median((weights * cube[0]).sum(axis=0)), atol=0.1)
+
+
+def test_a_cosmic_ray_in_a_stars_wing_and_a_satellite_across_stars_are_left_out() -> None:
+    images, variances, usable = stars_in_varying_seeing((3e3, 1e4, 1e4, 3e3, 1e4, 1e4))
+    clean = stack_exposures(images, variances, usable, SEEING)
+    soiled = images.copy()
+    soiled[4, 24, 20] += 2000.0
+    rows = np.abs(np.arange(SHAPE[0])[:, None] - 0.5 * np.arange(SHAPE[1])[None, :] - 20.0)
+    trail = 100.0 * np.exp(-(rows**2) / 8.0)  # 20 sigma of the sky a pixel
+    soiled[6] += trail
+    stack = stack_exposures(soiled, variances, usable, SEEING)
+    assert stack.n_used[24, 20] < N
+    on_sky = maximum_filter(clean.image, 9) < 40.0
+    left = (stack.image - clean.image)[on_sky]
+    # a pixel that loses one exposure of nine changes by 5 / sqrt(9 * 8) = 0.6, and what is below 40, twice the limit
+    # of outliers, may stay if nothing beside it is above; the trail itself is 100 / 9 = 11
+    assert np.max(np.abs(left)) < 4.5
+    core = on_sky & (trail > 60.0)
+    assert np.mean(stack.n_used[core] == N) < 0.01
+    # on the stars what is let pass is a small part of the star
+    bright = clean.image > 100.0
+    assert np.max(np.abs(stack.image - clean.image)[bright] / clean.image[bright]) < 0.15
+
+
+def test_seeing_that_is_not_known_is_taken_for_that_of_the_others() -> None:
+    cube = stars_in_varying_seeing((3e3, 1e4))
+    known = stack_exposures(*cube, np.where(np.arange(N) == 4, np.median(SEEING), SEEING))
+    unknown = stack_exposures(*cube, np.where(np.arange(N) == 4, np.nan, SEEING))
+    np.testing.assert_array_equal(known.image, unknown.image)
+
+
+# --- from exposures on their own pixels --------------------------------------------------------------------------
+
+BIG = (300, 300)
+
+
+def dithered(
+    seed: int, scales: np.ndarray, sigma: float = 5.0, sky: float = 300.0, stars: bool = True
+) -> list[ExposureToStack]:
+    """Exposures of one sky, shifted and turned, in flux units `scales` times that of the stack."""
+    random = np.random.default_rng(seed)
+    positions = np.column_stack((random.uniform(30, 270, (12, 2)), 10.0 ** random.uniform(4.0, 5.0, 12)))
+    made = []
+    for scale in scales:
+        dx, dy = random.uniform(-3, 3, 2)
+        turn = random.uniform(-2e-3, 2e-3)
+        affine = np.array([[1.0, turn, dx], [-turn, 1.0, dy]])
+        truth = np.zeros(BIG)
+        if stars:
+            for x, y, flux in positions:
+                moved = affine[:, :2] @ [x, y] + affine[:, 2]
+                truth += moffat_image(BIG, moved[0], moved[1], 4.5, flux)
+        variance = sigma**2 + truth
+        image = truth + sky + random.normal(size=BIG) * np.sqrt(variance)
+        none = np.zeros(BIG, dtype=bool)
+        grid = affine_grid(affine, BIG, (0.0, 0.0))
+        made.append(ExposureToStack(scale * image, scale**2 * variance, none, none.copy(), grid, float(scale), 4.5))
+    return made
+
+
+def test_stack_has_the_flux_of_its_unit_and_the_depth_of_all_exposures() -> None:
+    scales = np.array([1.0, 0.5, 2.0, 1.3, 0.9, 1.1])
+    exposures = dithered(4, scales)
+    stack = stack_on_grid(exposures, BIG, min_exposures=3)
+    alone = stack_on_grid(
+        [replace(exposures[0], grid=affine_grid(np.eye(3)[:2], BIG, (0.0, 0.0)))], BIG, min_exposures=1
+    )
+    inner = np.s_[20:-20, 20:-20]
+    # equal depth whatever the unit: six equal weights, a sixth of the variance
+    np.testing.assert_allclose(stack.weights, 1 / 6, rtol=0.02)
+    assert np.median(stack.variance[inner]) == pytest.approx(25.0 / 6, rel=0.02)
+    assert stack.interpolated == pytest.approx(1.0, abs=0.15)
+    assert alone.interpolated == 0.0
+    random = np.random.default_rng(4)
+    positions = np.column_stack((random.uniform(30, 270, (12, 2)), 10.0 ** random.uniform(4.0, 5.0, 12)))
+    rows, columns = np.mgrid[: BIG[0], : BIG[1]]
+    for x, y, flux in positions:
+        others = sum(moffat_image(BIG, *other[:2], 4.5, other[2]) for other in positions if other[0] != x)
+        model = moffat_image(BIG, x, y, 4.5, 1.0)
+        near = np.hypot(columns - x, rows - y) < 6.0
+        weight = model[near] / stack.variance[near]
+        found = np.sum(weight * (stack.image - others)[near]) / np.sum(weight * model[near])
+        error = np.sum(model[near] ** 2 / stack.variance[near]) ** -0.5
+        # five errors and 0.5 %, for the background under the stars and the sinc
+        assert found == pytest.approx(flux, abs=5 * error + 0.005 * flux)
+
+
+def test_variance_of_a_stack_is_that_of_sums_over_pixels() -> None:
+    stack = stack_on_grid(dithered(7, np.ones(6), stars=False), BIG, min_exposures=3)
+    rows, columns = np.mgrid[-8:9, -8:9]
+    psf = moffat(columns, rows, 4.5)
+    inner = np.s_[20:-20, 20:-20]
+    flux = fftconvolve(np.nan_to_num(stack.image), psf, mode="same")[inner]
+    error = np.sqrt(fftconvolve(np.nan_to_num(stack.variance, posinf=0.0), psf**2, mode="same"))[inner]
+    # 260^2 pixels hold some 260^2 / 30 independent sums of a PSF of FWHM 4.5; the background takes 1 %
+    assert np.std(flux / error) == pytest.approx(1.0, abs=5 / np.sqrt(2 * flux.size / 30) + 0.01)
+    kept = np.std((stack.image / np.sqrt(stack.variance))[inner]) ** 2
+    power = interpolation_power(np.fft.fftfreq(64)) ** stack.interpolated
+    assert kept == pytest.approx(np.mean(power) ** 2, rel=0.04)
+
+
+def test_a_core_that_is_saturated_in_half_of_the_exposures_is_marked_and_no_hole() -> None:
+    exposures = []
+    for number, one in enumerate(dithered(9, np.ones(6))):
+        saturated = np.zeros(BIG, dtype=bool)
+        if number < 4:
+            saturated[148:153, 148:153] = True
+        exposures.append(replace(one, saturated=saturated, image=np.where(saturated, 6e4, one.image)))
+    stack = stack_on_grid(exposures, BIG, min_exposures=3)
+    assert stack.saturated[150, 150]
+    assert np.isfinite(stack.image[140:161, 140:161]).all()
+    assert stack.image[150, 150] > 5e4
+    assert not stack.saturated[100:120].any()
+
+
+def test_bad_pixels_and_pixels_without_data_are_taken_from_the_other_exposures() -> None:
+    exposures = dithered(11, np.ones(5), stars=False)
+    exposures[2].bad[100:105, :] = True
+    exposures[2].image[100:105, :] = 1e6
+    exposures[3].image[200:210, 50:60] = np.nan
+    stack = stack_on_grid(exposures, BIG, min_exposures=3)
+    inner = np.s_[20:-20, 20:-20]
+    assert np.max(np.abs(stack.image[inner]) / np.sqrt(stack.variance[inner])) < 7
+    assert np.min(stack.n_used[inner]) >= 3
+    assert stack.n_used[102, 150] == 4
+
+
+def test_no_exposures_are_refused() -> None:
+    with pytest.raises(StackingError, match="no exposures"):
+        stack_on_grid([], BIG, min_exposures=1)

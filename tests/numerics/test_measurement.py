@@ -19,6 +19,7 @@ from transforms.numerics.measurement import (
     measure_sources,
     psf_moments,
 )
+from transforms.numerics.psf_grid import PsfGrid
 
 FLAGS = {name for name, kind in Measurements.__annotations__.items() if "bool" in str(kind)}
 PSF_SIZE = 25
@@ -249,6 +250,69 @@ def test_science_psf_is_used_for_forced_fluxes_only() -> None:
     # A Gaussian of width s fitted with one of width t: sum(P D) / sum(P^2) = 2 t^2 / (s^2 + t^2), cut at 21 pixels.
     assert wide.science_flux[0] / 900.0 == pytest.approx(2.0 * 36.0 / (36.0 + 4.7**2), rel=1e-3)
     assert wide.template_flux[0] == wide.science_flux[0]
+
+
+def widening_field(snr: float) -> tuple[NDArray[np.float64], Detections, PsfGrid]:
+    """Sources whose width grows by 12 % along x, in noise of sigma 1, and the PSFs at the centres of the cells.
+
+    They lie on a grid of 28 x 28, 4 x 4 of it in each cell.
+    """
+    rng = np.random.default_rng(9)
+    size, spacing, n_side = 896, 32, 28
+    image = rng.normal(0.0, 1.0, (size, size))
+
+    def fwhm_at(x: float) -> float:
+        return 4.5 * (0.94 + 0.12 * x / size)
+
+    peaks = 16 + spacing * np.arange(n_side)
+    for cx in peaks:
+        psf = gaussian(fwhm_at(cx))
+        for cy in peaks:
+            dx, dy = rng.uniform(-0.5, 0.5, 2)
+            stamp = np.s_[cy - HALF : cy + HALF + 1, cx - HALF : cx + HALF + 1]
+            image[stamp] += snr / np.sqrt((psf**2).sum()) * gaussian(fwhm_at(cx + dx), dx, dy)
+    cells = np.array([gaussian(fwhm_at(128 * column + 63.5)) for column in range(7)])
+    y, x = np.meshgrid(peaks, peaks, indexing="ij")
+    grid = PsfGrid(np.broadcast_to(cells, (7, *cells.shape)).astype(np.float32))
+    return image, detections_at(y.ravel().tolist(), x.ravel().tolist()), grid
+
+
+def test_fluxes_and_chi_square_of_a_psf_that_varies_are_right_with_its_grid_and_wrong_with_its_mean() -> None:
+    image, found, grid = widening_field(100.0)
+    variance, bad = np.ones_like(image), np.zeros(image.shape, bool)
+    column = found.peak_x // 128
+    norms = np.array([np.sqrt((gaussian(4.5 * (0.94 + 0.12 * x / 896)) ** 2).sum()) for x in found.peak_x])
+    n = 4 * 28  # sources of a column of cells
+    worst = {}
+    for name, psf in (("grid", grid), ("mean", grid.images[3, 3])):
+        measured = measure_sources(image, variance, image, variance, image, variance, bad, psf, found, psf)
+        flux_ratio = measured.psf_flux * norms / 100.0
+        np.testing.assert_array_equal(measured.science_flux, measured.psf_flux)
+        misfit = measured.core_chi2 / (measured.core_n_pixels - 3)
+        worst[name] = [max(abs(np.mean(one[column == c]) - 1.0) for c in range(7)) for one in (flux_ratio, misfit)]
+    # A mean of n fluxes of 1 % is good to 0.1 %; half a cell away the width is off by 0.9 %, of both signs.
+    assert worst["grid"][0] < 5e-3
+    # Some 60 pixels in a core, so chi-square per pixel scatters by sqrt(2 / 60 / n) = 0.017.
+    assert worst["grid"][1] < 4.0 * np.sqrt(2.0 / 60.0 / n)
+    # At the ends the mean PSF is 5 % off in width, and so is the flux: f = 2 t^2 / (s^2 + t^2).
+    assert worst["mean"][0] > 0.04
+    assert worst["mean"][1] > 0.15
+
+
+def test_shapes_and_centres_go_with_the_psf_of_the_source_s_cell_however_many_are_measured_at_once() -> None:
+    image, found, grid = widening_field(100.0)
+    variance, bad = np.ones_like(image), np.zeros(image.shape, bool)
+    together = measure_sources(image, variance, image, variance, image, variance, bad, grid, found, grid)
+    for source in (0, 3, 4, 27, 400, 783):
+        cell = found.peak_y[source] // 128, found.peak_x[source] // 128
+        one = Detections(*(column[source : source + 1] for column in found[:-1]), 0)
+        for psf in (grid, grid.images[cell]):
+            alone = measure_sources(image, variance, image, variance, image, variance, bad, psf, one, psf)
+            for name, column in alone._asdict().items():
+                assert column.tobytes() == getattr(together, name)[source : source + 1].tobytes(), name
+        moments = together.ixx_psf[source], together.iyy_psf[source], together.ixy_psf[source]
+        assert moments == psf_moments(grid.images[cell])
+    np.testing.assert_array_less(1.1, together.ixx_psf[found.peak_x > 768] / together.ixx_psf[0])
 
 
 def test_aperture_flux_is_the_area_times_the_level_and_masks_are_scaled_for() -> None:

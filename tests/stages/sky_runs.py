@@ -116,7 +116,7 @@ def make_sky(
 def _psf() -> np.ndarray:
     y, x = np.mgrid[-4:5, -4:5]
     psf = np.exp(-0.5 * (x**2 + y**2) / 1.2**2)
-    return psf / psf.sum()
+    return (psf / psf.sum())[np.newaxis, np.newaxis]
 
 
 def _visit(number: int, ra: float, dec: float) -> Visit:

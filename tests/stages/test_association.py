@@ -11,6 +11,7 @@ from sky_runs import (
     Outcome,
     Sky,
     Step,
+    detector_wcs,
     elements,
     late_steps,
     make_sky,
@@ -25,7 +26,9 @@ from sky_samples import alerts_of, tables_of
 from schemas.claim_check import ImageStore
 from schemas.elements import EarlierNights, FailureRecord, VisitPart
 from schemas.records import take_records
-from transforms.association import AssociationConfig, read_history
+from transforms.association import AssociationConfig, _ForcedPhotometer, read_history
+from transforms.numerics.forced_photometry import linear_psf_fit
+from transforms.numerics.psf_grid import PsfGrid
 
 CONFIG = AssociationConfig(cell_order=11)
 
@@ -219,6 +222,36 @@ def test_broken_image_of_one_detector_leaves_the_others_alone(sky: Sky, sorted_r
         return {row.tobytes() for row in untouched}
 
     assert forced(found) == forced(sorted_run)
+
+
+def test_forced_fluxes_are_those_of_the_whole_image_with_the_psf_of_each_place(tmp_path: Path) -> None:
+    rng = np.random.default_rng(5)
+    shape = (220, 300)
+    planes = [plane(rng.random(shape)).astype(np.float32) for plane in (np.negative, np.sqrt, np.square, np.exp)]
+    v, u = np.mgrid[-8:9, -8:9]
+    sigmas = np.array([[[1.2, 1.5, 1.9], [1.0, 1.3, 1.7]], [[1.1, 1.4, 1.8], [1.6, 2.0, 2.1]]])
+    psfs = np.exp(-0.5 * (u**2 + v**2) / sigmas[..., np.newaxis, np.newaxis] ** 2).astype(np.float32)
+    wcs = detector_wcs(0.0, -60.0, 0)
+    store = ImageStore(str(tmp_path))
+    store.write(7, 3, planes, wcs.to_header().tostring(sep="\n"), *psfs)
+    x, y = rng.uniform(-30.0, 330.0, 80), rng.uniform(-30.0, 250.0, 80)
+    ra, dec = wcs.pixel_to_world_values(x, y)
+    found = _ForcedPhotometer(store).measure(7, 3, ra, dec)
+    inside = (x >= 0) & (x <= 299) & (y >= 0) & (y <= 219)
+    np.testing.assert_array_equal(found.inside, inside)
+    assert {(int(b + 0.5) // 128, int(a + 0.5) // 128) for a, b in zip(x[inside], y[inside], strict=True)} == {
+        (row, column) for row in range(2) for column in range(3)
+    }
+    x, y = wcs.world_to_pixel_values(ra[inside], dec[inside])
+    for image, variance, psf, measured in (
+        (*planes[:2], psfs[0], (found.psf_flux, found.psf_flux_err)),
+        (*planes[2:], psfs[1], (found.science_flux, found.science_flux_err)),
+    ):
+        expected = linear_psf_fit(image, variance, PsfGrid(psf), x, y)
+        for of_store, of_image in zip(measured, (expected.flux, expected.flux_err), strict=True):
+            # A place as seen from a window's corner is rounded to 3e-14 pixels.
+            np.testing.assert_allclose(of_store[inside], of_image, rtol=1e-11)
+            assert np.isnan(of_store[~inside]).all()
 
 
 def test_parts_of_a_visit_come_out_once_it_is_due(sky: Sky, tmp_path: Path) -> None:

@@ -118,23 +118,25 @@ def planes() -> list[np.ndarray]:
 
 
 def test_every_window_of_every_plane_comes_back_as_it_was_stored(tmp_path: Path, planes: list[np.ndarray]) -> None:
-    store, psf = ImageStore(str(tmp_path)), np.arange(9.0).reshape(3, 3)
-    store.write(17, 4, planes, _wcs_text(), psf, 2.0 * psf)
+    store, psf = ImageStore(str(tmp_path)), np.arange(54, dtype=np.float32).reshape(2, 3, 3, 3)
+    science_psf = psf[:1, :1, :1, :1]
+    store.write(17, 4, planes, _wcs_text(), psf, science_psf)
     stored = store.open(17, 4)
     assert stored.shape == (150, 200)
-    np.testing.assert_array_equal(stored.psf, psf)
-    np.testing.assert_array_equal(stored.science_psf, 2.0 * psf)
+    for images, back in ((psf, stored.psf), (science_psf, stored.science_psf)):
+        assert (back.dtype, back.shape) == (np.float32, images.shape)
+        np.testing.assert_array_equal(back, images)
     np.testing.assert_allclose(stored.wcs.pixel_to_world_values(99, 79), (150.1, 2.2), atol=1e-9)
     for name, plane in zip(PLANES, planes, strict=True):
         for y0, y1, x0, x1 in ((0, 150, 0, 200), (0, 1, 0, 1), (120, 135, 100, 140), (149, 150, 199, 200)):
             window = stored.window(name, y0, y1, x0, x1)
             assert window.dtype == np.float32
             np.testing.assert_array_equal(window, plane[y0:y1, x0:x1])
-    assert _files(tmp_path) == ["004.b2nd"]
+    assert _files(tmp_path) == ["004.b2nd", "004.psf.npy", "004.science_psf.npy"]
 
 
 def test_the_first_writing_of_an_image_stands(tmp_path: Path, planes: list[np.ndarray]) -> None:
-    store, psf = ImageStore(str(tmp_path)), np.ones((1, 1))
+    store, psf = ImageStore(str(tmp_path)), np.ones((1, 1, 1, 1))
     store.write(1, 0, planes, _wcs_text(), psf, 2.0 * psf)
     store.write(1, 0, [plane + 1 for plane in planes], _wcs_text(), psf, 2.0 * psf)
     np.testing.assert_array_equal(store.open(1, 0).window("science", 0, 9, 0, 9), planes[2][:9, :9])
@@ -146,19 +148,32 @@ def test_a_missing_image_is_refused_by_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kept", [0.0, 0.001, 0.3, 0.9, 0.999])
-def test_an_image_cut_short_is_refused_by_name(tmp_path: Path, planes: list[np.ndarray], kept: float) -> None:
+@pytest.mark.parametrize("file", ["004.b2nd", "004.psf.npy", "004.science_psf.npy"])
+def test_an_image_cut_short_is_refused_by_name(
+    tmp_path: Path, planes: list[np.ndarray], file: str, kept: float
+) -> None:
     store = ImageStore(str(tmp_path))
-    store.write(17, 4, planes, _wcs_text(), np.ones((3, 3)), np.ones((3, 3)))
-    path = store.path(17, 4)
+    store.write(17, 4, planes, _wcs_text(), np.ones((1, 1, 3, 3)), np.ones((1, 1, 3, 3)))
+    path = store.path(17, 4).with_name(file)
     content = path.read_bytes()
     path.write_bytes(content[: int(kept * len(content))])
     with pytest.raises(ClaimCheckError, match="stored image of visit 17 detector 4 is broken"):
         store.open(17, 4)
 
 
+def test_an_image_without_its_psf_is_refused_by_name(tmp_path: Path, planes: list[np.ndarray]) -> None:
+    store = ImageStore(str(tmp_path))
+    store.write(17, 4, planes, _wcs_text(), np.ones((1, 1, 3, 3)), np.ones((1, 1, 3, 3)))
+    store.psf_path(17, 4, "psf").unlink()
+    with pytest.raises(ClaimCheckError, match=r"stored image of visit 17 detector 4 is broken: .*004\.psf\.npy"):
+        store.open(17, 4)
+
+
 def test_a_writing_that_fails_leaves_nothing_behind(tmp_path: Path, planes: list[np.ndarray]) -> None:
     with pytest.raises((ValueError, RuntimeError)):
-        ImageStore(str(tmp_path)).write(1, 0, [planes[0], planes[1][:9]], _wcs_text(), np.ones((3, 3)), np.ones((3, 3)))
+        ImageStore(str(tmp_path)).write(
+            1, 0, [planes[0], planes[1][:9]], _wcs_text(), np.ones((1, 1, 3, 3)), np.ones((1, 1, 3, 3))
+        )
     with pytest.raises(TypeError):
         write_blobs(tmp_path / "x.packets", np.array([1]), [(b"abc", "text")])  # type: ignore[list-item]
     assert _files(tmp_path) == []

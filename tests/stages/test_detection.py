@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import io
+from dataclasses import replace
+
 import numpy as np
 import pytest
+from astropy.io import fits
 from astropy.wcs import WCS
 
 from schemas.elements import SubtractedExposure
 from schemas.exposures import MASK_BITS, mask_bits
 from schemas.identifiers import dia_source_ids
 from schemas.manifests import DetectorImages, Visit
+from transforms.cutouts import encode_cutouts
 from transforms.detection import DetectionConfig, SourceStormError, detect_sources
 
 SIZE = 256
@@ -18,10 +23,10 @@ FLUX = 4000.0
 PLACES = ((60.3, 70.8), (180.6, 90.1), (120.0, 200.4))
 
 
-def _psf() -> np.ndarray:
+def _psf(sigma: float = 1.8) -> np.ndarray:
     axis = np.arange(-12, 13)
-    psf = np.exp(-(axis[None, :] ** 2 + axis[:, None] ** 2) / (2 * 1.8**2))
-    return psf / psf.sum()
+    psf = np.exp(-(axis[None, :] ** 2 + axis[:, None] ** 2) / (2 * sigma**2))
+    return (psf / psf.sum())[None, None].astype(np.float32)
 
 
 def _star(x: float, y: float) -> np.ndarray:
@@ -106,7 +111,7 @@ def test_flags_name_the_planes_that_a_source_meets() -> None:
     assert found["pixelFlags_streakCenter"].tolist() == [0, 0, 0]
 
 
-@pytest.mark.parametrize("plane", ["SAT", "BAD", "NO_DATA", "EDGE"])
+@pytest.mark.parametrize("plane", ["SAT", "BAD", "NO_DATA", "EDGE", "CR_TEMPLATE"])
 def test_peak_on_rejected_pixels_is_counted_not_kept(plane: str) -> None:
     mask = np.zeros((SIZE, SIZE), dtype=np.int32)
     mask[185:216, 105:136] |= np.int32(1 << MASK_BITS[plane])
@@ -125,9 +130,34 @@ def test_negative_direct_image_is_no_source_and_counted() -> None:
     assert found.dia_sources["diaSourceId"].tolist() == dia_source_ids(20261122, 123, 94, 3)[:2].tolist()
 
 
+def test_the_psf_of_a_cutout_and_of_the_moments_is_that_of_the_source_s_cell() -> None:
+    exposure = _exposure()
+    sigmas, science_sigmas = np.array([[1.7, 1.8], [1.9, 2.0]]), np.array([[1.5, 1.4], [1.3, 1.2]])
+    for name, of_cells in (("psf", sigmas), ("science_psf", science_sigmas)):
+        grid = np.array([[_psf(sigma)[0, 0] for sigma in row] for row in of_cells])
+        object.__setattr__(exposure, name, grid)
+    detected = detect_sources(exposure, DetectionConfig())
+    for source, stamps in zip(detected.dia_sources, encode_cutouts(detected), strict=True):
+        cell = int(source["y"]) // 128, int(source["x"]) // 128
+        assert source["ixxPSF"] == pytest.approx((0.2 * sigmas[cell]) ** 2, rel=1e-3)
+        for stamp, plane in zip(stamps, ("psf", "science_psf", "science_psf"), strict=True):
+            with fits.open(io.BytesIO(stamp)) as hdus:
+                np.testing.assert_array_equal(hdus["PSFIMAGE"].data, getattr(exposure, plane)[cell])
+    cells = {(int(source["y"]) // 128, int(source["x"]) // 128) for source in detected.dia_sources}
+    assert len(cells) == 3
+
+
 def test_source_storm_is_refused_with_its_numbers() -> None:
     with pytest.raises(SourceStormError, match="3 sources in one detector, more than max_sources 2"):
         detect_sources(_exposure(), DetectionConfig(max_sources=2))
+
+
+def test_what_is_left_of_a_star_must_be_exceeded_but_is_no_error() -> None:
+    """The second source stands on a star twice as bright: at 2 x 2, a pixel's S/N is at most 1/4."""
+    found = detect_sources(replace(_exposure(), residual_part=2.0), DetectionConfig()).dia_sources
+    without = detect_sources(_exposure(), DetectionConfig()).dia_sources
+    assert found["isNegative"].tolist() == [0, 0]
+    np.testing.assert_array_equal(found["psfFluxErr"], without["psfFluxErr"][[0, 2]])
 
 
 def test_empty_difference_gives_no_source_and_no_error() -> None:

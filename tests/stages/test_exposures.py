@@ -6,6 +6,7 @@ import bz2
 import gzip
 import lzma
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from astropy.wcs import WCS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from schemas.exposures import MASK_BITS, Exposure, ExposureError, mask_bits, read_exposure, write_exposure
+from schemas.exposures import MASK_BITS, Exposure, ExposureError, mask_bits, read_exposure, read_grid, write_exposure
 
 NY, NX = 40, 48
 FITS_BLOCK = 2880
@@ -404,3 +405,27 @@ def _is_sound_or_refused(read: Callable[[], Exposure]) -> None:
     assert usable.any()
     assert (exposure.variance[usable] > 0).all() and np.isfinite(exposure.variance[usable]).all()
     assert (exposure.mask[~usable] & mask_bits("NO_DATA")).all()
+
+
+def test_the_number_of_interpolations_is_kept_and_checked(tmp_path: Path) -> None:
+    path = tmp_path / "a.fits"
+    write_exposure(path, _exposure())
+    assert read_exposure(path).interpolated == 0.0
+    write_exposure(path, replace(_exposure(), interpolated=0.75))
+    assert read_exposure(path).interpolated == 0.75
+    for wrong in (-1.0, 17, "often", True):
+        fits.setval(path, "NINTERP", value=wrong, extname="VARIANCE")
+        _refused(path, "NINTERP must be a number in [0, 16]")
+
+
+def test_grid_is_read_from_headers_alone(tmp_path: Path) -> None:
+    path = _write(tmp_path / "a.fits")
+    wcs, shape = read_grid(path)
+    exposure = read_exposure(path)
+    assert shape == exposure.image.shape
+    np.testing.assert_array_equal(wcs.all_pix2world(3.0, 4.0, 0), exposure.wcs.all_pix2world(3.0, 4.0, 0))
+    with pytest.raises(ExposureError, match="no such file"):
+        read_grid(tmp_path / "none.fits")
+    path.write_bytes(b"no FITS")
+    with pytest.raises(ExposureError, match="broken FITS file"):
+        read_grid(path)

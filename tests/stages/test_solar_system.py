@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,22 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from schemas.element_tables import ElementsError, ElementTable, read_element_table
 from schemas.elements import DetectedSources, SubtractedExposure
 from schemas.manifests import DetectorImages, Visit
+from schemas.observatories import OBSERVATORIES, observatory_of
 from schemas.records import DIA_SOURCE, SS_SOURCE, empty_records
-from transforms.solar_system import EphemeridesError, SolarSystemConfig, associate_ss_objects, read_ephemerides
+from transforms.solar_system import (
+    EphemeridesError,
+    KnownObjects,
+    SolarSystemConfig,
+    associate_ss_objects,
+    read_ephemerides,
+)
 
 BIG_ID = 2**60 + 1
 MIDPOINT = 61367.1
+EVERYWHERE = np.array([0.0]), np.array([0.0]), 180.0 * 3600.0  # a source, and a radius that reaches around the sky
 
 
 def _table(**changes: Any) -> pa.Table:
@@ -51,8 +61,8 @@ def _detected(ra: list[float], dec: list[float]) -> DetectedSources:
 
 
 def test_sources_at_the_interpolated_places_get_ids_beyond_2_53(tmp_path: Path) -> None:
-    table = read_ephemerides(_written(tmp_path, _table()))
-    named = associate_ss_objects(_detected([150.001, 150.1, 150.05], [2.0, 2.101, 2.0]), table, SolarSystemConfig())
+    known = KnownObjects(read_ephemerides(_written(tmp_path, _table())), None, OBSERVATORIES["X05"])
+    named = associate_ss_objects(_detected([150.001, 150.1, 150.05], [2.0, 2.101, 2.0]), known, SolarSystemConfig())
     assert named.dia_sources["ssObjectId"].tolist() == [BIG_ID, BIG_ID + 2, 0]
     assert named.ss_sources["ssObjectId"].tolist() == [BIG_ID, BIG_ID + 2]
     # Half of 0.002 deg in 0.1 d: 0.01 deg / d, times cos(dec) in right ascension.
@@ -61,8 +71,8 @@ def test_sources_at_the_interpolated_places_get_ids_beyond_2_53(tmp_path: Path) 
 
 
 def test_long_designation_is_cut_between_characters(tmp_path: Path) -> None:
-    table = read_ephemerides(_written(tmp_path, _table()))
-    named = associate_ss_objects(_detected([150.001], [2.0]), table, SolarSystemConfig())
+    known = KnownObjects(read_ephemerides(_written(tmp_path, _table())), None, OBSERVATORIES["X05"])
+    named = associate_ss_objects(_detected([150.001], [2.0]), known, SolarSystemConfig())
     assert named.ss_sources["designation"][0].decode() == "x" * 31
 
 
@@ -77,3 +87,162 @@ def test_long_designation_is_cut_between_characters(tmp_path: Path) -> None:
 def test_unusable_ephemerides_are_refused_with_the_reason(tmp_path: Path, changes: Any, reason: str) -> None:
     with pytest.raises(EphemeridesError, match=reason):
         read_ephemerides(_written(tmp_path, _table(**changes)))
+
+
+def _orbit_table(**changes: Any) -> dict[str, Any]:
+    columns: dict[str, Any] = {
+        "ssObjectId": pa.array([BIG_ID + 4, BIG_ID], pa.int64()),
+        "epoch_mjd": [61300.0, 61300.0],
+        "e": [0.1, 0.2],
+        "i": [3.0, 4.0],
+        "node": [10.0, 20.0],
+        "argperi": [30.0, 40.0],
+        "a": [2.5, 3.0],
+        "mean_anomaly": [100.0, 110.0],
+    }
+    return {**columns, **changes}
+
+
+def _read(tmp_path: Path, **changes: Any) -> ElementTable:
+    path = tmp_path / "elements.parquet"
+    pq.write_table(pa.table(_orbit_table(**changes)), path)
+    return read_element_table(path)
+
+
+def test_elements_are_in_order_of_id_whatever_the_order_of_rows(tmp_path: Path) -> None:
+    table = _read(tmp_path)
+    assert table.ss_object_id.tolist() == [BIG_ID, BIG_ID + 4] and table.problems == ()
+    assert table.eccentricity.tolist() == [0.2, 0.1] and np.isnan(table.perihelion_au).all()
+
+
+def test_a_perihelion_goes_before_a_mean_anomaly_and_either_does(tmp_path: Path) -> None:
+    table = _read(
+        tmp_path, q=[None, 2.4], peri_time=[None, 61000.0], a=[2.5, 99.0], mean_anomaly=[100.0, None], e=[0.1, 1.0]
+    )
+    assert table.perihelion_au[0] == 2.4 and np.isnan(table.semi_major_au[0])
+    assert np.isnan(table.perihelion_au[1]) and table.semi_major_au[1] == 2.5
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"ssObjectId": pa.array([None, BIG_ID], pa.int64())}, "ssObjectId is missing or not positive"),
+        ({"ssObjectId": [-7, BIG_ID]}, "ssObjectId is missing or not positive"),
+        ({"node": [np.nan, 1.0]}, "an element is missing or no number"),
+        ({"node": ["ten", "20"]}, "an element is missing or no number"),
+        ({"mean_anomaly": [None, 1.0]}, "an element is missing or no number"),
+        ({"epoch_mjd": [2461300.5, 61300.0]}, r"epoch_mjd outside \[10000, 100000\]"),
+        ({"e": [-0.1, 0.2]}, r"e outside \[0, 100\]"),
+        ({"e": [1.1, 0.2]}, r"perihelion distance outside \(0, 10000\] au"),
+        ({"i": [181.0, 4.0]}, r"i outside \[0, 180\]"),
+        ({"q": [1.0, None], "peri_time": [2461300.5, None]}, "peri_time beyond MJD 2000000"),
+    ],
+)
+def test_a_row_of_elements_that_cannot_be_used_is_told_and_the_others_stay(
+    tmp_path: Path, changes: Any, reason: str
+) -> None:
+    table = _read(tmp_path, **changes)
+    assert table.ss_object_id.tolist() == [BIG_ID]
+    (problem,) = table.problems
+    assert problem.count == 1
+    assert re.match(reason, problem.reason)
+
+
+def test_of_two_rows_of_an_object_the_latest_epoch_stands(tmp_path: Path) -> None:
+    table = _read(tmp_path, ssObjectId=[5, 5], epoch_mjd=[61300.0, 61500.0])
+    assert (table.ss_object_id.tolist(), table.epoch_mjd.tolist()) == ([5], [61500.0])
+    assert table.problems[0].reason == "ssObjectId occurs again; the latest epoch stands (ssObjectId 5)"
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"e": [b"x", b"y"]}, "e is binary"),
+        ({"ssObjectId": [1.0, 2.0]}, "ssObjectId is double"),
+        ({"mean_anomaly2": [1.0, 2.0]}, "need columns q and peri_time, or a and mean_anomaly"),
+    ],
+)
+def test_a_table_of_elements_that_is_none_is_refused(tmp_path: Path, changes: Any, reason: str) -> None:
+    columns = _orbit_table(**changes)
+    if "mean_anomaly2" in columns:
+        del columns["mean_anomaly"]
+    path = tmp_path / "elements.parquet"
+    pq.write_table(pa.table(columns), path)
+    with pytest.raises(ElementsError, match=reason):
+        read_element_table(path)
+
+
+def _places_of(elements: ElementTable) -> tuple[np.ndarray, np.ndarray]:
+    known = KnownObjects(None, elements, OBSERVATORIES["X05"])
+    found = known.predicted_near(MIDPOINT, *EVERYWHERE)
+    return found["ephRa"], found["ephDec"]
+
+
+def test_sources_at_the_places_of_orbits_are_matched_and_filled(tmp_path: Path) -> None:
+    elements = _read(tmp_path, h=[15.0, None], designation=["2026 AB", None])
+    ra, dec = _places_of(elements)
+    known = KnownObjects(None, elements, OBSERVATORIES["X05"])
+    shifted = dec + np.array([0.5, 1.5]) / 3600.0
+    named = associate_ss_objects(_detected(ra.tolist(), shifted.tolist()), known, SolarSystemConfig())
+    assert named.dia_sources["ssObjectId"].tolist() == [BIG_ID, 0]
+    (row,) = named.ss_sources
+    assert row["ephOffsetDec"] == pytest.approx(0.5, abs=1e-6) and row["ephOffset"] == pytest.approx(0.5, abs=1e-6)
+    assert np.isnan(row["ephVmag"]) and row["designation"] == b""
+    assert row["ephOffsetAlongTrack"] ** 2 + row["ephOffsetCrossTrack"] ** 2 == pytest.approx(0.25, abs=1e-6)
+
+
+def test_what_is_predicted_depends_on_the_visit_alone(tmp_path: Path) -> None:
+    elements = _read(tmp_path)
+    known = KnownObjects(None, elements, OBSERVATORIES["X05"])
+    first = known.predicted_near(MIDPOINT, *EVERYWHERE).tobytes()
+    for mjd in (MIDPOINT + 0.01, MIDPOINT + 3.0, MIDPOINT - 400.0):
+        assert known.predicted_near(mjd, *EVERYWHERE).tobytes() != first
+    assert known.predicted_near(MIDPOINT, *EVERYWHERE).tobytes() == first
+
+
+def test_an_object_in_both_tables_is_where_the_ephemerides_put_it(tmp_path: Path) -> None:
+    ephemerides = read_ephemerides(_written(tmp_path, _table()))
+    known = KnownObjects(ephemerides, _read(tmp_path), OBSERVATORIES["X05"])
+    found = known.predicted_near(MIDPOINT, *EVERYWHERE)
+    assert found["ssObjectId"].tolist() == [BIG_ID, BIG_ID + 2, BIG_ID + 4]
+    assert found["ephRa"][0] == pytest.approx(150.001, abs=1e-9)
+    # Beyond the rows of the table the elements speak.
+    later = known.predicted_near(MIDPOINT + 1.0, *EVERYWHERE)
+    assert later["ssObjectId"].tolist() == [BIG_ID, BIG_ID + 4]
+
+
+def test_only_objects_about_the_sources_are_predicted(tmp_path: Path) -> None:
+    elements = _read(tmp_path)
+    ra, dec = _places_of(elements)
+    known = KnownObjects(None, elements, OBSERVATORIES["X05"])
+    assert known.predicted_near(MIDPOINT, ra[:1], dec[:1], 1.0)["ssObjectId"].tolist() == [BIG_ID]
+    assert len(known.predicted_near(MIDPOINT, np.array([np.nan]), np.array([0.0]), 1.0)) == 0
+
+
+def test_of_two_objects_near_one_source_the_nearer_gets_it_and_the_other_the_next(tmp_path: Path) -> None:
+    arcsec = 1.0 / 3600.0
+    ephemerides = {
+        "ssObjectId": [1, 1, 2, 2],
+        "designation": [""] * 4,
+        "ra": [150.0] * 4,
+        "dec": [2.0, 2.0, 2.0 + 0.4 * arcsec, 2.0 + 0.4 * arcsec],
+    }
+    known = KnownObjects(read_ephemerides(_written(tmp_path, _table(**ephemerides))), None, OBSERVATORIES["X05"])
+    one = associate_ss_objects(_detected([150.0], [2.0 + 0.3 * arcsec]), known, SolarSystemConfig())
+    assert one.ss_sources["ssObjectId"].tolist() == [2] and one.ss_sources["diaDistanceRank"].tolist() == [1]
+    # The source between both goes to object 2; object 1 takes the farther one, its second nearest.
+    both = associate_ss_objects(
+        _detected([150.0, 150.0], [2.0 + 0.3 * arcsec, 2.0 - 0.6 * arcsec]), known, SolarSystemConfig()
+    )
+    assert both.dia_sources["ssObjectId"].tolist() == [2, 1]
+    assert both.ss_sources["diaDistanceRank"].tolist() == [1, 2]
+
+
+@pytest.mark.parametrize("text", ["X99", "1 2", "289.2 0.86 x", "289.2 0.86 -3", ""])
+def test_an_observatory_that_is_none_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="expected one of 500, 703"):
+        SolarSystemConfig(observatory=text)
+
+
+def test_an_observatory_is_a_code_or_three_numbers() -> None:
+    assert observatory_of("289.25058 0.864981 -0.500958") == observatory_of("X05") == OBSERVATORIES["X05"]

@@ -9,7 +9,8 @@ import numpy as np
 from numba import njit
 from numpy.typing import ArrayLike, NDArray
 
-from transforms.numerics.forced_photometry import checked_planes, checked_psf, pixel_weight
+from transforms.numerics.forced_photometry import checked_planes, pixel_weight
+from transforms.numerics.psf_grid import PSF_CELL_PIX, PsfGrid, as_psf_grid
 
 LOBE_DISTANCE_MIN_PIX = 3  # lobes of opposite sign, each grown by one pixel, then touch
 _LOBE_DISTANCE_FWHM = (
@@ -17,7 +18,7 @@ _LOBE_DISTANCE_FWHM = (
 )
 _FILTER_ENERGY_KEPT = 0.999  # the wings beyond this part of sum(P^2) cost time and hold 0.05 % of the significance
 _NOISE_SAMPLE_MAX = 1 << 20  # 1e6 pixels give the robust sigma to 0.2 %
-_STRIP_ROWS = 32
+_STRIP_ROWS = 32  # strips and tiles divide the cells of a PSF
 _TILE_COLUMNS = 64
 _MAD_TO_SIGMA = 1.4826022185056018
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
@@ -64,19 +65,20 @@ class Detections(NamedTuple):
 
 
 def significance_map(
-    difference: ArrayLike, variance: ArrayLike, bad: NDArray[np.bool_], psf: ArrayLike
+    difference: ArrayLike, variance: ArrayLike, bad: NDArray[np.bool_], psf: ArrayLike | PsfGrid
 ) -> tuple[NDArray[np.float32], float]:
     """Compute the calibrated significance of a point source at each pixel.
 
-    S = sum(P D / V) / sqrt(sum(P^2 / V)) over the usable pixels around each pixel, then divided by its own robust
-    sigma 1.4826 MAD(S) over good pixels, so that a threshold means the same whatever correlation the noise has.
+    S = sum(P D / V) / sqrt(sum(P^2 / V)) over the usable pixels around each pixel, P the PSF of the cell it lies in,
+    then divided by its own robust sigma 1.4826 MAD(S) over good pixels, so that a threshold means the same whatever
+    correlation the noise has.
 
     Parameters
     ----------
     difference : (ny, nx), used as float32; free of background
     variance : (ny, nx), used as float32, image units squared
     bad : (ny, nx) bool, pixels to leave out; pixels that are not finite or have no positive variance join them
-    psf : (k, k) odd image, positive sum
+    psf : (k, k) odd image, positive sum, or a grid of such
 
     Returns
     -------
@@ -87,43 +89,47 @@ def significance_map(
     Raises
     ------
     PsfError
-        As `checked_psf`.
+        As `as_psf_grid`.
     ValueError
         The planes differ in shape.
 
     Notes
     -----
-    O(ny nx w^2) with w the width that holds 0.999 of sum(P^2): 0.04, 0.07 and 0.13 CPU s per 1024^2 pixels for a FWHM
-    of 2.1, 4.7 and 8 pixels. The robust sigma comes from a
-    regular grid of at most 1e6 pixels.
+    O(ny nx w^2) with w the width that holds 0.999 of sum(P^2) of every PSF: 0.04, 0.07 and 0.13 CPU s per 1024^2
+    pixels for a FWHM of 2.1, 4.7 and 8 pixels. The robust sigma comes from a regular grid of at most 1e6 pixels.
     """
     pixels, pixel_variance, masked = checked_planes(difference, variance, bad)
-    template = _compact_filter(checked_psf(psf))
+    filters = _compact_filters(as_psf_grid(psf).images)
     snr_map = np.empty(pixels.shape, dtype=np.float32)
-    _filter_image(pixels, pixel_variance, masked, template, snr_map)
+    _filter_image(pixels, pixel_variance, masked, filters, snr_map)
     noise_ratio = _robust_sigma(snr_map, pixels, pixel_variance, masked)
     if math.isfinite(noise_ratio) and noise_ratio > 0.0:
         _divide(snr_map, noise_ratio)
     return snr_map, noise_ratio
 
 
-def lobe_distance(psf: ArrayLike) -> int:
+def lobe_distance(psf: ArrayLike | PsfGrid) -> int:
     """Distance in pixels within which lobes of opposite sign are taken for one dipole: 1.2 FWHM, at least 3.
 
-    The FWHM is that of the Gaussian with the same sum(P^2).
+    The FWHM is that of the Gaussian with the same sum(P^2), the median of the cells.
 
     Parameters
     ----------
-    psf : (k, k) odd image, positive sum
+    psf : (k, k) odd image, positive sum, or a grid of such
 
     Raises
     ------
     PsfError
-        As `checked_psf`.
+        As `as_psf_grid`.
     """
-    image = checked_psf(psf)
-    sigma = float(image.sum()) / math.sqrt(4.0 * math.pi * float((image * image).sum()))
+    sigma = float(np.median(np.sqrt(gaussian_variances(as_psf_grid(psf).of_cells))))
     return max(LOBE_DISTANCE_MIN_PIX, round(_LOBE_DISTANCE_FWHM * 2.0 * math.sqrt(2.0 * math.log(2.0)) * sigma))
+
+
+def gaussian_variances(psfs: NDArray[np.floating]) -> NDArray[np.float64]:
+    """(n,) sigma^2 in pixels^2 of the round Gaussians with the same sum(P^2) as (n, k, k) PSFs."""
+    images = psfs.astype(np.float64)
+    return np.asarray(np.square(images.sum(axis=(1, 2))) / (4.0 * math.pi * np.square(images).sum(axis=(1, 2))))
 
 
 def find_peaks(
@@ -181,15 +187,20 @@ def find_peaks(
     return _without_rejected(whole, rejected)
 
 
-def _compact_filter(psf: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The central square of a PSF image that holds all but 1e-3 of sum(P^2)."""
-    centre = psf.shape[0] // 2
-    total = float((psf * psf).sum())
+def _compact_filters(psfs: NDArray[np.floating]) -> NDArray[np.float64]:
+    """The central squares of (cells_y, cells_x, k, k) PSFs, of the width in which each keeps 0.999 of its sum(P^2)."""
+    images = psfs.astype(np.float64)
+    energy, centre = np.square(images), images.shape[2] // 2
+    needed = _FILTER_ENERGY_KEPT * energy.sum(axis=(2, 3))
     for half_width in range(centre):
-        core = psf[centre - half_width : centre + half_width + 1, centre - half_width : centre + half_width + 1]
-        if float((core * core).sum()) >= _FILTER_ENERGY_KEPT * total:
-            return np.ascontiguousarray(core)
-    return psf
+        core = (
+            ...,
+            slice(centre - half_width, centre + half_width + 1),
+            slice(centre - half_width, centre + half_width + 1),
+        )
+        if (energy[core].sum(axis=(2, 3)) >= needed).all():
+            return np.ascontiguousarray(images[core])
+    return np.ascontiguousarray(images)
 
 
 def _robust_sigma(
@@ -212,12 +223,12 @@ def _filter_image(
     difference: NDArray[np.float32],
     variance: NDArray[np.float32],
     bad: NDArray[np.bool_],
-    psf: NDArray[np.float64],
+    filters: NDArray[np.float64],
     significance: NDArray[np.float32],
 ) -> None:
     """Fill `significance` strip by strip, so that the weighted planes never exist as whole images."""
     ny, nx = difference.shape
-    width = psf.shape[0]
+    cells_y, cells_x, width, _ = filters.shape
     half_width = width // 2
     n_tiles = (nx + _TILE_COLUMNS - 1) // _TILE_COLUMNS
     signal = np.zeros((_STRIP_ROWS + 2 * half_width, n_tiles * _TILE_COLUMNS + 2 * half_width))
@@ -237,6 +248,7 @@ def _filter_image(
             for x0 in range(0, nx, _TILE_COLUMNS):
                 numerator[:] = 0.0
                 information[:] = 0.0
+                psf = filters[min(y // PSF_CELL_PIX, cells_y - 1), min(x0 // PSF_CELL_PIX, cells_x - 1)]
                 for j in range(width):
                     for i in range(width):
                         p = psf[j, i]

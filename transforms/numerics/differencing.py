@@ -11,7 +11,9 @@ from numpy.typing import NDArray
 from scipy.signal import fftconvolve
 
 from transforms.numerics.background import BackgroundError, subtract_background, subtract_background_in_place
+from transforms.numerics.bright_star_masks import residual_part, star_trails
 from transforms.numerics.convolution import block_centres, convolve_spatially_varying
+from transforms.numerics.cosmic_rays import find_cosmic_rays
 from transforms.numerics.decorrelation import decorrelation_kernels, radius_of_part
 from transforms.numerics.kernel_matching import (
     KERNEL_MODELS,
@@ -22,7 +24,17 @@ from transforms.numerics.kernel_matching import (
     select_kernel_stars,
 )
 from transforms.numerics.mask_growth import grown
-from transforms.numerics.psf_modelling import PsfEstimate, detect_sources, estimate_psf, psf_fwhm_pix, remeasured
+from transforms.numerics.psf_grid import PSF_CELL_PIX, PsfGrid
+from transforms.numerics.psf_modelling import (
+    PsfModel,
+    constant_psf,
+    detect_sources,
+    estimate_psf,
+    fit_psf_model,
+    psf_fwhm_pix,
+    remeasured,
+)
+from transforms.numerics.subtraction_quality import SubtractionQuality, measure_quality, require_a_subtraction
 
 _KERNEL_BLOCK_PIX = 32
 _VARIANCE_BLOCK_PIX = 64
@@ -51,16 +63,18 @@ class ImagePlanes:
     image : (ny, nx) floating, sky may be present, NaN where there are no data
     variance : (ny, nx) floating, square of the image's unit
     bad : (ny, nx) bool, pixels not to measure on: saturated, defective, hit, no data
-    psf : (k, k) floating, k odd, sum 1; None to have it measured
-    interpolated : brought onto this grid by `warping.warp_exposure`; the variance is then that before interpolation
-        (`WarpedExposure.white_variance`)
+    psf : (k, k) floating, k odd, sum 1, taken for the same everywhere; None to have it measured
+    interpolated : how many times `warping.warp_exposure` interpolated its noise (`decorrelation.interpolation_count`);
+        above 0 the variance is that before interpolation (`WarpedExposure.white_variance`)
+    saturated : (ny, nx) bool, which of the bad pixels are saturated: trails start there; None if that is not known
     """
 
     image: NDArray[np.floating]
     variance: NDArray[np.floating]
     bad: NDArray[np.bool_]
     psf: NDArray[np.floating] | None = None
-    interpolated: bool = False
+    interpolated: float = 0.0
+    saturated: NDArray[np.bool_] | None = None
 
 
 @dataclass(frozen=True)
@@ -96,14 +110,19 @@ class DifferenceResult:
     matched_template : (ny, nx) float32, template convolved with the kernel, without sky; finite
     invalid : (ny, nx) bool, True where the science image has no data, or bad template pixels or the image's edge
         lie within the kernel's core; other bad science pixels keep their values
-    psf : (k, k) float64, sum 1: PSF of the difference, that of the science image but for the decorrelation
-    science_psf : (k, k) float64, sum 1
+    residual_part : of the matched template's light that its subtraction leaves, see `bright_star_masks`
+    suspect : (ny, nx) bool, where that outweighs the noise
+    trails : (ny, nx) bool, along bleeds, rows and columns of saturated stars; they kept their values
+    cosmic_rays, template_cosmic_rays : (ny, nx) bool, hits that no mask knew; they kept their values
+    psf : PSFs of the difference, float32: those of the science image but for the decorrelation
+    science_psf : PSFs of the science image, float32
     decorrelation : (cells_y, cells_x, m, m) float64, sums 1: what the difference was convolved with in each cell of 256
         pixels
     kernel : the kernel solution, with its numbers of stars and chi-squares
     science_background, template_background : mean levels that were subtracted
-    fwhm_science_pix, fwhm_template_pix : widths of the PSFs
+    fwhm_science_pix, fwhm_template_pix : widths of the PSFs at the centre of the image
     n_psf_stars : stars of the science PSF; 0 when the PSF was given
+    quality : what the difference has of its sources and of its noise
     """
 
     difference: NDArray[np.float32]
@@ -111,8 +130,13 @@ class DifferenceResult:
     science: NDArray[np.float32]
     matched_template: NDArray[np.float32]
     invalid: NDArray[np.bool_]
-    psf: NDArray[np.float64]
-    science_psf: NDArray[np.float64]
+    residual_part: float
+    suspect: NDArray[np.bool_]
+    trails: NDArray[np.bool_]
+    cosmic_rays: NDArray[np.bool_]
+    template_cosmic_rays: NDArray[np.bool_]
+    psf: PsfGrid
+    science_psf: PsfGrid
     decorrelation: NDArray[np.float64]
     kernel: KernelSolution
     science_background: float
@@ -120,6 +144,7 @@ class DifferenceResult:
     fwhm_science_pix: float
     fwhm_template_pix: float
     n_psf_stars: int
+    quality: SubtractionQuality
 
     @property
     def fwhm_ratio(self) -> float:
@@ -152,6 +177,7 @@ def subtract(
     UnusableImageError : shapes differ, an image is too small, has no good pixel, or is constant
     LowCoverageError : fewer than `min_coverage` of the pixels are good in both images
     BackgroundError, PsfEstimationError, TooFewKernelStarsError, BadKernelError : from the steps
+    BadSubtractionError : the sources are not gone, or the noise is far beyond what the variances say
     """
     science, template = _native(science), _native(template)
     science_bad = _checked_bad("science image", science)
@@ -172,21 +198,20 @@ def subtract(
     _fill(template_pixels, template_bad)
 
     sources = detect_sources(science_sky.image, science_variance, science_bad)
-    science_psf = _known_psf(science) or estimate_psf(science_sky.image, science_variance, science_bad, sources)
-    template_psf = _known_psf(template) or estimate_psf(
-        template_pixels,
-        template_variance,
-        template_bad,
-        remeasured(sources, template_pixels, template_variance, template_bad),
-    )
-    half = kernel_half_width_pix(science_psf.fwhm_pix, template_psf.fwhm_pix)
+    model = _known_psf(science) or fit_psf_model(science_sky.image, science_variance, science_bad, sources)
+    if template.psf is None:
+        template_sources = remeasured(sources, template_pixels, template_variance, template_bad)
+        template_fwhm_pix = estimate_psf(template_pixels, template_variance, template_bad, template_sources).fwhm_pix
+    else:
+        template_fwhm_pix = psf_fwhm_pix(template.psf)
+    half = kernel_half_width_pix(model.fwhm_pix, template_fwhm_pix)
     near_bad_template = grown(template_bad, half // 2, outside=True)
     stars = select_kernel_stars(
         sources,
         science_bad,
         near_bad_template,
         half,
-        _ISOLATION_FWHM * science_psf.fwhm_pix,
+        _ISOLATION_FWHM * model.fwhm_pix,
         parameters.min_snr,
         parameters.max_snr,
     )
@@ -199,15 +224,14 @@ def subtract(
         near_bad_template,
         sources.x[stars],
         sources.y[stars],
-        science_psf.fwhm_pix,
-        template_psf.fwhm_pix,
+        model.fwhm_pix,
+        template_fwhm_pix,
         parameters.spatial_order,
         parameters.background_order,
         _kernel_models(parameters.spatial_order),
     )
     kernels = _kernels_of_blocks(kernel, _KERNEL_BLOCK_PIX)
     matched = convolve_spatially_varying(template_pixels, kernels, _KERNEL_BLOCK_PIX)
-    decorrelation = _decorrelation_of_cells(kernel, science_variance, template_variance, template.interpolated)
     variance = convolve_spatially_varying(template_variance, _passed_variance(kernel), _VARIANCE_BLOCK_PIX)
     variance += science_variance
     invalid = grown(template_bad, _core_radius_pix(kernels), outside=True)
@@ -216,24 +240,42 @@ def subtract(
     kernel.subtract_background(difference)
     with contextlib.suppress(BackgroundError):  # too few pixels are left to measure what is left of it
         subtract_background_in_place(difference, unusable, parameters.background_box_pix)
+    science_pixels = difference + matched
+    part = residual_part(difference, variance, matched, unusable)
+    residual = np.square(np.float32(part) * matched)
+    noise2 = variance + residual
+    trails = star_trails(difference, noise2, _saturated(science, template), unusable, model.fwhm_pix)
+    unusable |= trails
+    cosmic_rays = find_cosmic_rays(difference, noise2, science_pixels, unusable, model.at_centre())
+    template_cosmic_rays = find_cosmic_rays(-difference, noise2, matched, unusable, model.at_centre())
+    unusable |= cosmic_rays
+    decorrelation = _decorrelation_of_cells(kernel, science_variance, template_variance, template.interpolated)
     white = convolve_spatially_varying(difference, decorrelation, DECORRELATION_CELL_PIX, left_out=unusable)
-    science_pixels = difference  # what becomes of it
-    _finish_planes(science_pixels, matched, unusable, invalid, white, variance)
+    quality = measure_quality(white, variance, science_pixels, matched, unusable)
+    require_a_subtraction(quality)
+    science_psf = model.on_cells()
+    _finish_planes(difference, unusable, invalid, white, science_pixels, variance)
     return DifferenceResult(
         difference=white,
         variance=variance,
         science=science_pixels,
         matched_template=matched,
         invalid=invalid,
-        psf=_convolved_psf(science_psf.psf, decorrelation.mean(axis=(0, 1))),
-        science_psf=science_psf.psf,
+        residual_part=part,
+        suspect=residual > variance,
+        trails=trails,
+        cosmic_rays=cosmic_rays,
+        template_cosmic_rays=template_cosmic_rays,
+        psf=_decorrelated_psf(science_psf, decorrelation, kernel.shape),
+        science_psf=science_psf,
         decorrelation=decorrelation,
         kernel=kernel,
         science_background=science_sky.level,
         template_background=template_sky.level,
-        fwhm_science_pix=science_psf.fwhm_pix,
-        fwhm_template_pix=template_psf.fwhm_pix,
-        n_psf_stars=science_psf.n_stars,
+        fwhm_science_pix=model.fwhm_pix,
+        fwhm_template_pix=template_fwhm_pix,
+        n_psf_stars=model.n_stars,
+        quality=quality,
     )
 
 
@@ -322,11 +364,14 @@ def _copy_noisy(variance: NDArray[np.floating], fill: float, plane: NDArray[np.f
             plane[y, x] = value if (value > 0) & (value < np.inf) else fill
 
 
-def _known_psf(planes: ImagePlanes) -> PsfEstimate | None:
-    if planes.psf is None:
-        return None
-    psf = np.asarray(planes.psf, dtype=np.float64)
-    return PsfEstimate(psf=psf, fwhm_pix=psf_fwhm_pix(psf), n_stars=0)
+def _saturated(*images: ImagePlanes) -> NDArray[np.bool_]:
+    known = [image.saturated for image in images if image.saturated is not None]
+    return np.logical_or.reduce(known) if known else np.zeros(images[0].image.shape, dtype=np.bool_)
+
+
+def _known_psf(planes: ImagePlanes) -> PsfModel | None:
+    ny, nx = planes.image.shape
+    return None if planes.psf is None else constant_psf(planes.psf, (ny, nx))
 
 
 def _kernels_of_blocks(kernel: KernelSolution, block_pix: int) -> NDArray[np.float64]:
@@ -339,7 +384,7 @@ def _decorrelation_of_cells(
     kernel: KernelSolution,
     science_variance: NDArray[np.float32],
     template_variance: NDArray[np.float32],
-    interpolated: bool,
+    interpolated: float,
 ) -> NDArray[np.float64]:
     cells = _kernels_of_blocks(kernel, DECORRELATION_CELL_PIX)
     found = decorrelation_kernels(
@@ -388,26 +433,33 @@ def _mark_unmeasured(
 @njit(cache=True)
 def _finish_planes(
     difference: NDArray[np.float32],
-    matched: NDArray[np.float32],
     unusable: NDArray[np.bool_],
     invalid: NDArray[np.bool_],
     white: NDArray[np.float32],
+    science: NDArray[np.float32],
     variance: NDArray[np.float32],
 ) -> None:
-    """Unusable pixels keep their difference, invalid ones nothing; `difference` becomes the science image again."""
+    """Unusable pixels keep their difference, invalid ones nothing."""
     for y in range(difference.shape[0]):
         for x in range(difference.shape[1]):
             if unusable[y, x]:
                 white[y, x] = difference[y, x]
-            difference[y, x] += matched[y, x]
             if invalid[y, x]:
-                white[y, x] = difference[y, x] = np.nan
+                white[y, x] = science[y, x] = np.nan
                 variance[y, x] = np.inf
 
 
-def _convolved_psf(psf: NDArray[np.floating], kernel: NDArray[np.float64]) -> NDArray[np.float64]:
-    convolved = fftconvolve(psf, kernel, mode="same")
-    return np.asarray(convolved / convolved.sum())
+def _decorrelated_psf(psf: PsfGrid, kernels: NDArray[np.float64], shape: tuple[int, int]) -> PsfGrid:
+    """PSF of each cell convolved with the kernel of the larger cell it lies in."""
+    rows, columns = (np.arange(0, side, PSF_CELL_PIX) for side in shape)
+    side = psf.images.shape[2]
+    convolved = np.empty((len(rows), len(columns), side, side), dtype=np.float32)
+    for row, y in enumerate(rows):
+        images = psf.of_cells[psf.cells_at(columns, np.full(len(columns), y))]
+        white = kernels[y // DECORRELATION_CELL_PIX, columns // DECORRELATION_CELL_PIX]
+        found = fftconvolve(images.astype(np.float64), white, mode="same", axes=(1, 2))
+        convolved[row] = found / found.sum(axis=(1, 2), keepdims=True)
+    return PsfGrid(convolved)
 
 
 def _core_radius_pix(kernels: NDArray[np.float64]) -> int:

@@ -12,7 +12,9 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 from numpy.typing import ArrayLike, NDArray
-from scipy.ndimage import spline_filter
+from scipy.ndimage import spline_filter1d
+
+from transforms.numerics.psf_grid import PsfGrid, as_psf_grid
 
 STAMP_HALF_WIDTH_MAX_PIX = 10  # 21 x 21 pixels hold > 99.8 % of sum(P^2) up to a FWHM of 10 pixels
 GOOD_WEIGHT_MIN = 0.5  # a flux needs this fraction of the PSF's effective weight sum(P^2) on usable pixels
@@ -21,21 +23,23 @@ _SPLINE_MARGIN_PIX = 10  # zero border: room for shifts up to 6 pixels and the d
 _POSITION_LIMIT_PIX = 1e9  # beyond it a float position has no meaning as a pixel
 
 
-class PsfError(ValueError):
-    """A PSF image that cannot be used; the message says what was found."""
-
-
-class PsfSpline(NamedTuple):
-    """A PSF image prepared for evaluation between pixels.
+class PsfSplines(NamedTuple):
+    """The PSFs of n sources prepared for evaluation between pixels.
 
     Attributes
     ----------
-    coefficients : (m, m) float64, quintic B-spline coefficients of the zero-padded PSF image, m odd
+    coefficients : (n_images, m, m) float64, quintic B-spline coefficients of the zero-padded PSF images, m odd
     half_width : stamps around a source have 2 * half_width + 1 pixels a side
+    of_source : (n,) int64, which of the images is that of each source
     """
 
     coefficients: NDArray[np.float64]
     half_width: int
+    of_source: NDArray[np.int64]
+
+    def of(self, source: int) -> PsfSplines:
+        """Those of one source."""
+        return self._replace(of_source=self.of_source[source : source + 1])
 
 
 class LinearPsfFit(NamedTuple):
@@ -62,51 +66,37 @@ class LinearPsfFit(NamedTuple):
     good: NDArray[np.bool_]
 
 
-def checked_psf(psf: ArrayLike) -> NDArray[np.float64]:
-    """Return the PSF image as float64 after checking what all users of a PSF rely on.
+def psf_splines(psf: ArrayLike | PsfGrid, x: ArrayLike, y: ArrayLike) -> PsfSplines:
+    """Prepare the PSFs at the places of sources for evaluation between pixels by quintic B-splines.
+
+    A spline passes through the pixels of its image and is zero beyond the border. O(k^2) for each cell that holds a
+    source, 60 us for k = 37.
 
     Parameters
     ----------
-    psf : (k, k) array, k odd, finite, positive sum; 1 for fluxes in image units
+    psf : (k, k) array, k odd, sum 1, or a grid of such
+    x, y : (n,) pixels, 0-based; anything finite or not
 
     Raises
     ------
     PsfError
-        The image is not odd and square, has pixels that are not finite, or a sum that is not positive.
+        As `as_psf_grid`.
     """
-    image = np.ascontiguousarray(psf, dtype=np.float64)
-    if image.ndim != 2 or image.shape[0] != image.shape[1] or image.shape[0] % 2 == 0:
-        raise PsfError(f"'psf' must be an odd square image, got shape {image.shape}")
-    if not np.isfinite(image).all():
-        raise PsfError(f"'psf' has {int((~np.isfinite(image)).sum())} pixels that are not finite")
-    if not image.sum() > 0.0:
-        raise PsfError(f"'psf' must have a positive sum, got {image.sum()}")
-    return image
-
-
-def psf_spline(psf: ArrayLike) -> PsfSpline:
-    """Prepare a PSF image for evaluation between pixels by a quintic B-spline.
-
-    The spline passes through the pixels of the image and is zero beyond its border. O(k^2), once per image.
-
-    Parameters
-    ----------
-    psf : (k, k) array, k odd, sum 1
-
-    Raises
-    ------
-    PsfError
-        As `checked_psf`.
-    """
-    image = checked_psf(psf)
-    coefficients = spline_filter(np.pad(image, _SPLINE_MARGIN_PIX), order=_SPLINE_DEGREE, mode="mirror")
-    return PsfSpline(np.ascontiguousarray(coefficients), min(image.shape[0] // 2, STAMP_HALF_WIDTH_MAX_PIX))
+    grid = as_psf_grid(psf)
+    cells, of_source = np.unique(grid.cells_at(x, y), return_inverse=True)
+    margin = (_SPLINE_MARGIN_PIX, _SPLINE_MARGIN_PIX)
+    coefficients = np.pad(grid.of_cells[cells].astype(np.float64), ((0, 0), margin, margin))
+    if len(cells):
+        for axis in (1, 2):
+            coefficients = spline_filter1d(coefficients, _SPLINE_DEGREE, axis, mode="mirror")
+    half_width = min(grid.images.shape[2] // 2, STAMP_HALF_WIDTH_MAX_PIX)
+    return PsfSplines(np.ascontiguousarray(coefficients), half_width, of_source.astype(np.int64))
 
 
 def linear_psf_fit(
     image: ArrayLike,
     variance: ArrayLike,
-    psf: ArrayLike | PsfSpline,
+    psf: ArrayLike | PsfGrid | PsfSplines,
     x: ArrayLike,
     y: ArrayLike,
     bad: NDArray[np.bool_] | None = None,
@@ -121,7 +111,7 @@ def linear_psf_fit(
     ----------
     image : (ny, nx), used as float32; free of background
     variance : (ny, nx), used as float32, image units squared; anything but a positive finite number masks the pixel
-    psf : (k, k) odd image summing to 1, or a prepared `PsfSpline`
+    psf : (k, k) odd image summing to 1, a grid of such, or the prepared `PsfSplines` of these sources
     x, y : (n,) pixels, 0-based; may lie outside the image or be NaN (then no flux)
     bad : (ny, nx) bool, optional, further pixels to leave out
 
@@ -132,7 +122,7 @@ def linear_psf_fit(
     Raises
     ------
     PsfError
-        As `checked_psf`.
+        As `as_psf_grid`.
     ValueError
         Shapes of image, variance and bad, or of x and y, differ.
 
@@ -143,19 +133,17 @@ def linear_psf_fit(
     """
     pixels, pixel_variance, masked = checked_planes(image, variance, bad)
     x_pix, y_pix = _checked_positions(x, y)
-    spline = psf if isinstance(psf, PsfSpline) else psf_spline(psf)
+    splines = psf if isinstance(psf, PsfSplines) else psf_splines(psf, x_pix, y_pix)
     n_sources = x_pix.size
     real = np.full((5, n_sources), np.nan)
     n_pixels = np.zeros(n_sources, dtype=np.int32)
     edge = np.ones(n_sources, dtype=np.bool_)
-    _fit_fluxes(
-        pixels, pixel_variance, masked, spline.coefficients, spline.half_width, x_pix, y_pix, real, n_pixels, edge
-    )
+    _fit_fluxes(pixels, pixel_variance, masked, *splines, x_pix, y_pix, real, n_pixels, edge)
     return LinearPsfFit(real[0], real[1], real[2], real[3], n_pixels, real[4], edge, np.isfinite(real[0]))
 
 
 def forced_psf_flux(
-    image: ArrayLike, variance: ArrayLike, psf: ArrayLike | PsfSpline, x: ArrayLike, y: ArrayLike
+    image: ArrayLike, variance: ArrayLike, psf: ArrayLike | PsfSplines, x: ArrayLike, y: ArrayLike
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.bool_]]:
     """Measure PSF fluxes at known positions, on an image or on a window of one.
 
@@ -164,7 +152,8 @@ def forced_psf_flux(
     Parameters
     ----------
     image, variance : (ny, nx); masks arrive as a variance that is not a positive finite number
-    psf : (k, k) odd image summing to 1, or a prepared `PsfSpline`
+    psf : (k, k) odd image summing to 1, or the prepared `PsfSplines` of these sources: cells of a grid count from the
+        first pixel of the whole image, so a window needs its own choice
     x, y : (n,) pixels, 0-based; for a window: position minus the window's integer origin
 
     Returns
@@ -280,6 +269,7 @@ def _fit_fluxes(
     bad: NDArray[np.bool_],
     coefficients: NDArray[np.float64],
     half_width: int,
+    of_source: NDArray[np.int64],
     x: NDArray[np.float64],
     y: NDArray[np.float64],
     real: NDArray[np.float64],
@@ -302,7 +292,8 @@ def _fit_fluxes(
         i0, i1 = max(0, -x0), min(width, nx - x0)
         if j0 >= j1 or i0 >= i1:
             continue
-        evaluate_psf(coefficients, half_width, x[source] - centre_x, y[source] - centre_y, model, slope_x, slope_y)
+        dx, dy = x[source] - centre_x, y[source] - centre_y
+        evaluate_psf(coefficients[of_source[source]], half_width, dx, dy, model, slope_x, slope_y)
         energy_all = (model * model).sum()
         signal, information, energy = 0.0, 0.0, 0.0
         for j in range(j0, j1):

@@ -15,16 +15,16 @@ import sep
 from numba import njit
 from numpy.typing import ArrayLike, NDArray
 
-from transforms.numerics.detection import Detections
+from transforms.numerics.detection import Detections, gaussian_variances
 from transforms.numerics.forced_photometry import (
-    PsfSpline,
+    PsfSplines,
     checked_planes,
-    checked_psf,
     evaluate_psf,
     linear_psf_fit,
     pixel_weight,
-    psf_spline,
+    psf_splines,
 )
+from transforms.numerics.psf_grid import PsfGrid, as_psf_grid
 
 APERTURE_RADIUS_PIX = 12.0
 CENTROID_SHIFT_MAX_PIX = 5.0
@@ -66,7 +66,7 @@ class Measurements(NamedTuple):
     science_flux, science_flux_err, template_flux, template_flux_err : the same linear fit on the other two images
     forced_flux_flag, forced_flux_flag_edge, forced_flux_flag_no_good_pixels : as for the PSF flux, for either image
     ixx, iyy, ixy : adaptive second moments of the source in pixels^2, NaN where not measurable
-    ixx_psf, iyy_psf, ixy_psf : the same of the PSF image, equal for all sources
+    ixx_psf, iyy_psf, ixy_psf : the same of the PSF at the source
     bbox_size : int32, side in pixels of the square around the centroid that holds the footprint
     has_both_signs, opposite_snr : as in `Detections`, for the reliability
     core_chi2, core_n_pixels : chi-square and usable pixels of the PSF fit within the PSF's core
@@ -148,18 +148,20 @@ def measure_sources(
     matched_template: ArrayLike,
     template_variance: ArrayLike,
     bad: NDArray[np.bool_],
-    psf: ArrayLike,
+    psf: ArrayLike | PsfGrid,
     detections: Detections,
-    science_psf: ArrayLike | None = None,
+    science_psf: ArrayLike | PsfGrid | None = None,
 ) -> Measurements:
     """Measure every detected source on the difference, the science image and the matched template.
+
+    The PSF of a source is that of the cell its peak lies in.
 
     Parameters
     ----------
     difference, science, matched_template : (ny, nx), used as float32, one unit, free of background
     variance, science_variance, template_variance : (ny, nx), used as float32, that unit squared
     bad : (ny, nx) bool, pixels that no measurement uses; those that are not finite or have no positive variance join
-    psf : (k, k) odd image summing to 1, the PSF of the difference
+    psf : (k, k) odd image summing to 1, or a grid of such, the PSF of the difference
     detections : from `find_peaks` on the same pixels
     science_psf : the PSF of science and matched template when it differs from `psf` (decorrelation changes it)
 
@@ -171,7 +173,7 @@ def measure_sources(
     Raises
     ------
     PsfError
-        As `checked_psf`.
+        As `as_psf_grid`.
     ValueError
         Planes differ in shape.
 
@@ -183,22 +185,25 @@ def measure_sources(
     pixels, pixel_variance, masked = checked_planes(difference, variance, bad)
     science_pixels, science_pixel_variance, _ = checked_planes(science, science_variance, masked)
     template_pixels, template_pixel_variance, _ = checked_planes(matched_template, template_variance, masked)
-    spline = psf_spline(psf)
-    science_spline = spline if science_psf is None else psf_spline(science_psf)
-    peak_fits = fit_centroids(pixels, pixel_variance, masked, spline, detections.peak_x, detections.peak_y)
+    psf = as_psf_grid(psf)
+    splines = psf_splines(psf, detections.peak_x, detections.peak_y)
+    science_splines = splines
+    if science_psf is not None:
+        science_splines = psf_splines(science_psf, detections.peak_x, detections.peak_y)
+    peak_fits = fit_centroids(pixels, pixel_variance, masked, splines, detections.peak_x, detections.peak_y)
     sign = np.where(detections.peak_snr < 0.0, -1.0, 1.0)
     centroids, trail_shapes = _centre_elongated(pixels, pixel_variance, masked, psf, detections, sign, peak_fits)
     x, y = centroids.x, centroids.y
-    fit = linear_psf_fit(pixels, pixel_variance, spline, x, y, masked)
-    on_science = linear_psf_fit(science_pixels, science_pixel_variance, science_spline, x, y, masked)
-    on_template = linear_psf_fit(template_pixels, template_pixel_variance, science_spline, x, y, masked)
+    fit = linear_psf_fit(pixels, pixel_variance, splines, x, y, masked)
+    on_science = linear_psf_fit(science_pixels, science_pixel_variance, science_splines, x, y, masked)
+    on_template = linear_psf_fit(template_pixels, template_pixel_variance, science_splines, x, y, masked)
     ap_flux, ap_flux_err, truncated = _aperture_fluxes(pixels, pixel_variance, masked, x, y)
-    psf_shape = psf_moments(psf)
+    psf_shapes = _moments_of_psfs(psf, detections)
     shapes = np.full((4, x.size), np.nan)
-    _adaptive_moments(pixels, pixel_variance, masked, x, y, sign, np.array(psf_shape), shapes)
+    _adaptive_moments(pixels, pixel_variance, masked, x, y, sign, psf_shapes, shapes)
     shapes[:3] = np.where(np.isnan(trail_shapes), shapes[:3], trail_shapes)
     core, core_n_pixels = _core_features(
-        pixels, pixel_variance, masked, science_pixels, template_pixels, spline, x, y, sign, fit.flux
+        pixels, pixel_variance, masked, science_pixels, template_pixels, splines, x, y, sign, fit.flux
     )
     return Measurements(
         x=x,
@@ -231,9 +236,9 @@ def measure_sources(
         ixx=shapes[0],
         iyy=shapes[1],
         ixy=shapes[2],
-        ixx_psf=np.full(x.size, psf_shape[0]),
-        iyy_psf=np.full(x.size, psf_shape[1]),
-        ixy_psf=np.full(x.size, psf_shape[2]),
+        ixx_psf=psf_shapes[0],
+        iyy_psf=psf_shapes[1],
+        ixy_psf=psf_shapes[2],
         bbox_size=_bbox_sizes(detections, x, y),
         has_both_signs=detections.has_both_signs,
         opposite_snr=detections.opposite_snr.astype(np.float64),
@@ -250,7 +255,7 @@ def fit_centroids(
     image: ArrayLike,
     variance: ArrayLike,
     bad: NDArray[np.bool_],
-    psf: ArrayLike | PsfSpline,
+    psf: ArrayLike | PsfGrid | PsfSplines,
     peak_x: ArrayLike,
     peak_y: ArrayLike,
 ) -> Centroids:
@@ -262,7 +267,7 @@ def fit_centroids(
     Parameters
     ----------
     image, variance, bad : (ny, nx) planes as in `linear_psf_fit`
-    psf : (k, k) odd image summing to 1, or a prepared `PsfSpline`
+    psf : (k, k) odd image summing to 1, a grid of such, or the prepared `PsfSplines` of these sources
     peak_x, peak_y : (n,) integer pixels to start from
 
     Returns
@@ -272,14 +277,12 @@ def fit_centroids(
         40 steps, or ends more than 5 pixels from the peak: the peak itself, NaN errors, and `flag`.
     """
     pixels, pixel_variance, masked = checked_planes(image, variance, bad)
-    spline = psf if isinstance(psf, PsfSpline) else psf_spline(psf)
     start_x = np.ascontiguousarray(peak_x, dtype=np.int64)
     start_y = np.ascontiguousarray(peak_y, dtype=np.int64)
+    splines = psf if isinstance(psf, PsfSplines) else psf_splines(psf, start_x, start_y)
     fitted = np.full((5, start_x.size), np.nan)
     flag = np.ones(start_x.size, dtype=np.bool_)
-    _fit_positions(
-        pixels, pixel_variance, masked, spline.coefficients, spline.half_width, start_x, start_y, fitted, flag
-    )
+    _fit_positions(pixels, pixel_variance, masked, *splines, start_x, start_y, fitted, flag)
     return Centroids(fitted[0], fitted[1], fitted[2], fitted[3], fitted[4], flag)
 
 
@@ -287,7 +290,7 @@ def _centre_elongated(
     pixels: NDArray[np.float32],
     variance: NDArray[np.float32],
     masked: NDArray[np.bool_],
-    psf: ArrayLike,
+    psf: PsfGrid,
     detections: Detections,
     sign: NDArray[np.float64],
     peak_fits: Centroids,
@@ -298,8 +301,7 @@ def _centre_elongated(
     than a PSF makes gets the self-weighting elliptical Gaussian with a free centre, which is unbiased for anything
     symmetric. Where that does not settle within the footprint's box, the PSF fit stands.
     """
-    image = checked_psf(psf)
-    sigma2 = float(image.sum()) ** 2 / (4.0 * math.pi * float((image * image).sum()))
+    sigma2 = gaussian_variances(psf.of_cells)[psf.cells_at(detections.peak_x, detections.peak_y)]
     xx, yy, xy = detections.spread_xx, detections.spread_yy, detections.spread_xy
     half_trace, half_split = 0.5 * (xx + yy), np.hypot(0.5 * (xx - yy), xy)
     major, minor = half_trace + half_split, half_trace - half_split
@@ -334,17 +336,24 @@ def psf_moments(psf: ArrayLike) -> tuple[float, float, float]:
     Raises
     ------
     PsfError
-        As `checked_psf`.
+        As `as_psf_grid`.
     """
-    image = checked_psf(psf)
+    image = as_psf_grid(psf).middle
     centre = np.array([image.shape[0] // 2], dtype=np.float64)
-    pixels = (image / image.sum()).astype(np.float32)
-    sigma2 = 1.0 / (4.0 * math.pi * float((pixels.astype(np.float64) ** 2).sum()))
+    pixels = (image / image.sum(dtype=np.float64)).astype(np.float32)
+    sigma2 = gaussian_variances(image[np.newaxis])[0]
     moments = np.full((4, 1), np.nan)
     unmasked = np.zeros(pixels.shape, dtype=np.bool_)
-    start = np.array([sigma2, sigma2, 0.0])
+    start = np.array([[sigma2], [sigma2], [0.0]])
     _adaptive_moments(pixels, np.ones_like(pixels), unmasked, centre, centre, np.ones(1), start, moments)
     return float(moments[0, 0]), float(moments[1, 0]), float(moments[2, 0])
+
+
+def _moments_of_psfs(psf: PsfGrid, detections: Detections) -> NDArray[np.float64]:
+    """(3, n) moments of the PSF of each source."""
+    cells, of_source = np.unique(psf.cells_at(detections.peak_x, detections.peak_y), return_inverse=True)
+    moments = np.array([psf_moments(psf.of_cells[cell]) for cell in cells]).reshape(-1, 3)
+    return np.ascontiguousarray(moments[of_source].T)
 
 
 def mask_flags(
@@ -440,7 +449,7 @@ def _core_features(
     masked: NDArray[np.bool_],
     science: NDArray[np.float32],
     template: NDArray[np.float32],
-    spline: PsfSpline,
+    splines: PsfSplines,
     x: NDArray[np.float64],
     y: NDArray[np.float64],
     sign: NDArray[np.float64],
@@ -455,8 +464,7 @@ def _core_features(
         masked,
         science,
         template,
-        spline.coefficients,
-        spline.half_width,
+        *splines,
         x,
         y,
         sign,
@@ -474,6 +482,7 @@ def _fit_positions(
     bad: NDArray[np.bool_],
     coefficients: NDArray[np.float64],
     half_width: int,
+    of_source: NDArray[np.int64],
     peak_x: NDArray[np.int64],
     peak_y: NDArray[np.int64],
     fitted: NDArray[np.float64],
@@ -491,7 +500,7 @@ def _fit_positions(
         i0, i1 = max(0, -x0), min(width, nx - x0)
         dx, dy = 0.0, 0.0
         for iteration in range(_CENTROID_ITERATIONS):
-            evaluate_psf(coefficients, half_width, dx, dy, model, slope_x, slope_y)
+            evaluate_psf(coefficients[of_source[source]], half_width, dx, dy, model, slope_x, slope_y)
             pp, px, py, xx, xy, yy = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
             pd, xd, yd = 0.0, 0.0, 0.0
             for j in range(j0, j1):
@@ -639,10 +648,11 @@ def _adaptive_moments(
     Each step measures the covariance C of the image under a Gaussian weight of covariance W and sets
     W = (C^-1 - W^-1)^-1, whose fixed point for a Gaussian source is its own covariance. The centre stays at (x, y).
     The size ratio is 2 trace(C) / trace(W) under the starting weight: 1 for an image whose own moments start it.
+    `start` is (3, n).
     """
     sums = np.empty(11)
     for source in range(x.size):
-        xx, yy, xy = start[0], start[1], start[2]
+        xx, yy, xy = start[0, source], start[1, source], start[2, source]
         for iteration in range(_SHAPE_ITERATIONS):
             if not _is_weight(xx, yy, xy, _SHAPE_HALF_WIDTH_PIX):
                 break
@@ -725,6 +735,7 @@ def _measure_cores(
     template: NDArray[np.float32],
     coefficients: NDArray[np.float64],
     half_width: int,
+    of_source: NDArray[np.int64],
     x: NDArray[np.float64],
     y: NDArray[np.float64],
     sign: NDArray[np.float64],
@@ -737,16 +748,19 @@ def _measure_cores(
     width = 2 * half_width + 1
     model = np.empty((width, width))
     slope_x, slope_y = np.empty((width, width)), np.empty((width, width))
-    evaluate_psf(coefficients, half_width, 0.0, 0.0, model, slope_x, slope_y)
-    sigma = math.sqrt(1.0 / (4.0 * math.pi * (model * model).sum()))
-    central = model[half_width, half_width]
-    radius = min(max(2.0, 2.5 * sigma), float(half_width))
+    centrals, radii = np.empty(len(coefficients)), np.empty(len(coefficients))
+    for index in range(len(coefficients)):
+        evaluate_psf(coefficients[index], half_width, 0.0, 0.0, model, slope_x, slope_y)
+        sigma = math.sqrt(1.0 / (4.0 * math.pi * (model * model).sum()))
+        centrals[index] = model[half_width, half_width]
+        radii[index] = min(max(2.0, 2.5 * sigma), float(half_width))
     for source in range(x.size):
         if math.isnan(flux[source]):
             continue
         centre_x, centre_y = math.floor(x[source] + 0.5), math.floor(y[source] + 0.5)
         dx, dy = x[source] - centre_x, y[source] - centre_y
-        evaluate_psf(coefficients, half_width, dx, dy, model, slope_x, slope_y)
+        central, radius = centrals[of_source[source]], radii[of_source[source]]
+        evaluate_psf(coefficients[of_source[source]], half_width, dx, dy, model, slope_x, slope_y)
         chi2, excess, star = 0.0, 0.0, 0.0
         for j in range(width):
             for i in range(width):

@@ -20,6 +20,8 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import ndimage
 from scipy.spatial import cKDTree
 
+from transforms.numerics.convolution import block_centres
+from transforms.numerics.psf_grid import PSF_CELL_PIX, PsfGrid
 from transforms.numerics.source_extraction import circle_sums, extract_sources, half_light_radii
 from transforms.numerics.warping import HALF_TAPS, TAPS, sinc_weights
 
@@ -169,6 +171,13 @@ class PsfModel:
         """PSF (k, k) at the centre of the image."""
         ny, nx = self.shape
         return np.asarray(self.at(0.5 * (nx - 1), 0.5 * (ny - 1))[0])
+
+    def on_cells(self) -> PsfGrid:
+        """PSFs at the centres of the cells of the image, in float32; one where it is the same everywhere."""
+        shape = self.shape if self.spatial_order > 0 else (1, 1)
+        x, y = block_centres(shape, PSF_CELL_PIX)
+        images = self.at(x.ravel(), y.ravel()).astype(np.float32)
+        return PsfGrid(images.reshape(*x.shape, *images.shape[1:]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -1127,6 +1136,8 @@ def _ring_profile(
     gram = np.diag(gram_ring) - np.einsum("nak,nal->kl", cross, solved[:, :, :-1])
     right = right_ring - np.einsum("nak,na->k", cross, solved[:, :, -1])
     gram[np.diag_indices_from(gram)] += _RING_RIDGE * gram_ring
+    if not gram_ring.all():  # a ring of which no star has a pixel that is used
+        return np.zeros_like(model), values
     rings_fitted = np.linalg.solve(gram, right)
     if float(np.sum(rings_fitted * right)) < n_free + _RING_SIGMA * math.sqrt(2.0 * n_free):
         return np.zeros_like(model), values

@@ -30,6 +30,7 @@ class Ephemerides(NamedTuple):
     ra_deg, dec_deg : float64; ra in [0, 360)
     rate_ra_arcsec_per_h, rate_dec_arcsec_per_h : motion on the sky, the first with cos(dec) applied; NaN for an
         object with a single row
+    range_au, range_rate_au_per_d : distance and its rate; NaN where the rows around the time do not all tell it
     """
 
     ss_object_id: NDArray[np.generic]
@@ -37,6 +38,8 @@ class Ephemerides(NamedTuple):
     dec_deg: NDArray[np.float64]
     rate_ra_arcsec_per_h: NDArray[np.float64]
     rate_dec_arcsec_per_h: NDArray[np.float64]
+    range_au: NDArray[np.float64]
+    range_rate_au_per_d: NDArray[np.float64]
 
 
 class EphemerisOffsets(NamedTuple):
@@ -58,7 +61,12 @@ class EphemerisOffsets(NamedTuple):
 
 
 def interpolate_ephemerides(
-    ss_object_id: ArrayLike, mjd_tai: ArrayLike, ra_deg: ArrayLike, dec_deg: ArrayLike, at_mjd: float
+    ss_object_id: ArrayLike,
+    mjd_tai: ArrayLike,
+    ra_deg: ArrayLike,
+    dec_deg: ArrayLike,
+    at_mjd: float,
+    range_au: ArrayLike | None = None,
 ) -> Ephemerides:
     """Interpolate each object's ephemeris to a time.
 
@@ -71,6 +79,7 @@ def interpolate_ephemerides(
     mjd_tai : (n,) days
     ra_deg, dec_deg : (n,) degrees
     at_mjd : MJD TAI, finite
+    range_au : (n,) distances, interpolated alike; NaN where not known
 
     Returns
     -------
@@ -91,19 +100,21 @@ def interpolate_ephemerides(
     """
     ids, mjd = np.asarray(ss_object_id), np.asarray(mjd_tai, dtype=np.float64)
     ra, dec = np.asarray(ra_deg, dtype=np.float64), np.asarray(dec_deg, dtype=np.float64)
-    if not ids.ndim == 1 or not ids.shape == mjd.shape == ra.shape == dec.shape:
+    distance = np.full(mjd.shape, np.nan) if range_au is None else np.asarray(range_au, dtype=np.float64)
+    if not ids.ndim == 1 or not ids.shape == mjd.shape == ra.shape == dec.shape == distance.shape:
         raise ValueError(
             f"ephemeris columns must be of one length, got {ids.shape}, {mjd.shape}, {ra.shape}, {dec.shape}"
         )
     if not math.isfinite(at_mjd):
         raise ValueError(f"'at_mjd' must be finite, got {at_mjd}")
     finite = np.isfinite(mjd) & np.isfinite(ra) & np.isfinite(dec)
-    ids, mjd, ra, dec = ids[finite], mjd[finite], ra[finite], dec[finite]
-    order = np.lexsort((dec, ra, mjd, ids))
-    ids, mjd, ra, dec = ids[order], mjd[order], ra[order], dec[order]
+    order = np.flatnonzero(finite)
+    order = order[np.lexsort((distance[order], dec[order], ra[order], mjd[order], ids[order]))]
+    ids, mjd, ra, dec, distance = ids[order], mjd[order], ra[order], dec[order], distance[order]
     new_row = np.ones(ids.size, dtype=np.bool_)
     new_row[1:] = (ids[1:] != ids[:-1]) | (mjd[1:] != mjd[:-1])
     ids, mjd, vectors = ids[new_row], mjd[new_row], _unit_vectors(ra[new_row], dec[new_row])
+    distance = distance[new_row]
 
     objects, first, count = np.unique(ids, return_index=True, return_counts=True)
     bracketed = np.zeros(objects.size, dtype=np.bool_)
@@ -115,13 +126,16 @@ def interpolate_ephemerides(
     n_used = np.minimum(count, _ROWS_MAX)
     start = first + np.clip(following - _ROWS_MAX // 2, 0, count - n_used)
     position, motion = np.zeros((objects.size, 3)), np.full((objects.size, 3), np.nan)
+    out_range, range_rate = np.full(objects.size, np.nan), np.full(objects.size, np.nan)
     for n_rows in range(1, _ROWS_MAX + 1):
         group = np.flatnonzero(n_used == n_rows)
         rows = start[group, None] + np.arange(n_rows)
         values, slopes = _lagrange(mjd[rows] - at_mjd)
         position[group] = np.einsum("ij,ijk->ik", values, vectors[rows])
+        out_range[group] = np.einsum("ij,ij->i", values, distance[rows])
         if n_rows > 1:
             motion[group] = np.einsum("ij,ijk->ik", slopes, vectors[rows])
+            range_rate[group] = np.einsum("ij,ij->i", slopes, distance[rows])
     length = np.linalg.norm(position, axis=1)
     out_ra, out_dec = _angles(position)
     east, north = _tangent_vectors(out_ra, out_dec)
@@ -132,6 +146,8 @@ def interpolate_ephemerides(
         out_dec,
         np.einsum("ij,ij->i", motion, east) * per_hour,
         np.einsum("ij,ij->i", motion, north) * per_hour,
+        out_range,
+        range_rate,
     )
 
 
@@ -182,6 +198,58 @@ def match_one_to_one(
     chosen = order[taken]
     chosen = chosen[np.argsort(source_index[chosen], kind="stable")]
     return source_number[source_index[chosen]], object_number[object_index[chosen]], distance[chosen]
+
+
+def distance_ranks(
+    source_ra_deg: ArrayLike,
+    source_dec_deg: ArrayLike,
+    matched: NDArray[np.int64],
+    ephemeris_ra_deg: ArrayLike,
+    ephemeris_dec_deg: ArrayLike,
+) -> NDArray[np.int64]:
+    """How near its source is to each ephemeris among all sources: 1 for the nearest.
+
+    Parameters
+    ----------
+    source_ra_deg, source_dec_deg : (n,) degrees, all sources
+    matched : (k,) number of the source of each pair
+    ephemeris_ra_deg, ephemeris_dec_deg : (k,) degrees, the ephemeris of each pair
+
+    Returns
+    -------
+    (k,) int64, one more than the number of sources that are strictly nearer
+    """
+    sources, number = _finite_vectors("source", source_ra_deg, source_dec_deg)
+    objects, _ = _finite_vectors("ephemeris", ephemeris_ra_deg, ephemeris_dec_deg)
+    own = np.linalg.norm(sources[np.searchsorted(number, matched)] - objects, axis=1)
+    ranks = np.ones(len(objects), dtype=np.int64)
+    for pair, rows in enumerate(cKDTree(sources).query_ball_point(objects, own * (1.0 + 1e-6))):
+        ranks[pair] += np.count_nonzero(np.linalg.norm(sources[rows] - objects[pair], axis=1) < own[pair])
+    return ranks
+
+
+def sky_cap(ra_deg: ArrayLike, dec_deg: ArrayLike) -> tuple[NDArray[np.float64], float]:
+    """A circle on the sky about places: (3,) unit vector of its centre and its radius in arcsec.
+
+    Places that are not finite are left out; of none the radius is 0 and the centre anywhere.
+    """
+    vectors, _ = _finite_vectors("source", ra_deg, dec_deg)
+    middle = vectors.sum(axis=0) if len(vectors) else np.array([1.0, 0.0, 0.0])
+    length = float(np.linalg.norm(middle))
+    centre = middle / length if length > 0.0 else np.array([1.0, 0.0, 0.0])
+    chord = np.linalg.norm(vectors - centre, axis=1).max(initial=0.0)
+    return centre, 2.0 * math.asin(min(1.0, 0.5 * float(chord))) * ARCSEC_PER_RADIAN
+
+
+def within_cap(vectors: NDArray[np.float64], centre: NDArray[np.float64], radius_arcsec: float) -> NDArray[np.bool_]:
+    """Which of (n, 3) unit vectors lie within a circle on the sky."""
+    chord_limit = 2.0 * math.sin(0.5 * min(radius_arcsec / ARCSEC_PER_RADIAN, math.pi))
+    return np.linalg.norm(vectors - centre, axis=1) <= chord_limit
+
+
+def unit_vectors(ra_deg: ArrayLike, dec_deg: ArrayLike) -> NDArray[np.float64]:
+    """(n, 3) unit vectors of places in degrees."""
+    return _unit_vectors(np.asarray(ra_deg, dtype=np.float64), np.asarray(dec_deg, dtype=np.float64))
 
 
 def sky_coordinates(
