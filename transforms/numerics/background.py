@@ -9,8 +9,6 @@ import sep
 from numba import njit
 from numpy.typing import NDArray
 
-_LEVEL_STEP_PIX = 8  # a smooth background's mean needs no more
-
 
 class BackgroundError(ValueError):
     """A background that cannot be measured; the message says how many pixels there were."""
@@ -67,10 +65,9 @@ def subtract_background(
         raise BackgroundError(f"image of shape {image.shape}, mask of shape {mask.shape}, boxes of {box_pix} pixels")
     pixels = np.array(image, dtype=np.float32, order="C")
     spline = subtract_background_in_place(pixels, mask, box_pix)
-    every = (slice(None, None, _LEVEL_STEP_PIX),) * 2
     return BackgroundSubtraction(
         image=pixels,
-        level=float(np.nanmean(image[every].astype(np.float64) - pixels[every])),
+        level=_mean_difference(np.asarray(image, dtype=image.dtype.newbyteorder("=")), pixels),
         rms=float(spline.globalrms),
         spline=spline,
     )
@@ -116,3 +113,17 @@ def _mark_left_out(
                     left_out[row, column] = not used
             any_is_half_used |= 2 * n_used >= height * width
     return any_is_half_used
+
+
+@njit(cache=True)
+def _mean_difference(first: NDArray[np.floating], second: NDArray[np.floating]) -> float:
+    """Over the pixels that are finite, of which there is one at least."""
+    total, number = 0.0, 0
+    for y in range(first.shape[0]):
+        of_row = 0.0
+        for x in range(first.shape[1]):
+            finite = np.isfinite(second[y, x])
+            of_row += first[y, x] - second[y, x] if finite else 0.0
+            number += finite
+        total += of_row
+    return total / number
