@@ -64,6 +64,10 @@ _BLANK_BOX_PIX = 9
 _BLANK_SIGMA = 4.5  # blank pixels have none above this in the box around them, in either image
 _LEAST_NOISE = 0.05  # of the stated variance: below, the template is taken for free of noise
 _SHARED_NOISE = 0.1  # correlation of the images' noise at which they are taken to share exposures
+_N_RIPPLES = 5  # shift along x and y, width, two ellipticities
+_RIPPLE_LENGTHS_PIX = (50.0, 70.0, 100.0, 140.0, 200.0, 280.0)
+_LEAST_RIPPLE_SIGNIFICANCE = 4.0
+_PROJECTION_RIDGE = 1e-6
 
 
 class KernelMatchingError(ValueError):
@@ -119,6 +123,46 @@ class ModelScore:
 
 
 @dataclass(frozen=True, eq=False)
+class Ripples:
+    """Small changes of a kernel's place, width and shape that vary from star to star.
+
+    The air shifts and blurs images on scales of some hundred pixels, which polynomials over a detector cannot follow.
+    Amplitude m is a Gaussian process in position, ``a_m(x) = sum_s weights[m, s] exp(-|x - x_s|^2 / 2 length_m^2)``; it
+    multiplies a derivative of the kernel, of sum 0.
+
+    Attributes
+    ----------
+    operators : (5, n_basis, n_basis) float64: coefficients of the derivatives d/dx, d/dy, dxx + dyy, dxx - dyy, 2 dxdy
+        of a kernel from those of the kernel
+    x, y : (n,) of the stars, pixels
+    weights : (5, n) float64; zeros where an amplitude does not tell itself from noise
+    lengths_pix : (5,) float64
+    """
+
+    operators: NDArray[np.float64]
+    x: NDArray[np.float64]
+    y: NDArray[np.float64]
+    weights: NDArray[np.float64]
+    lengths_pix: NDArray[np.float64]
+
+    def amplitudes(self, x: NDArray[np.floating], y: NDArray[np.floating]) -> NDArray[np.float64]:
+        """(n, 5) at positions (n,), pixels (the first two) and pixels squared."""
+        found = np.zeros((len(x), _N_RIPPLES))
+        square = (x[:, np.newaxis] - self.x) ** 2 + (y[:, np.newaxis] - self.y) ** 2
+        for ripple, (weights, length) in enumerate(zip(self.weights, self.lengths_pix, strict=True)):
+            if weights.any():
+                found[:, ripple] = np.einsum("ns,s->n", np.exp(-0.5 * square / length**2), weights)
+        return found
+
+    def changes(
+        self, x: NDArray[np.floating], y: NDArray[np.floating], local: NDArray[np.float64]
+    ) -> NDArray[np.float64]:
+        """What they add to local coefficients (n, n_basis)."""
+        along = np.einsum("nm,mab->nab", self.amplitudes(x, y), self.operators)
+        return np.asarray(np.einsum("nab,nb->na", along, local))
+
+
+@dataclass(frozen=True, eq=False)
 class KernelSolution:
     """A spatially varying kernel and a differential background.
 
@@ -145,6 +189,7 @@ class KernelSolution:
     condition_number : of the normal matrix (scaled to a diagonal of ones) as solved, by power iteration
     noise_share : part of the template's noise that was taken off the normal matrix
     scores : of the models that were tried, the chosen one first
+    ripples : what the kernel does on scales below those of the polynomials
     """
 
     basis: NDArray[np.float64]
@@ -165,6 +210,7 @@ class KernelSolution:
     condition_number: float
     noise_share: float
     scores: tuple[ModelScore, ...]
+    ripples: Ripples
 
     @property
     def is_poor(self) -> bool:
@@ -176,6 +222,7 @@ class KernelSolution:
         terms = _position_terms(x, y, self.shape, self.spatial_order)
         side = self.basis.shape[1]
         local = np.einsum("nt,bt->nb", terms, self.coefficients)
+        local += self.ripples.changes(x, y, local)
         kernels = np.einsum("nb,bp->np", local, self.basis.reshape(len(self.basis), -1))
         return kernels.reshape(-1, side, side)
 
@@ -459,6 +506,7 @@ def fit_matching_kernel(
         condition_number=fit.condition_number,
         noise_share=fit.plan.noise_share,
         scores=scores,
+        ripples=_ripples(trial.basis, stamps, fit, x, y),
     )
 
 
@@ -1172,6 +1220,117 @@ def _quadratic_forms(
             forms[index] += vector[row] * (2.0 * total + entries[row] * vector[row])
             first += row + 1
     return forms
+
+
+# --- ripples ----------------------------------------------------------------------------------------------------
+
+
+def _ripples(
+    basis: _Basis, stamps: _Stamps, fit: _Fit, x: NDArray[np.intp], y: NDArray[np.intp]
+) -> Ripples:
+    """Amplitudes at each star, from its stamp's own normal equations, made smooth fields."""
+    used = fit.used
+    operators = _derivative_operators(basis.functions)
+    amplitudes, errors = _star_ripples(stamps, fit, operators)
+    place = np.column_stack((x[used], y[used])).astype(np.float64)
+    square = np.sum((place[:, np.newaxis] - place) ** 2, axis=2)
+    weights, lengths = np.zeros(amplitudes.T.shape), np.ones(_N_RIPPLES)
+    for ripple in range(_N_RIPPLES):
+        weights[ripple], lengths[ripple] = _smooth_field(amplitudes[:, ripple], errors[:, ripple] ** 2, square)
+    return Ripples(operators, place[:, 0], place[:, 1], weights, lengths)
+
+
+def _derivative_operators(functions: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Derivatives of the basis functions, as sums of those basis functions that have the sum 0; (5, n, n)."""
+    n = len(functions)
+    wide = np.pad(functions, ((0, 0), (2, 2), (2, 2)))
+
+    def slope(values: NDArray[np.float64], axis: int) -> NDArray[np.float64]:
+        return 0.5 * (np.roll(values, -1, axis) - np.roll(values, 1, axis))
+
+    bend_x, bend_y = (np.roll(wide, -1, axis) + np.roll(wide, 1, axis) - 2.0 * wide for axis in (2, 1))
+    slope_x, slope_y = slope(wide, 2), slope(wide, 1)
+    derivatives = [slope_x, slope_y, bend_x + bend_y, bend_x - bend_y, 2.0 * slope(slope_x, 1)]
+    flat = functions.reshape(n, -1)
+    normal = np.eye(-(-n // _TILE) * _TILE)
+    normal[: n - 1, : n - 1] = np.einsum("ap,bp->ab", flat[1:], flat[1:])
+    scale = np.sqrt(np.diag(normal))
+    normal /= scale[:, np.newaxis] * scale
+    normal[np.diag_indices_from(normal)] += _PROJECTION_RIDGE
+    _factorise(normal)
+    operators = np.zeros((_N_RIPPLES, n, n))
+    for ripple, derivative in enumerate(derivatives):
+        target = derivative[:, 2:-2, 2:-2].reshape(n, -1)
+        for column, products in enumerate(np.einsum("ap,bp->ab", target, flat[1:])):
+            right = np.zeros(len(normal))
+            right[: n - 1] = products
+            right /= scale
+            _substitute(normal, right)
+            operators[ripple, 1:, column] = (right / scale)[: n - 1]
+    return operators
+
+
+def _star_ripples(
+    stamps: _Stamps, fit: _Fit, operators: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Amplitudes of the ripples at each star used, and their errors; (n, 5) each.
+
+    The star's flux and its background are free: a star that varies changes neither.
+    """
+    used = fit.used
+    local = _local_coefficients(stamps, fit, used)
+    n, n_columns = local.shape
+    modes = np.zeros((n, _N_RIPPLES + 2, n_columns))
+    modes[:, :_N_RIPPLES, :-1] = np.einsum("mab,nb->nma", operators, local[:, :-1])
+    modes[:, _N_RIPPLES, :-1] = local[:, :-1]
+    modes[:, _N_RIPPLES + 1, -1] = 1.0
+    amplitudes, errors = np.zeros((n, _N_RIPPLES)), np.zeros((n, _N_RIPPLES))
+    vectors = np.concatenate((modes, local[:, np.newaxis]), axis=1)
+    full = np.zeros((n_columns, n_columns))
+    rows, columns = np.tril_indices(n_columns)
+    for index, star in enumerate(used):
+        entries = stamps.gram[star] - fit.plan.noise_share * stamps.noise_sum[star] * stamps.noise
+        full[rows, columns] = entries
+        full[columns, rows] = entries
+        images = np.einsum("ab,mb->ma", full, vectors[index])
+        normal = np.einsum("ma,ka->mk", modes[index], images[:-1])
+        right = np.einsum("ma,a->m", modes[index], stamps.right[star] - images[-1])
+        covariance = np.linalg.inv(normal)
+        amplitudes[index] = np.einsum("mk,k->m", covariance, right)[:_N_RIPPLES]
+        errors[index] = np.sqrt(np.abs(np.diag(covariance)[:_N_RIPPLES]))
+    return amplitudes, errors
+
+
+def _smooth_field(
+    values: NDArray[np.float64], variance: NDArray[np.float64], square: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], float]:
+    """Weights and length of the Gaussian process through values that neighbours share; zeros if they share nothing."""
+    scatter = max(float(np.sum((values**2 - variance) / variance**2) / np.sum(1.0 / variance**2)), 0.0)
+    weight = 1.0 / (variance + scatter)
+    products = np.outer(weight * values, weight * values)
+    both = np.outer(weight, weight)
+    np.fill_diagonal(products, 0.0)
+    np.fill_diagonal(both, 0.0)
+    best, length, power = _LEAST_RIPPLE_SIGNIFICANCE, 1.0, 0.0
+    for trial in _RIPPLE_LENGTHS_PIX:
+        alike = np.exp(-0.5 * square / trial**2)
+        size = math.sqrt(float(np.sum(both * alike**2)))
+        shared = float(np.sum(products * alike)) / max(size, 1e-300)
+        # of independent values the sum of products has the variance 2 sum (alike both)^2 / ... = 2 size^2
+        if shared / math.sqrt(2.0) > best:
+            best, length, power = shared / math.sqrt(2.0), trial, shared / size
+    n = len(values)
+    if power == 0.0:
+        return np.zeros(n), length
+    matrix = np.eye(-(-n // _TILE) * _TILE)
+    matrix[:n, :n] = power * np.exp(-0.5 * square / length**2)
+    matrix[np.arange(n), np.arange(n)] += variance + max(scatter - power, 0.0)
+    right = np.zeros(len(matrix))
+    right[:n] = values
+    if not _factorise(matrix):
+        return np.zeros(n), length
+    _substitute(matrix, right)
+    return power * right[:n], length
 
 
 def _variation_over_image(
