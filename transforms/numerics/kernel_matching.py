@@ -64,10 +64,14 @@ _BLANK_BOX_PIX = 9
 _BLANK_SIGMA = 4.5  # blank pixels have none above this in the box around them, in either image
 _LEAST_NOISE = 0.05  # of the stated variance: below, the template is taken for free of noise
 _SHARED_NOISE = 0.1  # correlation of the images' noise at which they are taken to share exposures
-_N_RIPPLES = 5  # shift along x and y, width, two ellipticities
-_RIPPLE_LENGTHS_PIX = (50.0, 70.0, 100.0, 140.0, 200.0, 280.0)
+_RIPPLE_REACHES_PIX = (150.0, 220.0, 320.0, 450.0)
 _LEAST_RIPPLE_SIGNIFICANCE = 4.0
-_PROJECTION_RIDGE = 1e-6
+_RIPPLE_STAMP_FWHM = 1.5  # half side of a stamp; at least 5 pixels
+_RIPPLE_CELL_PIX = 128
+_RIPPLE_STARS_PER_CELL = 6
+_RIPPLE_LEAST_SNR = 40.0
+_SOLVER_STEPS = 60
+_SOLVER_PRECISION = 1e-6
 
 
 class KernelMatchingError(ValueError):
@@ -126,40 +130,31 @@ class ModelScore:
 class Ripples:
     """Small changes of a kernel's place, width and shape that vary from star to star.
 
-    The air shifts and blurs images on scales of some hundred pixels, which polynomials over a detector cannot follow.
-    Amplitude m is a Gaussian process in position, ``a_m(x) = sum_s weights[m, s] exp(-|x - x_s|^2 / 2 length_m^2)``; it
-    multiplies a derivative of the kernel, of sum 0.
+    The air shifts and blurs images on scales of some hundred pixels, which polynomials over a detector do not follow.
+    ``K + sum_m a_m(x) D_m K`` with the derivatives D of sum 0: d/dx, d/dy, dxx + dyy, dxx - dyy, 2 dxdy (differences
+    of neighbouring pixels). An amplitude is a Gaussian process in position, ``a_m(x) = sum_s weights[m, s]
+    c(|x - x_s| / reaches_pix[m])`` with Wendland's ``c(r) = (1 - r)^4 (4 r + 1)``, 0 beyond r = 1.
 
     Attributes
     ----------
-    operators : (5, n_basis, n_basis) float64: coefficients of the derivatives d/dx, d/dy, dxx + dyy, dxx - dyy, 2 dxdy
-        of a kernel from those of the kernel
     x, y : (n,) of the stars, pixels
     weights : (5, n) float64; zeros where an amplitude does not tell itself from noise
-    lengths_pix : (5,) float64
+    reaches_pix : (5,) float64
     """
 
-    operators: NDArray[np.float64]
     x: NDArray[np.float64]
     y: NDArray[np.float64]
     weights: NDArray[np.float64]
-    lengths_pix: NDArray[np.float64]
+    reaches_pix: NDArray[np.float64]
 
     def amplitudes(self, x: NDArray[np.floating], y: NDArray[np.floating]) -> NDArray[np.float64]:
-        """(n, 5) at positions (n,), pixels (the first two) and pixels squared."""
-        found = np.zeros((len(x), _N_RIPPLES))
-        square = (x[:, np.newaxis] - self.x) ** 2 + (y[:, np.newaxis] - self.y) ** 2
-        for ripple, (weights, length) in enumerate(zip(self.weights, self.lengths_pix, strict=True)):
-            if weights.any():
-                found[:, ripple] = np.einsum("ns,s->n", np.exp(-0.5 * square / length**2), weights)
+        """(n, 5) at positions (n,): pixels (the first two) and pixels squared."""
+        found = np.zeros((len(x), len(self.weights)))
+        _add_fields(
+            np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64),
+            self.x, self.y, self.weights, self.reaches_pix, found,
+        )  # fmt: skip
         return found
-
-    def changes(
-        self, x: NDArray[np.floating], y: NDArray[np.floating], local: NDArray[np.float64]
-    ) -> NDArray[np.float64]:
-        """What they add to local coefficients (n, n_basis)."""
-        along = np.einsum("nm,mab->nab", self.amplitudes(x, y), self.operators)
-        return np.asarray(np.einsum("nab,nb->na", along, local))
 
 
 @dataclass(frozen=True, eq=False)
@@ -222,9 +217,9 @@ class KernelSolution:
         terms = _position_terms(x, y, self.shape, self.spatial_order)
         side = self.basis.shape[1]
         local = np.einsum("nt,bt->nb", terms, self.coefficients)
-        local += self.ripples.changes(x, y, local)
-        kernels = np.einsum("nb,bp->np", local, self.basis.reshape(len(self.basis), -1))
-        return kernels.reshape(-1, side, side)
+        kernels = np.einsum("nb,bp->np", local, self.basis.reshape(len(self.basis), -1)).reshape(-1, side, side)
+        _add_ripples(kernels, self.ripples.amplitudes(x, y))
+        return np.asarray(kernels)
 
     def subtract_background(self, image: NDArray[np.float32]) -> None:
         """Subtract the differential background from an image of the kernel's shape, in place."""
@@ -320,6 +315,8 @@ def select_kernel_stars(
     isolation_pix: float,
     min_snr: float = 20.0,
     max_snr: float = 2000.0,
+    *,
+    for_ripples: bool = False,
 ) -> NDArray[np.intp]:
     """Choose kernel stars: clean, isolated, bright but not too bright, and spread over the image.
 
@@ -333,6 +330,7 @@ def select_kernel_stars(
     kernel_half_width_pix : half side of the kernel to be fitted
     isolation_pix : distance to the next source that is brighter
     min_snr, max_snr : interval of the signal-to-noise ratio in the science image
+    for_ripples : choose stars that show ripples instead: of S/N above 40, up to 6 per cell of 128 pixels
 
     Returns
     -------
@@ -345,14 +343,17 @@ def select_kernel_stars(
     usable &= (column >= margin) & (column < nx - margin) & (row >= margin) & (row < ny - margin)
     near_bad = ndimage.maximum_filter(science_bad | template_bad, _CORE_BOX_PIX)
     usable[usable] &= ~near_bad[row[usable], column[usable]]
-    cell_pix = max(math.sqrt(ny * nx / _N_CELLS), _LEAST_CELL_PIX)
+    cell_pix, per_cell = max(math.sqrt(ny * nx / _N_CELLS), _LEAST_CELL_PIX), _STARS_PER_CELL
+    if for_ripples:
+        usable &= sources.snr >= _RIPPLE_LEAST_SNR
+        cell_pix, per_cell = _RIPPLE_CELL_PIX, _RIPPLE_STARS_PER_CELL
     positions = np.column_stack((sources.x, sources.y))
     tree = cKDTree(positions) if len(positions) else None
     taken: dict[tuple[int, int], int] = {}
     chosen = []
     for index in np.flatnonzero(usable):
         cell = (int(row[index] / cell_pix), int(column[index] / cell_pix))
-        if taken.get(cell, 0) >= _STARS_PER_CELL or tree is None:
+        if taken.get(cell, 0) >= per_cell or tree is None:
             continue
         if min(tree.query_ball_point(positions[index], isolation_pix)) < index:  # sources come brightest first
             continue
@@ -398,6 +399,7 @@ def fit_matching_kernel(
     spatial_order: int = 2,
     background_order: int = 1,
     models: Sequence[KernelModel] | None = None,
+    ripple_stars: tuple[NDArray[np.floating], NDArray[np.floating]] | None = None,
 ) -> KernelSolution:
     """Fit the kernel that makes the template look like the science image.
 
@@ -425,6 +427,8 @@ def fit_matching_kernel(
     background_order : order of the differential background's polynomial, 0 to 2; not above the kernel's
     models : what to choose from, likeliest first, for instance `KERNEL_MODELS`; None for the Gauss-Hermite basis of
         27 functions and `spatial_order`, which else counts for nothing
+    ripple_stars : x and y of the stars whose residuals are to show what varies from star to star; None for the kernel
+        stars
 
     Returns
     -------
@@ -487,7 +491,7 @@ def fit_matching_kernel(
     variation, variation_error = _variation_over_image(ratios, x, y, shape)
     _check_sum(kernel_sum, ratio, variation, variation_error, len(fit.used))
     background_order = min(background_order, order)
-    return KernelSolution(
+    smooth = KernelSolution(
         basis=trial.basis.functions,
         coefficients=fit.coefficients[:-1],
         background_coefficients=fit.coefficients[-1, : len(_exponents(background_order))],
@@ -506,8 +510,11 @@ def fit_matching_kernel(
         condition_number=fit.condition_number,
         noise_share=fit.plan.noise_share,
         scores=scores,
-        ripples=_ripples(trial.basis, stamps, fit, x, y),
+        ripples=_NO_RIPPLES,
     )
+    if ripple_stars is None:
+        ripple_stars = star_x[inside], star_y[inside]
+    return replace(smooth, ripples=_ripples(smooth, *images, *ripple_stars, fwhm))
 
 
 @dataclass(frozen=True, eq=False)
@@ -1224,113 +1231,198 @@ def _quadratic_forms(
 
 # --- ripples ----------------------------------------------------------------------------------------------------
 
+_N_RIPPLES = 5
+_NO_RIPPLES = Ripples(np.zeros(0), np.zeros(0), np.zeros((_N_RIPPLES, 0)), np.ones(_N_RIPPLES))
+
 
 def _ripples(
-    basis: _Basis, stamps: _Stamps, fit: _Fit, x: NDArray[np.intp], y: NDArray[np.intp]
+    kernel: KernelSolution,
+    science: NDArray[np.floating],
+    template: NDArray[np.floating],
+    weight: NDArray[np.floating],
+    star_x: NDArray[np.floating],
+    star_y: NDArray[np.floating],
+    fwhm_pix: float,
 ) -> Ripples:
-    """Amplitudes at each star, from its stamp's own normal equations, made smooth fields."""
-    used = fit.used
-    operators = _derivative_operators(basis.functions)
-    amplitudes, errors = _star_ripples(stamps, fit, operators)
-    place = np.column_stack((x[used], y[used])).astype(np.float64)
-    square = np.sum((place[:, np.newaxis] - place) ** 2, axis=2)
-    weights, lengths = np.zeros(amplitudes.T.shape), np.ones(_N_RIPPLES)
-    for ripple in range(_N_RIPPLES):
-        weights[ripple], lengths[ripple] = _smooth_field(amplitudes[:, ripple], errors[:, ripple] ** 2, square)
-    return Ripples(operators, place[:, 0], place[:, 1], weights, lengths)
+    """What the residuals of stars have in common with those of their neighbours.
 
-
-def _derivative_operators(functions: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Derivatives of the basis functions, as sums of those basis functions that have the sum 0; (5, n, n)."""
-    n = len(functions)
-    wide = np.pad(functions, ((0, 0), (2, 2), (2, 2)))
-
-    def slope(values: NDArray[np.float64], axis: int) -> NDArray[np.float64]:
-        return 0.5 * (np.roll(values, -1, axis) - np.roll(values, 1, axis))
-
-    bend_x, bend_y = (np.roll(wide, -1, axis) + np.roll(wide, 1, axis) - 2.0 * wide for axis in (2, 1))
-    slope_x, slope_y = slope(wide, 2), slope(wide, 1)
-    derivatives = [slope_x, slope_y, bend_x + bend_y, bend_x - bend_y, 2.0 * slope(slope_x, 1)]
-    flat = functions.reshape(n, -1)
-    normal = np.eye(-(-n // _TILE) * _TILE)
-    normal[: n - 1, : n - 1] = np.einsum("ap,bp->ab", flat[1:], flat[1:])
-    scale = np.sqrt(np.diag(normal))
-    normal /= scale[:, np.newaxis] * scale
-    normal[np.diag_indices_from(normal)] += _PROJECTION_RIDGE
-    _factorise(normal)
-    operators = np.zeros((_N_RIPPLES, n, n))
-    for ripple, derivative in enumerate(derivatives):
-        target = derivative[:, 2:-2, 2:-2].reshape(n, -1)
-        for column, products in enumerate(np.einsum("ap,bp->ab", target, flat[1:])):
-            right = np.zeros(len(normal))
-            right[: n - 1] = products
-            right /= scale
-            _substitute(normal, right)
-            operators[ripple, 1:, column] = (right / scale)[: n - 1]
-    return operators
-
-
-def _star_ripples(
-    stamps: _Stamps, fit: _Fit, operators: NDArray[np.float64]
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Amplitudes of the ripples at each star used, and their errors; (n, 5) each.
-
-    The star's flux and its background are free: a star that varies changes neither.
+    The flux and the background of each star are free: a star that varies changes nothing.
     """
-    used = fit.used
-    local = _local_coefficients(stamps, fit, used)
-    n, n_columns = local.shape
-    modes = np.zeros((n, _N_RIPPLES + 2, n_columns))
-    modes[:, :_N_RIPPLES, :-1] = np.einsum("mab,nb->nma", operators, local[:, :-1])
-    modes[:, _N_RIPPLES, :-1] = local[:, :-1]
-    modes[:, _N_RIPPLES + 1, -1] = 1.0
-    amplitudes, errors = np.zeros((n, _N_RIPPLES)), np.zeros((n, _N_RIPPLES))
-    vectors = np.concatenate((modes, local[:, np.newaxis]), axis=1)
-    full = np.zeros((n_columns, n_columns))
-    rows, columns = np.tril_indices(n_columns)
-    for index, star in enumerate(used):
-        entries = stamps.gram[star] - fit.plan.noise_share * stamps.noise_sum[star] * stamps.noise
-        full[rows, columns] = entries
-        full[columns, rows] = entries
-        images = np.einsum("ab,mb->ma", full, vectors[index])
-        normal = np.einsum("ma,ka->mk", modes[index], images[:-1])
-        right = np.einsum("ma,a->m", modes[index], stamps.right[star] - images[-1])
+    half = max(int(np.rint(_RIPPLE_STAMP_FWHM * fwhm_pix)), 5)
+    margin = half + 1 + kernel.basis.shape[1] // 2
+    column, row = np.rint(star_x).astype(np.intp), np.rint(star_y).astype(np.intp)
+    inside = (column >= margin) & (column < kernel.shape[1] - margin)
+    inside &= (row >= margin) & (row < kernel.shape[0] - margin)
+    x, y = column[inside].astype(np.float64), row[inside].astype(np.float64)
+    background = np.einsum(
+        "nt,t->n", _position_terms(x, y, kernel.shape, kernel.background_order), kernel.background_coefficients
+    )
+    kernels = kernel.kernels_at(x, y)
+    amplitudes, variances = np.zeros((len(x), _N_RIPPLES)), np.full((len(x), _N_RIPPLES), np.inf)
+    modes = np.zeros((_N_RIPPLES + 2, (2 * half + 1) ** 2))
+    for star, (i, j) in enumerate(zip(column[inside], row[inside], strict=True)):
+        wide = slice(j - margin, j + margin + 1), slice(i - margin, i + margin + 1)
+        stamp = slice(j - half, j + half + 1), slice(i - half, i + half + 1)
+        model = _convolved_stamp(np.ascontiguousarray(template[wide], dtype=np.float64), kernels[star])
+        _fill_modes(model, modes)
+        inverse = weight[stamp].ravel()
+        residual = science[stamp].ravel() - background[star] - modes[_N_RIPPLES]
+        weighted = modes * inverse
+        normal = np.einsum("ap,bp->ab", weighted, modes)
+        if np.linalg.cond(normal / np.sqrt(np.outer(np.diag(normal), np.diag(normal)))) > 1e8:
+            continue
         covariance = np.linalg.inv(normal)
-        amplitudes[index] = np.einsum("mk,k->m", covariance, right)[:_N_RIPPLES]
-        errors[index] = np.sqrt(np.abs(np.diag(covariance)[:_N_RIPPLES]))
-    return amplitudes, errors
+        found = np.einsum("ab,b->a", covariance, np.einsum("ap,p->a", weighted, residual))
+        amplitudes[star], variances[star] = found[:_N_RIPPLES], np.diag(covariance)[:_N_RIPPLES]
+    known = np.all(np.isfinite(variances), axis=1)
+    x, y, amplitudes, variances = x[known], y[known], amplitudes[known], variances[known]
+    pairs = cKDTree(np.column_stack((x, y))).query_pairs(_RIPPLE_REACHES_PIX[-1], output_type="ndarray")
+    pairs = pairs[np.lexsort((pairs[:, 1], pairs[:, 0]))] if len(pairs) else np.zeros((0, 2), dtype=np.intp)
+    apart = np.hypot(x[pairs[:, 0]] - x[pairs[:, 1]], y[pairs[:, 0]] - y[pairs[:, 1]])
+    fields = [_smooth_field(amplitudes[:, m], variances[:, m], pairs, apart) for m in range(_N_RIPPLES)]
+    return Ripples(x, y, np.array([weights for weights, _ in fields]), np.array([reach for _, reach in fields]))
 
 
 def _smooth_field(
-    values: NDArray[np.float64], variance: NDArray[np.float64], square: NDArray[np.float64]
+    values: NDArray[np.float64], variance: NDArray[np.float64], pairs: NDArray[np.intp], apart: NDArray[np.float64]
 ) -> tuple[NDArray[np.float64], float]:
-    """Weights and length of the Gaussian process through values that neighbours share; zeros if they share nothing."""
-    scatter = max(float(np.sum((values**2 - variance) / variance**2) / np.sum(1.0 / variance**2)), 0.0)
-    weight = 1.0 / (variance + scatter)
-    products = np.outer(weight * values, weight * values)
-    both = np.outer(weight, weight)
-    np.fill_diagonal(products, 0.0)
-    np.fill_diagonal(both, 0.0)
-    best, length, power = _LEAST_RIPPLE_SIGNIFICANCE, 1.0, 0.0
-    for trial in _RIPPLE_LENGTHS_PIX:
-        alike = np.exp(-0.5 * square / trial**2)
-        size = math.sqrt(float(np.sum(both * alike**2)))
-        shared = float(np.sum(products * alike)) / max(size, 1e-300)
-        # of independent values the sum of products has the variance 2 sum (alike both)^2 / ... = 2 size^2
-        if shared / math.sqrt(2.0) > best:
-            best, length, power = shared / math.sqrt(2.0), trial, shared / size
+    """Weights and reach of the Gaussian process through values that neighbours share; zeros if they share nothing.
+
+    Its power is the mean product of neighbours' values, weighted as for independent ones.
+    """
     n = len(values)
+    if n == 0:
+        return np.zeros(0), 1.0
+    middle = np.median(values)
+    typical = (_MAD_TO_SIGMA * np.median(np.abs(values - middle))) ** 2
+    usable = np.abs(values - middle) < 5.0 * np.sqrt(variance + typical)
+    excess = (values**2 - variance)[usable] / variance[usable] ** 2
+    scatter = max(float(excess.sum() / np.sum(1.0 / variance[usable] ** 2)), 0.0)
+    weight = np.where(usable, 1.0 / (variance + scatter), 0.0)
+    both = weight[pairs[:, 0]] * weight[pairs[:, 1]]
+    products = both * values[pairs[:, 0]] * values[pairs[:, 1]]
+    most, reach, power, shape = _LEAST_RIPPLE_SIGNIFICANCE, 1.0, 0.0, np.zeros(len(pairs))
+    for trial in _RIPPLE_REACHES_PIX:
+        near = np.maximum(1.0 - apart / trial, 0.0) ** 4 * (4.0 * apart / trial + 1.0)
+        size = float(np.sum(both * near**2))
+        significance = float(np.sum(products * near)) / math.sqrt(max(size, 1e-300))
+        if significance > most:
+            most, reach, power, shape = significance, trial, significance / math.sqrt(size), near
     if power == 0.0:
-        return np.zeros(n), length
-    matrix = np.eye(-(-n // _TILE) * _TILE)
-    matrix[:n, :n] = power * np.exp(-0.5 * square / length**2)
-    matrix[np.arange(n), np.arange(n)] += variance + max(scatter - power, 0.0)
-    right = np.zeros(len(matrix))
-    right[:n] = values
-    if not _factorise(matrix):
-        return np.zeros(n), length
-    _substitute(matrix, right)
-    return power * right[:n], length
+        return np.zeros(n), reach
+    diagonal = np.where(usable, variance + max(scatter - power, 0.0) + power, 1e6 * (variance + power))
+    return power * _solved(pairs, power * shape, diagonal, np.where(usable, values, 0.0)), reach
+
+
+@njit(cache=True)
+def _solved(
+    pairs: NDArray[np.int64], off: NDArray[np.float64], diagonal: NDArray[np.float64], right: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Solve a sparse symmetric positive definite system by conjugate gradients, scaled to a diagonal of ones."""
+    scale = 1.0 / np.sqrt(diagonal)
+    solution = np.zeros(len(right))
+    residual = right * scale
+    direction = residual.copy()
+    square = np.sum(residual * residual)
+    goal = square * _SOLVER_PRECISION**2
+    for _ in range(_SOLVER_STEPS):
+        if square <= goal:
+            break
+        image = direction.copy()
+        for pair in range(len(off)):
+            i, j = pairs[pair, 0], pairs[pair, 1]
+            value = off[pair] * scale[i] * scale[j]
+            image[i] += value * direction[j]
+            image[j] += value * direction[i]
+        step = square / np.sum(direction * image)
+        solution += step * direction
+        residual -= step * image
+        before = square
+        square = np.sum(residual * residual)
+        direction = residual + (square / before) * direction
+    return solution * scale
+
+
+@njit(cache=True, fastmath=_FAST_MATH)
+def _convolved_stamp(wide: NDArray[np.float64], kernel: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The part of the convolution that the stamp holds whole."""
+    k = kernel.shape[0]
+    side = wide.shape[0] - k + 1
+    out = np.zeros((side, side))
+    for y in range(side):
+        total = out[y]
+        for j in range(k):
+            source = wide[y + k - 1 - j]
+            for i in range(k):
+                value = kernel[j, i]
+                first = k - 1 - i
+                for x in range(side):
+                    total[x] += value * source[first + x]
+    return out
+
+
+@njit(cache=True)
+def _fill_modes(model: NDArray[np.float64], modes: NDArray[np.float64]) -> None:
+    """Derivatives of a model with a rim of a pixel, the model itself, and a constant."""
+    side = model.shape[0] - 2
+    for y in range(side):
+        for x in range(side):
+            _derivatives(model, y + 1, x + 1, modes[:, y * side + x])
+            modes[5, y * side + x] = model[y + 1, x + 1]
+            modes[6, y * side + x] = 1.0
+
+
+@njit(cache=True)
+def _derivatives(image: NDArray[np.float64], y: int, x: int, out: NDArray[np.float64]) -> None:
+    left, right, below, above = image[y, x - 1], image[y, x + 1], image[y - 1, x], image[y + 1, x]
+    bend_x, bend_y = right + left - 2.0 * image[y, x], above + below - 2.0 * image[y, x]
+    out[0] = 0.5 * (right - left)
+    out[1] = 0.5 * (above - below)
+    out[2] = bend_x + bend_y
+    out[3] = bend_x - bend_y
+    out[4] = 0.5 * (image[y + 1, x + 1] - image[y + 1, x - 1] - image[y - 1, x + 1] + image[y - 1, x - 1])
+
+
+@njit(cache=True)
+def _add_ripples(kernels: NDArray[np.float64], amplitudes: NDArray[np.float64]) -> None:
+    """Add amplitudes times derivatives to each kernel, in place; kernels end in zeros, sums are kept."""
+    side = kernels.shape[1]
+    padded = np.zeros((side + 2, side + 2))
+    slopes = np.zeros(5)
+    for index in range(len(kernels)):
+        if not np.any(amplitudes[index]):
+            continue
+        padded[1:-1, 1:-1] = kernels[index]
+        before = np.sum(kernels[index])
+        for y in range(side):
+            for x in range(side):
+                _derivatives(padded, y + 1, x + 1, slopes)
+                for ripple in range(5):
+                    kernels[index, y, x] += amplitudes[index, ripple] * slopes[ripple]
+        kernels[index, side // 2, side // 2] += before - np.sum(kernels[index])  # what passed the edge
+
+
+@njit(cache=True)
+def _add_fields(
+    x: NDArray[np.float64],
+    y: NDArray[np.float64],
+    star_x: NDArray[np.float64],
+    star_y: NDArray[np.float64],
+    weights: NDArray[np.float64],
+    reaches: NDArray[np.float64],
+    out: NDArray[np.float64],
+) -> None:
+    most = np.max(reaches)
+    for place in range(len(x)):
+        for star in range(len(star_x)):
+            square = (x[place] - star_x[star]) ** 2 + (y[place] - star_y[star]) ** 2
+            if square >= most**2:
+                continue
+            distance = math.sqrt(square)
+            for ripple in range(len(reaches)):
+                part = distance / reaches[ripple]
+                if part < 1.0:
+                    out[place, ripple] += weights[ripple, star] * (1.0 - part) ** 4 * (4.0 * part + 1.0)
 
 
 def _variation_over_image(
