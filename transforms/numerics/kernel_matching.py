@@ -65,11 +65,12 @@ _BLANK_SIGMA = 4.5  # blank pixels have none above this in the box around them, 
 _LEAST_NOISE = 0.05  # of the stated variance: below, the template is taken for free of noise
 _SHARED_NOISE = 0.1  # correlation of the images' noise at which they are taken to share exposures
 _RIPPLE_REACHES_PIX = (150.0, 220.0, 320.0, 450.0)
-_LEAST_RIPPLE_SIGNIFICANCE = 4.0
+_LEAST_RIPPLE_SIGNIFICANCE = 3.0
 _RIPPLE_STAMP_FWHM = 1.5  # half side of a stamp; at least 5 pixels
 _RIPPLE_CELL_PIX = 128
 _RIPPLE_STARS_PER_CELL = 6
-_RIPPLE_LEAST_SNR = 40.0
+_RIPPLE_LEAST_SNR = 20.0
+_LEAST_MODE_EIGENVALUE = 1e-4  # of a star's normal matrix, scaled to a diagonal of ones
 _SOLVER_STEPS = 60
 _SOLVER_PRECISION = 1e-6
 
@@ -514,7 +515,8 @@ def fit_matching_kernel(
     )
     if ripple_stars is None:
         ripple_stars = star_x[inside], star_y[inside]
-    return replace(smooth, ripples=_ripples(smooth, *images, *ripple_stars, fwhm))
+    noise = smooth.noise_share * correlation
+    return replace(smooth, ripples=_ripples(smooth, *images, template_variance, noise, *ripple_stars, fwhm))
 
 
 @dataclass(frozen=True, eq=False)
@@ -1240,13 +1242,17 @@ def _ripples(
     science: NDArray[np.floating],
     template: NDArray[np.floating],
     weight: NDArray[np.floating],
+    template_variance: NDArray[np.floating],
+    noise: NDArray[np.float64],
     star_x: NDArray[np.floating],
     star_y: NDArray[np.floating],
     fwhm_pix: float,
 ) -> Ripples:
     """What the residuals of stars have in common with those of their neighbours.
 
-    The flux and the background of each star are free: a star that varies changes nothing.
+    The flux and the background of each star are free: a star that varies changes nothing. As in the kernel's own fit
+    the template's noise is in the residual and in the derivatives alike, and what it adds (autocorrelation `noise`,
+    with the kernel of the image's centre) is taken off.
     """
     half = max(int(np.rint(_RIPPLE_STAMP_FWHM * fwhm_pix)), 5)
     margin = half + 1 + kernel.basis.shape[1] // 2
@@ -1259,6 +1265,7 @@ def _ripples(
     )
     kernels = kernel.kernels_at(x, y)
     amplitudes, variances = np.zeros((len(x), _N_RIPPLES)), np.full((len(x), _N_RIPPLES), np.inf)
+    added = _noise_products(kernel, noise)
     modes = np.zeros((_N_RIPPLES + 2, (2 * half + 1) ** 2))
     for star, (i, j) in enumerate(zip(column[inside], row[inside], strict=True)):
         wide = slice(j - margin, j + margin + 1), slice(i - margin, i + margin + 1)
@@ -1268,11 +1275,14 @@ def _ripples(
         inverse = weight[stamp].ravel()
         residual = science[stamp].ravel() - background[star] - modes[_N_RIPPLES]
         weighted = modes * inverse
-        normal = np.einsum("ap,bp->ab", weighted, modes)
-        if np.linalg.cond(normal / np.sqrt(np.outer(np.diag(normal), np.diag(normal)))) > 1e8:
+        noisy = np.sum(inverse * template_variance[stamp].ravel()) * added
+        normal = np.einsum("ap,bp->ab", weighted, modes) - noisy
+        scale = np.sqrt(np.maximum(np.diag(normal), 1e-300))
+        if not np.linalg.eigvalsh(normal / np.outer(scale, scale))[0] > _LEAST_MODE_EIGENVALUE:
             continue
         covariance = np.linalg.inv(normal)
-        found = np.einsum("ab,b->a", covariance, np.einsum("ap,p->a", weighted, residual))
+        right = np.einsum("ap,p->a", weighted, residual) + noisy[_N_RIPPLES]
+        found = np.einsum("ab,b->a", covariance, right)
         amplitudes[star], variances[star] = found[:_N_RIPPLES], np.diag(covariance)[:_N_RIPPLES]
     known = np.all(np.isfinite(variances), axis=1)
     x, y, amplitudes, variances = x[known], y[known], amplitudes[known], variances[known]
@@ -1281,6 +1291,19 @@ def _ripples(
     apart = np.hypot(x[pairs[:, 0]] - x[pairs[:, 1]], y[pairs[:, 0]] - y[pairs[:, 1]])
     fields = [_smooth_field(amplitudes[:, m], variances[:, m], pairs, apart) for m in range(_N_RIPPLES)]
     return Ripples(x, y, np.array([weights for weights, _ in fields]), np.array([reach for _, reach in fields]))
+
+
+def _noise_products(kernel: KernelSolution, noise: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Mean products of the modes of the template's noise, convolved with the kernel; (7, 7)."""
+    middle = np.array([0.5 * (side - 1) for side in kernel.shape])
+    stamp = np.pad(kernel.kernels_at(middle[1:], middle[:1])[0], 6)
+    spread = ndimage.convolve(stamp, noise, mode="constant")
+    modes, spread_modes = (np.zeros((_N_RIPPLES + 2, (len(stamp) - 2) ** 2)) for _ in range(2))
+    _fill_modes(stamp, modes)
+    _fill_modes(spread, spread_modes)
+    products = np.einsum("ap,bp->ab", spread_modes, modes)
+    products[-1], products[:, -1] = 0.0, 0.0  # the constant has no noise
+    return np.asarray(products)
 
 
 def _smooth_field(
