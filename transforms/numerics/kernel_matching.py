@@ -67,6 +67,8 @@ _SHARED_NOISE = 0.1  # correlation of the images' noise at which they are taken 
 _RIPPLE_REACHES_PIX = (150.0, 220.0, 320.0, 450.0)
 _LEAST_RIPPLE_SIGNIFICANCE = 3.0
 _RIPPLE_STAMP_FWHM = 1.5  # half side of a stamp; at least 5 pixels
+_MOST_RIPPLE = 3.0  # standard deviations of a ripple and its error together
+_BEYOND_SIGMA = 0.3173
 _RIPPLE_CELL_PIX = 128
 _RIPPLE_STARS_PER_CELL = 6
 _RIPPLE_LEAST_SNR = 20.0
@@ -1265,6 +1267,7 @@ def _ripples(
     )
     kernels = kernel.kernels_at(x, y)
     amplitudes, variances = np.zeros((len(x), _N_RIPPLES)), np.full((len(x), _N_RIPPLES), np.inf)
+    chi2 = np.zeros(len(x))
     added = _noise_products(kernel, noise)
     modes = np.zeros((_N_RIPPLES + 2, (2 * half + 1) ** 2))
     for star, (i, j) in enumerate(zip(column[inside], row[inside], strict=True)):
@@ -1284,13 +1287,43 @@ def _ripples(
         right = np.einsum("ap,p->a", weighted, residual) + noisy[_N_RIPPLES]
         found = np.einsum("ab,b->a", covariance, right)
         amplitudes[star], variances[star] = found[:_N_RIPPLES], np.diag(covariance)[:_N_RIPPLES]
-    known = np.all(np.isfinite(variances), axis=1)
+        chi2[star] = np.sum(inverse * np.square(residual - np.einsum("a,ap->p", found, modes)))
+        chi2[star] /= max(np.count_nonzero(inverse) - len(found), 1)
+    known = np.flatnonzero(np.all(np.isfinite(variances), axis=1))
+    # a source beside a star looks like a shift, which is not to be learned: it leaves more, or is too large
+    known = known[_unlike_most(chi2[known]) < _CLIP_MADS]
+    for mode in range(_N_RIPPLES):
+        likely = amplitudes[known, mode] ** 2 / (
+            variances[known, mode] + _power(amplitudes[known, mode], variances[known, mode])
+        )
+        known = known[likely < _MOST_RIPPLE**2]
     x, y, amplitudes, variances = x[known], y[known], amplitudes[known], variances[known]
     pairs = cKDTree(np.column_stack((x, y))).query_pairs(_RIPPLE_REACHES_PIX[-1], output_type="ndarray")
     pairs = pairs[np.lexsort((pairs[:, 1], pairs[:, 0]))] if len(pairs) else np.zeros((0, 2), dtype=np.intp)
     apart = np.hypot(x[pairs[:, 0]] - x[pairs[:, 1]], y[pairs[:, 0]] - y[pairs[:, 1]])
     fields = [_smooth_field(amplitudes[:, m], variances[:, m], pairs, apart) for m in range(_N_RIPPLES)]
     return Ripples(x, y, np.array([weights for weights, _ in fields]), np.array([reach for _, reach in fields]))
+
+
+def _unlike_most(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Distance from the median in robust standard deviations."""
+    if len(values) == 0:
+        return values
+    off = values - np.median(values)
+    return np.asarray(off / (_MAD_TO_SIGMA * np.median(np.abs(off)) + 1e-12))
+
+
+def _power(values: NDArray[np.float64], variance: NDArray[np.float64]) -> float:
+    """Variance of the true values about 0, robustly: that which makes 68 % of them lie within one of their sigma."""
+    if len(values) == 0:
+        return 0.0
+    low, high = 0.0, float(np.max(values**2))
+    for _ in range(40):
+        middle = 0.5 * (low + high)
+        weight = 1.0 / (variance + middle)  # those count that tell it from noise
+        beyond = float(np.sum(weight * (values**2 > variance + middle)) / weight.sum())
+        low, high = (middle, high) if beyond > _BEYOND_SIGMA else (low, middle)
+    return 0.5 * (low + high)
 
 
 def _noise_products(kernel: KernelSolution, noise: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -1316,12 +1349,8 @@ def _smooth_field(
     n = len(values)
     if n == 0:
         return np.zeros(0), 1.0
-    middle = np.median(values)
-    typical = (_MAD_TO_SIGMA * np.median(np.abs(values - middle))) ** 2
-    usable = np.abs(values - middle) < 5.0 * np.sqrt(variance + typical)
-    excess = (values**2 - variance)[usable] / variance[usable] ** 2
-    scatter = max(float(excess.sum() / np.sum(1.0 / variance[usable] ** 2)), 0.0)
-    weight = np.where(usable, 1.0 / (variance + scatter), 0.0)
+    scatter = _power(values, variance)
+    weight = 1.0 / (variance + scatter)
     both = weight[pairs[:, 0]] * weight[pairs[:, 1]]
     products = both * values[pairs[:, 0]] * values[pairs[:, 1]]
     most, reach, power, shape = _LEAST_RIPPLE_SIGNIFICANCE, 1.0, 0.0, np.zeros(len(pairs))
@@ -1333,8 +1362,8 @@ def _smooth_field(
             most, reach, power, shape = significance, trial, significance / math.sqrt(size), near
     if power == 0.0:
         return np.zeros(n), reach
-    diagonal = np.where(usable, variance + max(scatter - power, 0.0) + power, 1e6 * (variance + power))
-    return power * _solved(pairs, power * shape, diagonal, np.where(usable, values, 0.0)), reach
+    diagonal = variance + max(scatter, power)
+    return power * _solved(pairs, power * shape, diagonal, values), reach
 
 
 @njit(cache=True)
