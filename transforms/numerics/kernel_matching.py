@@ -7,6 +7,9 @@ each stamp is kept, so that leaving stamps out, other spatial orders and validat
 The template's noise is part of the model that is fitted, and would pull the kernel towards a blurring one (errors in
 variables): what it adds to the normal matrix on average is measured in blank sky and taken off.
 
+What varies on scales too short for polynomials, as the air's shifts and blurs do, is a Gaussian process through what
+the stars have left (`Ripples`).
+
 Sums are numba loops and plain einsum, not BLAS, whose rounding depends on its number of threads.
 """
 
@@ -416,7 +419,8 @@ def fit_matching_kernel(
 
     Of several `models` (the likeliest come first) the first is taken whose chi-square of held-out stamps is within one
     standard error of the best, in paired differences: all see the same stamps. A delta basis is skipped where a model
-    before it leaves a held-out chi-square below 1.05.
+    before it leaves a held-out chi-square below 1.05. Ripples come on top of the chosen one; the chi-squares are those
+    without them.
 
     Parameters
     ----------
@@ -1267,7 +1271,6 @@ def _ripples(
     )
     kernels = kernel.kernels_at(x, y)
     amplitudes, variances = np.zeros((len(x), _N_RIPPLES)), np.full((len(x), _N_RIPPLES), np.inf)
-    chi2 = np.zeros(len(x))
     added = _noise_products(kernel, noise)
     modes = np.zeros((_N_RIPPLES + 2, (2 * half + 1) ** 2))
     for star, (i, j) in enumerate(zip(column[inside], row[inside], strict=True)):
@@ -1287,15 +1290,11 @@ def _ripples(
         right = np.einsum("ap,p->a", weighted, residual) + noisy[_N_RIPPLES]
         found = np.einsum("ab,b->a", covariance, right)
         amplitudes[star], variances[star] = found[:_N_RIPPLES], np.diag(covariance)[:_N_RIPPLES]
-        chi2[star] = np.sum(inverse * np.square(residual - np.einsum("a,ap->p", found, modes)))
-        chi2[star] /= max(np.count_nonzero(inverse) - len(found), 1)
     known = np.flatnonzero(np.all(np.isfinite(variances), axis=1))
-    # a source beside a star looks like a shift, which is not to be learned: it leaves more, or is too large
-    known = known[_unlike_most(chi2[known]) < _CLIP_MADS]
+    # a source beside a star looks like a shift, but a large one
     for mode in range(_N_RIPPLES):
-        likely = amplitudes[known, mode] ** 2 / (
-            variances[known, mode] + _power(amplitudes[known, mode], variances[known, mode])
-        )
+        found, error2 = amplitudes[known, mode], variances[known, mode]
+        likely = found**2 / (error2 + _power(found, error2))
         known = known[likely < _MOST_RIPPLE**2]
     x, y, amplitudes, variances = x[known], y[known], amplitudes[known], variances[known]
     pairs = cKDTree(np.column_stack((x, y))).query_pairs(_RIPPLE_REACHES_PIX[-1], output_type="ndarray")
@@ -1303,14 +1302,6 @@ def _ripples(
     apart = np.hypot(x[pairs[:, 0]] - x[pairs[:, 1]], y[pairs[:, 0]] - y[pairs[:, 1]])
     fields = [_smooth_field(amplitudes[:, m], variances[:, m], pairs, apart) for m in range(_N_RIPPLES)]
     return Ripples(x, y, np.array([weights for weights, _ in fields]), np.array([reach for _, reach in fields]))
-
-
-def _unlike_most(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Distance from the median in robust standard deviations."""
-    if len(values) == 0:
-        return values
-    off = values - np.median(values)
-    return np.asarray(off / (_MAD_TO_SIGMA * np.median(np.abs(off)) + 1e-12))
 
 
 def _power(values: NDArray[np.float64], variance: NDArray[np.float64]) -> float:
