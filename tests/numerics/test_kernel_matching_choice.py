@@ -221,8 +221,8 @@ def test_kernel_follows_shifts_that_vary_from_star_to_star() -> None:
     # half of the wave's 0.025 rms: polynomials of order 2 take a part of it, the ripples most of the rest
     assert left[1] < 0.6 * left[0]
     assert left[1] < 0.0125
-    sums = [one.kernels_at(x, y).sum(axis=(1, 2)) for one in (smooth, solution)]
-    assert np.allclose(*sums, rtol=1e-12)
+    plain, rippled = (one.kernels_at(x, y).sum(axis=(1, 2)) for one in (smooth, solution))
+    assert np.allclose(plain, rippled, rtol=1e-12)
 
 
 def test_no_ripples_are_found_in_noise() -> None:
@@ -233,16 +233,18 @@ def test_no_ripples_are_found_in_noise() -> None:
     assert np.abs(solution.ripples.amplitudes(everywhere, everywhere)[:, :2]).max() < 0.01
 
 
-def test_source_beside_a_star_is_not_taken_for_a_ripple() -> None:
-    science, template, stars = rippled_pair(25, 0.02)
+@pytest.mark.parametrize("seed", [25, 27])
+def test_source_beside_a_star_is_not_taken_for_a_ripple(seed: int) -> None:
+    science, template, stars = rippled_pair(seed, 0.03)
     without = fit(science, template, stars, (4.5, 3.7), models=[BROAD])
-    middle = int(np.argmin(np.hypot(stars.x - 200.0, stars.y - 210.0)))
-    place = np.array([stars.x[middle]]), np.array([stars.y[middle]])
-    beside = Stars(place[0] + 3.5, place[1], np.array([0.1 * stars.flux[middle]]))
+    one = int(np.argmin(np.hypot(stars.x - 200.0, stars.y - 210.0) / np.sqrt(stars.flux)))
+    place = stars.x[one : one + 1], stars.y[one : one + 1]
+    beside = Stars(place[0] + 3.5, place[1], 0.1 * stars.flux[one : one + 1])
     with_source = fit(science + render(SHAPE, beside, 4.5), template, stars, (4.5, 3.7), models=[BROAD])
     change = with_source.ripples.amplitudes(*place) - without.ripples.amplitudes(*place)
-    # all of the source would be a shift of 0.1 * 3.5 exp(-3.5^2 / 4 / 1.9^2) = 0.15 pixels
-    assert abs(change[0, 0]) < 0.015
+    # all of the source would be a shift of about 0.1 * 3.5 exp(-3.5^2 / 4 / 1.9^2) = 0.15 pixels, a fifth of which the
+    # process would believe; without the star its neighbours are to say much the same
+    assert abs(change[0, 0]) < 0.01
 
 
 def test_few_stars_get_a_simple_kernel_and_an_honest_chi_square() -> None:
