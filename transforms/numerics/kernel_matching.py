@@ -74,7 +74,7 @@ _MOST_RIPPLE = 3.0  # standard deviations of a ripple and its error together
 _BEYOND_SIGMA = 0.3173
 _RIPPLE_CELL_PIX = 128
 _RIPPLE_STARS_PER_CELL = 6
-_RIPPLE_LEAST_SNR = 20.0
+_RIPPLE_LEAST_SNR = 30.0
 _LEAST_MODE_EIGENVALUE = 1e-4  # of a star's normal matrix, scaled to a diagonal of ones
 _SOLVER_STEPS = 60
 _SOLVER_PRECISION = 1e-6
@@ -336,7 +336,7 @@ def select_kernel_stars(
     kernel_half_width_pix : half side of the kernel to be fitted
     isolation_pix : distance to the next source that is brighter
     min_snr, max_snr : interval of the signal-to-noise ratio in the science image
-    for_ripples : choose stars that show ripples instead: of S/N above 40, up to 6 per cell of 128 pixels
+    for_ripples : choose stars that show ripples instead: of S/N above 30, up to 6 per cell of 128 pixels
 
     Returns
     -------
@@ -1269,28 +1269,28 @@ def _ripples(
     background = np.einsum(
         "nt,t->n", _position_terms(x, y, kernel.shape, kernel.background_order), kernel.background_coefficients
     )
-    kernels = kernel.kernels_at(x, y)
-    amplitudes, variances = np.zeros((len(x), _N_RIPPLES)), np.full((len(x), _N_RIPPLES), np.inf)
-    added = _noise_products(kernel, noise)
-    modes = np.zeros((_N_RIPPLES + 2, (2 * half + 1) ** 2))
-    for star, (i, j) in enumerate(zip(column[inside], row[inside], strict=True)):
-        wide = slice(j - margin, j + margin + 1), slice(i - margin, i + margin + 1)
-        stamp = slice(j - half, j + half + 1), slice(i - half, i + half + 1)
-        model = _convolved_stamp(np.ascontiguousarray(template[wide], dtype=np.float64), kernels[star])
-        _fill_modes(model, modes)
-        inverse = weight[stamp].ravel()
-        residual = science[stamp].ravel() - background[star] - modes[_N_RIPPLES]
-        weighted = modes * inverse
-        noisy = np.sum(inverse * template_variance[stamp].ravel()) * added
-        normal = np.einsum("ap,bp->ab", weighted, modes) - noisy
-        scale = np.sqrt(np.maximum(np.diag(normal), 1e-300))
-        if not np.linalg.eigvalsh(normal / np.outer(scale, scale))[0] > _LEAST_MODE_EIGENVALUE:
-            continue
-        covariance = np.linalg.inv(normal)
-        right = np.einsum("ap,p->a", weighted, residual) + noisy[_N_RIPPLES]
-        found = np.einsum("ab,b->a", covariance, right)
-        amplitudes[star], variances[star] = found[:_N_RIPPLES], np.diag(covariance)[:_N_RIPPLES]
-    known = np.flatnonzero(np.all(np.isfinite(variances), axis=1))
+    normal, right, noise_sum = _star_equations(
+        science,
+        template,
+        weight,
+        template_variance,
+        column[inside],
+        row[inside],
+        kernel.kernels_at(x, y),
+        background,
+        half,
+    )
+    added = noise_sum[:, np.newaxis, np.newaxis] * _noise_products(kernel, noise)
+    normal -= added
+    right += added[:, _N_RIPPLES]
+    scale = np.sqrt(np.maximum(np.einsum("naa->na", normal), 1e-300))
+    scaled = normal / (scale[:, :, np.newaxis] * scale[:, np.newaxis])
+    known = np.flatnonzero(np.linalg.eigvalsh(scaled)[:, 0] > _LEAST_MODE_EIGENVALUE)
+    covariance = np.linalg.inv(normal[known])
+    x, y = x[known], y[known]
+    amplitudes = np.einsum("nab,nb->na", covariance, right[known])[:, :_N_RIPPLES]
+    variances = np.einsum("naa->na", covariance)[:, :_N_RIPPLES]
+    known = np.arange(len(x))
     # a source beside a star looks like a shift, but a large one
     for mode in range(_N_RIPPLES):
         found, error2 = amplitudes[known, mode], variances[known, mode]
@@ -1387,21 +1387,48 @@ def _solved(
 
 
 @njit(cache=True, fastmath=_FAST_MATH)
-def _convolved_stamp(wide: NDArray[np.float64], kernel: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The part of the convolution that the stamp holds whole."""
-    k = kernel.shape[0]
-    side = wide.shape[0] - k + 1
-    out = np.zeros((side, side))
-    for y in range(side):
-        total = out[y]
-        for j in range(k):
-            source = wide[y + k - 1 - j]
-            for i in range(k):
-                value = kernel[j, i]
-                first = k - 1 - i
-                for x in range(side):
-                    total[x] += value * source[first + x]
-    return out
+def _star_equations(
+    science: NDArray[np.floating],
+    template: NDArray[np.floating],
+    weight: NDArray[np.floating],
+    template_variance: NDArray[np.floating],
+    columns: NDArray[np.intp],
+    rows: NDArray[np.intp],
+    kernels: NDArray[np.float64],
+    background: NDArray[np.float64],
+    half: int,
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+    """Normal equations of the modes in each star's residual, and its template variance times weight."""
+    n, side, k = len(columns), 2 * half + 1, kernels.shape[1]
+    margin = half + 1 + k // 2
+    normal, right, noise_sum = np.zeros((n, 7, 7)), np.zeros((n, 7)), np.zeros(n)
+    model, modes = np.zeros((side + 2, side + 2)), np.zeros((7, side * side))
+    weights, residual = np.zeros(side * side), np.zeros(side * side)
+    for star in range(n):
+        top, left = rows[star] - margin, columns[star] - margin
+        for y in range(side + 2):
+            total = model[y]
+            total[:] = 0.0
+            for j in range(k):
+                source = template[top + y + k - 1 - j, left : left + side + k + 1]
+                for i in range(k):
+                    value, first = kernels[star, j, i], k - 1 - i
+                    for x in range(side + 2):
+                        total[x] += value * source[first + x]
+        _fill_modes(model, modes)
+        for y in range(side):
+            for x in range(side):
+                here = rows[star] - half + y, columns[star] - half + x
+                weights[y * side + x] = weight[here]
+                residual[y * side + x] = science[here] - background[star] - modes[5, y * side + x]
+                noise_sum[star] += weight[here] * template_variance[here]
+        for a in range(7):
+            weighted = modes[a] * weights
+            right[star, a] = np.sum(weighted * residual)
+            for b in range(a + 1):
+                normal[star, a, b] = np.sum(weighted * modes[b])
+                normal[star, b, a] = normal[star, a, b]
+    return normal, right, noise_sum
 
 
 @njit(cache=True)
