@@ -445,7 +445,7 @@ def test_images_without_stars_are_refused() -> None:
 def test_template_of_another_field_is_refused() -> None:
     science, _, _ = simulate_pair(18)
     _, template, _ = simulate_pair(19)
-    with pytest.raises(KernelMatchingError):
+    with pytest.raises((KernelMatchingError, PsfEstimationError)):  # no stars where the science image has them
         subtract(planes(science), planes(template))
 
 

@@ -289,9 +289,10 @@ def test_detected_sources_are_the_stars() -> None:
     exposure = expose(rng, render(SHAPE, stars, 4.0), sky=0.0, sky_variance=400.0)
     sources = detect_sources(exposure.image, exposure.variance, exposure.bad)
     order = [1, 2, 0]
-    # centroid error is about fwhm / S/N = 4 / 80 at worst
-    np.testing.assert_allclose(sources.x, stars.x[order], atol=0.1)
-    np.testing.assert_allclose(sources.y, stars.y[order], atol=0.1)
+    # centroid error is about fwhm / S/N = 4 / 80 at worst; which of 30 rim pixels of 3 sigma, 5 pixels out, lie above
+    # the threshold adds 5 / sqrt(2) * 60 * sqrt(30 / 4) / 2e4 = 0.03: three sigma of both
+    np.testing.assert_allclose(sources.x, stars.x[order], atol=0.2)
+    np.testing.assert_allclose(sources.y, stars.y[order], atol=0.2)
     assert sources.clean.all()
     # a Moffat star of beta 3.5 holds half its light within 0.57 FWHM; isophotal fluxes are some percent short
     np.testing.assert_allclose(sources.half_light_radius_pix, 0.57 * 4.0, rtol=0.1)

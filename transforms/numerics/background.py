@@ -9,6 +9,8 @@ import sep
 from numba import njit
 from numpy.typing import NDArray
 
+_LEVEL_STEP_PIX = 8  # a smooth background's mean needs no more
+
 
 class BackgroundError(ValueError):
     """A background that cannot be measured; the message says how many pixels there were."""
@@ -20,16 +22,21 @@ class BackgroundSubtraction:
 
     Attributes
     ----------
-    image : (ny, nx) float32, background subtracted; NaN where the input is
-    background : (ny, nx) float32, finite everywhere
+    image : (ny, nx) float32, background subtracted; not finite where the input is not
     level : mean background, image's unit
     rms : mean noise of the sky, image's unit
+    spline : evaluates the background
     """
 
     image: NDArray[np.float32]
-    background: NDArray[np.float32]
     level: float
     rms: float
+    spline: sep.Background
+
+    @property
+    def background(self) -> NDArray[np.float32]:
+        """(ny, nx) float32, finite everywhere."""
+        return np.asarray(self.spline.back(dtype=np.float32))
 
 
 def subtract_background(
@@ -58,33 +65,54 @@ def subtract_background(
     image, mask = np.asarray(image), np.asarray(mask, dtype=np.bool_)
     if image.ndim != 2 or image.shape != mask.shape or box_pix < 8:
         raise BackgroundError(f"image of shape {image.shape}, mask of shape {mask.shape}, boxes of {box_pix} pixels")
-    left_out = mask | ~np.isfinite(image)
-    if not _any_box_is_half_used(left_out, box_pix):  # sep then returns zeros and says nothing
+    pixels = np.array(image, dtype=np.float32, order="C")
+    spline = subtract_background_in_place(pixels, mask, box_pix)
+    every = (slice(None, None, _LEVEL_STEP_PIX),) * 2
+    return BackgroundSubtraction(
+        image=pixels,
+        level=float(np.nanmean(image[every].astype(np.float64) - pixels[every])),
+        rms=float(spline.globalrms),
+        spline=spline,
+    )
+
+
+def subtract_background_in_place(
+    image: NDArray[np.float32], mask: NDArray[np.bool_], box_pix: int = 128
+) -> sep.Background:
+    """The same, on a C-contiguous float32 image in place: a new plane costs more than the arithmetic.
+
+    Parameters, Raises : as `subtract_background`; an image for which it raises is left as it was
+
+    Returns
+    -------
+    sep.Background that was subtracted
+    """
+    left_out = np.empty(image.shape, dtype=np.bool_)
+    if not _mark_left_out(image, mask, box_pix, left_out):  # sep then returns zeros and says nothing
         raise BackgroundError(
             f"no box of {box_pix} pixels is half usable: {np.count_nonzero(left_out)} of {left_out.size} pixels are "
             "masked or not finite"
         )
-    pixels = np.where(left_out, 0.0, image).astype(np.float32, order="C")
-    estimate = sep.Background(pixels, mask=np.ascontiguousarray(left_out), bw=box_pix, bh=box_pix)
-    background = estimate.back(dtype=np.float32)
-    return BackgroundSubtraction(
-        image=image.astype(np.float32, order="C") - background,
-        background=background,
-        level=float(background.mean(dtype=np.float64)),
-        rms=float(estimate.globalrms),
-    )
+    spline = sep.Background(image, mask=left_out, bw=box_pix, bh=box_pix)
+    spline.subfrom(image)
+    return spline
 
 
 @njit(cache=True)
-def _any_box_is_half_used(left_out: NDArray[np.bool_], box_pix: int) -> bool:
-    ny, nx = left_out.shape
+def _mark_left_out(
+    image: NDArray[np.float32], mask: NDArray[np.bool_], box_pix: int, left_out: NDArray[np.bool_]
+) -> bool:
+    """Mark pixels that are masked or not finite; True if a box has half of its pixels."""
+    ny, nx = image.shape
+    any_is_half_used = False
     for y in range(0, ny, box_pix):
         for x in range(0, nx, box_pix):
             height, width = min(box_pix, ny - y), min(box_pix, nx - x)
             n_used = 0
             for row in range(y, y + height):
                 for column in range(x, x + width):
-                    n_used += not left_out[row, column]
-            if 2 * n_used >= height * width:
-                return True
-    return False
+                    used = (not mask[row, column]) & np.isfinite(image[row, column])
+                    n_used += used
+                    left_out[row, column] = not used
+            any_is_half_used |= 2 * n_used >= height * width
+    return any_is_half_used

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 _TILE_ROWS = 4
 _TILE_COLUMNS = 32
+_BAND_ROWS = 32  # are copied between rims of zeros at a time: they stay in the cache
 # Accumulators that fit the registers: 4 x 2 of 16 lanes (AVX-512) or 4 x 4 of 8 (AVX2; others split them).
 _LANES = 16 if llvmlite.binding.get_host_cpu_features().get("avx512f") else 8
 
@@ -60,7 +61,10 @@ def convolve(image: NDArray[np.floating], kernel: NDArray[np.floating]) -> NDArr
 
 
 def convolve_spatially_varying(
-    image: NDArray[np.floating], kernels: NDArray[np.floating], block_pix: int = 64
+    image: NDArray[np.floating],
+    kernels: NDArray[np.floating],
+    block_pix: int = 64,
+    left_out: NDArray[np.bool_] | None = None,
 ) -> NDArray[np.float32]:
     """Convolve an image with a kernel that changes from block to block of output pixels.
 
@@ -72,6 +76,7 @@ def convolve_spatially_varying(
     image : (ny, nx) floating, finite; a NaN spreads over the kernel's footprint and up to 3 rows beyond
     kernels : (ceil(ny / block_pix), ceil(nx / block_pix), k, k) floating, k odd
     block_pix : side of a block, >= 1; larger is faster, smaller follows the kernel more closely
+    left_out : (ny, nx) bool, pixels that count as zero whatever they hold; None for none
 
     Returns
     -------
@@ -97,17 +102,16 @@ def convolve_spatially_varying(
             f"an image of shape {image.shape} has {n_blocks} blocks of {block_pix} pixels, got kernels for "
             f"{kernels.shape[:2]}"
         )
-    ny, nx = image.shape
-    k = kernels.shape[2]
-    half, above = k // 2, _TILE_ROWS - 1
+    if left_out is not None and left_out.shape != image.shape:
+        raise KernelShapeError(f"'left_out' of shape {left_out.shape} for an image of shape {image.shape}")
+    k, above = kernels.shape[2], _TILE_ROWS - 1
     # Rows of zeros above and below, so that one loop over input rows serves all rows of a tile.
     flipped = np.zeros((*n_blocks, k + 2 * above, k), dtype=np.float32)
     flipped[..., above : above + k, :] = kernels[..., ::-1, ::-1]
-    padded = np.zeros((ny + k + above, nx + k + _TILE_COLUMNS), dtype=np.float32)
-    padded[half : half + ny, half : half + nx] = image
-    out = np.empty((ny + above, nx + _TILE_COLUMNS - 1), dtype=np.float32)
-    _correlate_blocks(padded, flipped, block_pix, ny, nx, out)
-    return np.ascontiguousarray(out[:ny, :nx])
+    out = np.empty(image.shape, dtype=np.float32)
+    none = np.zeros((0, 0), dtype=np.bool_)
+    _correlate_blocks(image, none if left_out is None else left_out, flipped, block_pix, out)
+    return out
 
 
 def block_centres(shape: tuple[int, int], block_pix: int = 64) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -186,26 +190,51 @@ def _correlate_tile(
 
 @njit(cache=True)
 def _correlate_blocks(
-    padded: NDArray[np.float32],
+    image: NDArray[np.floating],
+    left_out: NDArray[np.bool_],
     kernels: NDArray[np.float32],
     block_pix: int,
-    ny: int,
-    nx: int,
     out: NDArray[np.float32],
 ) -> None:
-    """Tiles that reach beyond their block are overwritten by those of the next; `out` has room beyond the last."""
-    side, taps = kernels.shape[2:]
+    """Tiles that reach beyond their block are overwritten by those of the next; a band has room beyond the last."""
+    ny, nx = image.shape
+    rows, taps = kernels.shape[2] - _TILE_ROWS + 1, kernels.shape[3]
+    half = taps // 2
+    padded = np.zeros((_BAND_ROWS + rows, nx + taps + _TILE_COLUMNS), dtype=np.float32)
+    band = np.empty((_BAND_ROWS + _TILE_ROWS - 1, nx + _TILE_COLUMNS - 1), dtype=np.float32)
     for block_y in range(kernels.shape[0]):
-        for block_x in range(kernels.shape[1]):
-            kernel = kernels[block_y, block_x]
-            for y in range(block_y * block_pix, min((block_y + 1) * block_pix, ny), _TILE_ROWS):
-                for x in range(block_x * block_pix, min((block_x + 1) * block_pix, nx), _TILE_COLUMNS):
-                    _correlate_tile(
-                        padded.ctypes.data + 4 * (y * padded.shape[1] + x),
-                        padded.shape[1],
-                        kernel.ctypes.data,
-                        side - _TILE_ROWS + 1,
-                        taps,
-                        out.ctypes.data + 4 * (y * out.shape[1] + x),
-                        out.shape[1],
-                    )
+        last_y = min((block_y + 1) * block_pix, ny)
+        for top in range(block_y * block_pix, last_y, _BAND_ROWS):
+            height = min(_BAND_ROWS, last_y - top)
+            _copy_band(image, left_out, top - half, half, padded)
+            for block_x in range(kernels.shape[1]):
+                kernel = kernels[block_y, block_x]
+                for y in range(0, height, _TILE_ROWS):
+                    for x in range(block_x * block_pix, min((block_x + 1) * block_pix, nx), _TILE_COLUMNS):
+                        _correlate_tile(
+                            padded.ctypes.data + 4 * (y * padded.shape[1] + x),
+                            padded.shape[1],
+                            kernel.ctypes.data,
+                            rows,
+                            taps,
+                            band.ctypes.data + 4 * (y * band.shape[1] + x),
+                            band.shape[1],
+                        )
+            out[top : top + height] = band[:height, :nx]
+
+
+@njit(cache=True)
+def _copy_band(
+    image: NDArray[np.floating], left_out: NDArray[np.bool_], top: int, left: int, padded: NDArray[np.float32]
+) -> None:
+    """Rows of the image from `top` on, with `left` zeros before them, and zeros where there are none."""
+    ny, nx = image.shape
+    for row in range(padded.shape[0]):
+        y = top + row
+        if y < 0 or y >= ny:
+            padded[row] = 0.0
+        elif left_out.size == 0:
+            padded[row, left : left + nx] = image[y]
+        else:
+            for x in range(nx):
+                padded[row, left + x] = np.float32(0.0) if left_out[y, x] else np.float32(image[y, x])

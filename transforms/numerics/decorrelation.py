@@ -20,6 +20,7 @@ from transforms.numerics.warping import TAPS, sinc_weights
 _FFT_SIDE = 64
 _N_PHASES = 32
 _MAX_COUNT = 4.0
+_KEPT_POWER = 0.999999  # of a sum of squares: variance and covariances are then within 4e-4 of white
 _LEAST_POWER = 1e-3  # of the white spectrum: where less noise than that is left there is no signal either
 
 
@@ -29,7 +30,7 @@ def decorrelation_kernels(
     template_variance: NDArray[np.floating],
     *,
     interpolated: float,
-    side_pix: int = 25,
+    most_side_pix: int = 25,
 ) -> NDArray[np.float64]:
     """Kernels that make the noise of a difference image white, one for each place.
 
@@ -38,11 +39,11 @@ def decorrelation_kernels(
     kernels : (n, k, k) matching kernels, k odd, below 64
     science_variance, template_variance : (n,) of a pixel, positive; the template's as it was before interpolation
     interpolated : how many times `warping.warp_exposure` interpolated the template's noise, see `interpolation_count`
-    side_pix : side of the result, odd
+    most_side_pix : largest side of the result, odd; it is smaller where that holds all but 1e-6 of the squares of each
 
     Returns
     -------
-    (n, side_pix, side_pix) float64, each with sum 1: fluxes are kept
+    (n, side, side) float64, each with sum 1: fluxes are kept
     """
     n, side = kernels.shape[0], kernels.shape[1]
     padded = np.zeros((n, _FFT_SIDE, _FFT_SIDE))
@@ -57,9 +58,19 @@ def decorrelation_kernels(
     white = science + total * template
     spectrum = np.maximum(science + template * power, _LEAST_POWER * white)
     phi = np.fft.fftshift(np.fft.irfft2(np.sqrt(white / spectrum), s=(_FFT_SIDE, _FFT_SIDE)), axes=(1, 2))
-    half, middle = side_pix // 2, _FFT_SIDE // 2
+    middle = _FFT_SIDE // 2
+    wanted = max(radius_of_part(squares[1:, 1:], _KEPT_POWER) for squares in np.square(phi))
+    half = min(wanted, most_side_pix // 2)
     phi = phi[:, middle - half : middle + half + 1, middle - half : middle + half + 1]
-    return np.asarray(phi / phi.sum(axis=(1, 2), keepdims=True))
+    # what the wings had, spread evenly, changes the power least; scaling would make all the noise louder
+    return np.asarray(phi + (1.0 - phi.sum(axis=(1, 2), keepdims=True)) / phi[0].size)
+
+
+def radius_of_part(weight: NDArray[np.floating], part: float) -> int:
+    """Half side of the centred square that holds a part, 0 to 1, of the sum of an array (k, k), k odd."""
+    half = weight.shape[0] // 2
+    inside = [weight[half - r : half + r + 1, half - r : half + r + 1].sum() for r in range(half + 1)]
+    return int(np.searchsorted(inside, part * inside[-1]))
 
 
 def interpolation_power(frequency: NDArray[np.floating]) -> NDArray[np.float64]:

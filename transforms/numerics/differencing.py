@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import contextlib
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 from scipy.signal import fftconvolve
 
-from transforms.numerics.background import BackgroundError, subtract_background
+from transforms.numerics.background import BackgroundError, subtract_background, subtract_background_in_place
 from transforms.numerics.bright_star_masks import residual_part, star_trails
 from transforms.numerics.convolution import block_centres, convolve_spatially_varying
 from transforms.numerics.cosmic_rays import find_cosmic_rays
-from transforms.numerics.decorrelation import decorrelation_kernels
+from transforms.numerics.decorrelation import decorrelation_kernels, radius_of_part
 from transforms.numerics.kernel_matching import (
     KERNEL_MODELS,
     KernelModel,
@@ -31,12 +32,15 @@ from transforms.numerics.psf_modelling import (
     estimate_psf,
     fit_psf_model,
     psf_fwhm_pix,
+    remeasured,
 )
 from transforms.numerics.subtraction_quality import SubtractionQuality, measure_quality, require_a_subtraction
 
 _KERNEL_BLOCK_PIX = 32
+_VARIANCE_BLOCK_PIX = 64
 DECORRELATION_CELL_PIX = 256
 _KERNEL_CORE_WEIGHT = 0.95  # of the kernel's absolute weight: nearer bad template pixels make a difference invalid
+_VARIANCE_WEIGHT = 0.999  # of the squared kernel's weight
 _ISOLATION_FWHM = 2.0
 _LEAST_SIDE_PIX = 64
 _FILL_DEPTH_PIX = 20  # beyond the reach of the widest kernel
@@ -175,11 +179,12 @@ def subtract(
     BackgroundError, PsfEstimationError, TooFewKernelStarsError, BadKernelError : from the steps
     BadSubtractionError : the sources are not gone, or the noise is far beyond what the variances say
     """
+    science, template = _native(science), _native(template)
     science_bad = _checked_bad("science image", science)
     template_bad = _checked_bad("template", template)
     if science.image.shape != template.image.shape:
         raise UnusableImageError(f"science image {science.image.shape} and template {template.image.shape} differ")
-    coverage = float(np.mean(~(science_bad | template_bad)))
+    coverage = 1.0 - np.count_nonzero(science_bad | template_bad) / science_bad.size
     if coverage < parameters.min_coverage:
         raise LowCoverageError(
             f"{coverage:.1%} of the pixels are good in both images, {parameters.min_coverage:.0%} are needed (science "
@@ -189,12 +194,14 @@ def subtract(
     template_sky = subtract_background(template.image, template_bad, parameters.background_box_pix)
     science_variance = _finite_plane(science.variance, science_bad)
     template_variance = _finite_plane(template.variance, template_bad)
-    template_pixels = _filled(template_sky.image, template_bad)
+    template_pixels = template_sky.image
+    _fill(template_pixels, template_bad)
 
     sources = detect_sources(science_sky.image, science_variance, science_bad)
     model = _known_psf(science) or fit_psf_model(science_sky.image, science_variance, science_bad, sources)
     if template.psf is None:
-        template_fwhm_pix = estimate_psf(template_pixels, template_variance, template_bad).fwhm_pix
+        template_sources = remeasured(sources, template_pixels, template_variance, template_bad)
+        template_fwhm_pix = estimate_psf(template_pixels, template_variance, template_bad, template_sources).fwhm_pix
     else:
         template_fwhm_pix = psf_fwhm_pix(template.psf)
     half = kernel_half_width_pix(model.fwhm_pix, template_fwhm_pix)
@@ -231,14 +238,14 @@ def subtract(
     )
     kernels = _kernels_of_blocks(kernel, _KERNEL_BLOCK_PIX)
     matched = convolve_spatially_varying(template_pixels, kernels, _KERNEL_BLOCK_PIX)
-    passed = kernels**2 * (kernel.kernel_sum**2 / np.sum(np.square(kernels), axis=(2, 3), keepdims=True))
-    variance = science_variance + convolve_spatially_varying(template_variance, passed, _KERNEL_BLOCK_PIX)
-    invalid = ~np.isfinite(science.image) | ~np.isfinite(science.variance)
-    invalid |= grown(template_bad, _core_radius_pix(kernels), outside=True)
-    unusable = science_bad | invalid
-    difference = science_sky.image - matched
+    variance = convolve_spatially_varying(template_variance, _passed_variance(kernel), _VARIANCE_BLOCK_PIX)
+    variance += science_variance
+    invalid = grown(template_bad, _core_radius_pix(kernels), outside=True)
+    unusable = _mark_unmeasured(science.image, science.variance, science_bad, invalid)
+    difference = np.subtract(science_sky.image, matched, out=science_sky.image)  # a new plane costs as much as a pass
     kernel.subtract_background(difference)
-    difference -= _background_left_over(difference, unusable, parameters.background_box_pix)
+    with contextlib.suppress(BackgroundError):  # too few pixels are left to measure what is left of it
+        subtract_background_in_place(difference, unusable, parameters.background_box_pix)
     science_pixels = difference + matched
     part = residual_part(difference, variance, matched, unusable)
     residual = np.square(np.float32(part) * matched)
@@ -249,15 +256,13 @@ def subtract(
     template_cosmic_rays = find_cosmic_rays(-difference, noise2, matched, unusable, model.at_centre())
     unusable |= cosmic_rays
     decorrelation = _decorrelation_of_cells(kernel, science_variance, template_variance, template.interpolated)
-    difference = _decorrelated(difference, unusable, decorrelation)
-    quality = measure_quality(difference, variance, science_pixels, matched, unusable)
+    white = convolve_spatially_varying(difference, decorrelation, DECORRELATION_CELL_PIX, left_out=unusable)
+    quality = measure_quality(white, variance, science_pixels, matched, unusable)
     require_a_subtraction(quality)
     science_psf = model.on_cells()
-    difference[invalid] = np.nan
-    science_pixels[invalid] = np.nan
-    variance[invalid] = np.inf
+    _finish_planes(difference, unusable, invalid, white, science_pixels, variance)
     return DifferenceResult(
-        difference=difference,
+        difference=white,
         variance=variance,
         science=science_pixels,
         matched_template=matched,
@@ -286,37 +291,83 @@ def _kernel_models(highest_order: int) -> tuple[KernelModel, ...]:
     return tuple(dict.fromkeys(capped))
 
 
+def _native(planes: ImagePlanes) -> ImagePlanes:
+    """Image and variance in this machine's byte order."""
+    image, variance = (np.asarray(plane) for plane in (planes.image, planes.variance))
+    image, variance = (plane.astype(plane.dtype.newbyteorder("="), copy=False) for plane in (image, variance))
+    return replace(planes, image=image, variance=variance)
+
+
 def _checked_bad(name: str, planes: ImagePlanes) -> NDArray[np.bool_]:
     """All pixels not to measure on; refuses what cannot be differenced."""
-    image = np.asarray(planes.image)
-    if image.ndim != 2 or not image.shape == np.shape(planes.variance) == np.shape(planes.bad):
+    image = planes.image
+    if image.ndim != 2 or not image.shape == planes.variance.shape == np.shape(planes.bad):
         raise UnusableImageError(
-            f"{name}: planes differ in shape: image {image.shape}, variance {np.shape(planes.variance)}, "
+            f"{name}: planes differ in shape: image {image.shape}, variance {planes.variance.shape}, "
             f"bad {np.shape(planes.bad)}"
         )
     if min(image.shape) < _LEAST_SIDE_PIX:
         raise UnusableImageError(f"{name} of shape {image.shape} is smaller than {_LEAST_SIDE_PIX} pixels")
-    finite = np.isfinite(image)
-    noisy = np.isfinite(planes.variance) & (np.asarray(planes.variance) > 0)
-    bad = np.asarray(planes.bad, dtype=np.bool_) | ~finite | ~noisy
-    if bad.all():
+    bad = np.array(planes.bad, dtype=np.bool_)
+    n_finite, n_noisy, lowest, highest = _mark_bad(image, planes.variance, bad)
+    n_good = bad.size - np.count_nonzero(bad)
+    if n_good == 0:
         raise UnusableImageError(
-            f"{name} has no good pixel: {np.mean(finite):.1%} are finite, {np.mean(noisy):.1%} have a positive, "
-            f"finite variance, {np.mean(planes.bad):.1%} are marked bad"
+            f"{name} has no good pixel: {n_finite / bad.size:.1%} are finite, {n_noisy / bad.size:.1%} have a "
+            f"positive, finite variance, {np.mean(planes.bad):.1%} are marked bad"
         )
-    good = image[~bad]
-    if good.min() == good.max():
-        raise UnusableImageError(f"all {good.size} good pixels of the {name} have the value {good.flat[0]:g}")
+    if lowest == highest:
+        raise UnusableImageError(f"all {n_good} good pixels of the {name} have the value {lowest:g}")
     return bad
 
 
+@njit(cache=True)
+def _mark_bad(
+    image: NDArray[np.floating], variance: NDArray[np.floating], bad: NDArray[np.bool_]
+) -> tuple[int, int, float, float]:
+    """Mark in `bad` what cannot be measured on; numbers of finite and noisy pixels, extremes of the good ones."""
+    n_finite, n_noisy = 0, 0
+    lowest, highest = np.inf, -np.inf
+    for y in range(image.shape[0]):
+        for x in range(image.shape[1]):
+            finite = np.isfinite(image[y, x])
+            noisy = (variance[y, x] > 0) & (variance[y, x] < np.inf)
+            n_finite += finite
+            n_noisy += noisy
+            if finite & noisy & (not bad[y, x]):
+                lowest, highest = min(lowest, image[y, x]), max(highest, image[y, x])
+            else:
+                bad[y, x] = True
+    return n_finite, n_noisy, lowest, highest
+
+
 def _finite_plane(variance: NDArray[np.floating], bad: NDArray[np.bool_]) -> NDArray[np.float32]:
-    """Variance with the median of the good pixels where it is unusable."""
-    plane = np.array(variance, dtype=np.float32)
-    unusable = ~np.isfinite(plane) | (plane <= 0)
-    sample = plane[::4, ::4][~bad[::4, ::4]]
-    plane[unusable] = np.median(sample if len(sample) else plane[~bad])
+    """Variance with the median of the good pixels where it is unusable; no copy if all is well."""
+    if variance.dtype == np.float32 and _is_noisy_everywhere(variance):
+        return np.asarray(variance)
+    sample = variance[::4, ::4][~bad[::4, ::4]]
+    plane = np.empty(variance.shape, dtype=np.float32)
+    _copy_noisy(variance, np.float32(np.median(sample if len(sample) else variance[~bad])), plane)
     return plane
+
+
+@njit(cache=True)
+def _is_noisy_everywhere(variance: NDArray[np.floating]) -> bool:
+    for y in range(variance.shape[0]):
+        usable = True
+        for x in range(variance.shape[1]):
+            usable &= (variance[y, x] > 0) & (variance[y, x] < np.inf)
+        if not usable:
+            return False
+    return True
+
+
+@njit(cache=True)
+def _copy_noisy(variance: NDArray[np.floating], fill: float, plane: NDArray[np.float32]) -> None:
+    for y in range(plane.shape[0]):
+        for x in range(plane.shape[1]):
+            value = np.float32(variance[y, x])
+            plane[y, x] = value if (value > 0) & (value < np.inf) else fill
 
 
 def _saturated(*images: ImagePlanes) -> NDArray[np.bool_]:
@@ -359,14 +410,49 @@ def _cell_medians(plane: NDArray[np.float32]) -> NDArray[np.float64]:
     return np.array([np.median(plane[y : y + side : 4, x : x + side : 4]) for y, x in corners], dtype=np.float64)
 
 
-def _decorrelated(
-    difference: NDArray[np.float32], unusable: NDArray[np.bool_], kernels: NDArray[np.float64]
-) -> NDArray[np.float32]:
-    """The difference convolved with a kernel per cell; unusable pixels reach no other and keep their values."""
-    usable = np.where(unusable, np.float32(0.0), difference)
-    white = convolve_spatially_varying(usable, kernels, DECORRELATION_CELL_PIX)
-    white[unusable] = difference[unusable]
-    return white
+def _passed_variance(kernel: KernelSolution) -> NDArray[np.float64]:
+    """What the template's variance is convolved with: squared kernels of the sum of the kernel's sum squared.
+
+    Their wings, a thousandth, are cut off: squares need a quarter of the kernel's pixels.
+    """
+    squares = np.square(_kernels_of_blocks(kernel, _VARIANCE_BLOCK_PIX))
+    side = squares.shape[2]
+    cut = side // 2 - radius_of_part(squares.mean(axis=(0, 1)), _VARIANCE_WEIGHT)
+    squares = squares[:, :, cut : side - cut, cut : side - cut]
+    squares *= kernel.kernel_sum**2 / np.sum(squares, axis=(2, 3), keepdims=True)
+    return squares
+
+
+@njit(cache=True)
+def _mark_unmeasured(
+    image: NDArray[np.floating], variance: NDArray[np.floating], bad: NDArray[np.bool_], invalid: NDArray[np.bool_]
+) -> NDArray[np.bool_]:
+    """Mark in `invalid` where there are no data; returns what is that or bad."""
+    unusable = np.empty_like(bad)
+    for y in range(image.shape[0]):
+        for x in range(image.shape[1]):
+            invalid[y, x] |= not (np.isfinite(image[y, x]) & np.isfinite(variance[y, x]))
+            unusable[y, x] = bad[y, x] | invalid[y, x]
+    return unusable
+
+
+@njit(cache=True)
+def _finish_planes(
+    difference: NDArray[np.float32],
+    unusable: NDArray[np.bool_],
+    invalid: NDArray[np.bool_],
+    white: NDArray[np.float32],
+    science: NDArray[np.float32],
+    variance: NDArray[np.float32],
+) -> None:
+    """Unusable pixels keep their difference, invalid ones nothing."""
+    for y in range(difference.shape[0]):
+        for x in range(difference.shape[1]):
+            if unusable[y, x]:
+                white[y, x] = difference[y, x]
+            if invalid[y, x]:
+                white[y, x] = science[y, x] = np.nan
+                variance[y, x] = np.inf
 
 
 def _decorrelated_psf(psf: PsfGrid, kernels: NDArray[np.float64], shape: tuple[int, int]) -> PsfGrid:
@@ -382,39 +468,25 @@ def _decorrelated_psf(psf: PsfGrid, kernels: NDArray[np.float64], shape: tuple[i
     return PsfGrid(convolved)
 
 
-def _background_left_over(
-    difference: NDArray[np.float32], left_out: NDArray[np.bool_], box_pix: int
-) -> NDArray[np.float32] | float:
-    """Smooth background of a difference; none where too few pixels are left to measure it."""
-    try:
-        return subtract_background(difference, left_out, box_pix).background
-    except BackgroundError:
-        return 0.0
-
-
 def _core_radius_pix(kernels: NDArray[np.float64]) -> int:
     """Half side of the centred square with 95 % of the absolute weight of the mean kernel."""
-    weight = np.abs(kernels.mean(axis=(0, 1)))
-    half = weight.shape[0] // 2
-    inside = [weight[half - r : half + r + 1, half - r : half + r + 1].sum() for r in range(half + 1)]
-    return int(np.searchsorted(inside, _KERNEL_CORE_WEIGHT * inside[-1]))
+    return radius_of_part(np.abs(kernels.mean(axis=(0, 1))), _KERNEL_CORE_WEIGHT)
 
 
-def _filled(image: NDArray[np.float32], missing: NDArray[np.bool_]) -> NDArray[np.float32]:
-    """Image with missing pixels replaced from the rim inwards: like their neighbours near it, 0 far from it.
+def _fill(image: NDArray[np.float32], missing: NDArray[np.bool_]) -> None:
+    """Replace missing pixels from the rim inwards: like their neighbours near it, 0 far from it.
 
     A zero in a saturated core would leak through the kernel's wings with the full brightness of the star.
     """
-    filled = np.where(missing, np.float32(0.0), image)
     rows, columns = np.nonzero(missing)
-    _fill_from_rim(filled, missing.astype(np.int64), rows, columns, _FILL_DEPTH_PIX)
-    return filled
+    image[rows, columns] = 0.0
+    _fill_from_rim(image, missing.astype(np.uint8), rows, columns, _FILL_DEPTH_PIX)
 
 
 @njit(cache=True)
 def _fill_from_rim(
     image: NDArray[np.float32],
-    depth: NDArray[np.int64],
+    depth: NDArray[np.uint8],
     rows: NDArray[np.int64],
     columns: NDArray[np.int64],
     n_passes: int,

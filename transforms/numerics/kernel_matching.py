@@ -222,8 +222,8 @@ class KernelSolution:
         """Kernels at positions (n,) in pixels; returns (n, k, k)."""
         terms = _position_terms(x, y, self.shape, self.spatial_order)
         side = self.basis.shape[1]
-        local = np.einsum("nt,bt->nb", terms, self.coefficients)
-        kernels = np.einsum("nb,bp->np", local, self.basis.reshape(len(self.basis), -1)).reshape(-1, side, side)
+        images = np.einsum("bt,bp->tp", self.coefficients, self.basis.reshape(len(self.basis), -1))
+        kernels = np.einsum("nt,tp->np", terms, images).reshape(-1, side, side)  # terms are fewer than functions
         _add_ripples(kernels, self.ripples.amplitudes(x, y))
         return np.asarray(kernels)
 
@@ -347,8 +347,9 @@ def select_kernel_stars(
     column, row = np.rint(sources.x).astype(np.intp), np.rint(sources.y).astype(np.intp)
     usable = (sources.snr >= min_snr) & (sources.snr <= max_snr) & sources.clean
     usable &= (column >= margin) & (column < nx - margin) & (row >= margin) & (row < ny - margin)
-    near_bad = ndimage.maximum_filter(science_bad | template_bad, _CORE_BOX_PIX)
-    usable[usable] &= ~near_bad[row[usable], column[usable]]
+    core = np.arange(_CORE_BOX_PIX) - _CORE_BOX_PIX // 2
+    cores = row[usable][:, None, None] + core[:, None], column[usable][:, None, None] + core
+    usable[usable] = ~(science_bad[cores] | template_bad[cores]).any(axis=(1, 2))
     cell_pix, per_cell = max(math.sqrt(ny * nx / _N_CELLS), _LEAST_CELL_PIX), _STARS_PER_CELL
     if for_ripples:
         usable &= sources.snr >= _RIPPLE_LEAST_SNR
@@ -464,9 +465,9 @@ def fit_matching_kernel(
     _require_stars(len(kept), len(star_x), "with whole stamps and like flux ratios")
     x, y = np.rint(star_x[kept]).astype(np.intp), np.rint(star_y[kept]).astype(np.intp)
     noise_factor = ratio**2 * _noise_factor(fwhm_science_pix, fwhm_template_pix)
-    variance = science_variance + noise_factor * template_variance + (_MODEL_ERROR * ratio * template) ** 2
-    weight = np.where(bad, 0.0, 1.0 / variance)
-    images = np.where(bad, 0.0, science), template, weight
+    weight = np.empty_like(science)
+    _weigh(science_variance, template, template_variance, bad, noise_factor, _MODEL_ERROR * ratio, weight)
+    images = science if np.isfinite(science).all() else np.where(bad, 0.0, science), template, weight
     correlation = _template_noise(science, science_variance, template, template_variance, bad)
     stamps_of: dict[str, tuple[_Basis, _Stamps]] = {}
     trials: list[_Trial] = []
@@ -523,6 +524,24 @@ def fit_matching_kernel(
         ripple_stars = star_x[inside], star_y[inside]
     noise = smooth.noise_share * correlation
     return replace(smooth, ripples=_ripples(smooth, *images, template_variance, noise, *ripple_stars, fwhm))
+
+
+@njit(cache=True)
+def _weigh(
+    science_variance: NDArray[np.floating],
+    template: NDArray[np.floating],
+    template_variance: NDArray[np.floating],
+    bad: NDArray[np.bool_],
+    noise_factor: float,
+    model_error: float,
+    weight: NDArray[np.floating],
+) -> None:
+    """Fill the weights of pixels, 0 where bad."""
+    for y in range(bad.shape[0]):
+        for x in range(bad.shape[1]):
+            variance = science_variance[y, x] + noise_factor * template_variance[y, x]
+            variance += (model_error * template[y, x]) ** 2
+            weight[y, x] = 0.0 if bad[y, x] else 1.0 / variance
 
 
 @dataclass(frozen=True, eq=False)

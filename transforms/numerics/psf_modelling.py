@@ -15,7 +15,6 @@ import math
 from dataclasses import dataclass, replace
 
 import numpy as np
-import sep
 from numba import njit
 from numpy.typing import ArrayLike, NDArray
 from scipy import ndimage
@@ -23,15 +22,12 @@ from scipy.spatial import cKDTree
 
 from transforms.numerics.convolution import block_centres
 from transforms.numerics.psf_grid import PSF_CELL_PIX, PsfGrid
+from transforms.numerics.source_extraction import circle_sums, extract_sources, half_light_radii
 from transforms.numerics.warping import HALF_TAPS, TAPS, sinc_weights
 
 MIN_PSF_STARS = 5
 STARS_PER_SPATIAL_TERM = 4  # order 2 (6 terms) needs 24 stars, order 1 (3 terms) 12
 _MAX_ORDER = 3
-_DETECTION_SIGMA = 5.0
-_MIN_AREA_PIX = 5
-_RADIUS_SUBPIXELS = 3
-_DEBLEND_CONTRAST = 0.001  # finer than the usual 0.005: blends that pass for stars widen the PSF
 _CORE_BOX_PIX = 5  # no bad pixel may lie in the box of this side around a star's peak
 _FWHM_OVERSAMPLING = 10
 _FAST_MATH = {"contract", "reassoc", "nsz", "arcp"}
@@ -219,7 +215,7 @@ class _Smooth:
 def detect_sources(
     image: NDArray[np.floating], variance: NDArray[np.floating], bad: NDArray[np.bool_]
 ) -> DetectedSources:
-    """Find sources above 5 sigma per pixel, for choosing stars (not for science).
+    """Find sources of 3 sigma in each of five connected pixels, for choosing stars (not for science).
 
     Parameters
     ----------
@@ -230,58 +226,66 @@ def detect_sources(
     Returns
     -------
     DetectedSources
-
-    Raises
-    ------
-    PsfEstimationError : the detection fails (message of sep within, such as too many sources in a blend)
     """
     mask = np.ascontiguousarray(bad, dtype=np.bool_)
     pixels = np.ascontiguousarray(image, dtype=np.float32)
-    noise = np.ascontiguousarray(variance, dtype=np.float32)
-    if mask.any():
-        pixels, noise = np.where(mask, np.float32(0.0), pixels), np.where(mask, np.float32(1.0), noise)
-    noise = np.sqrt(noise)
-    found = _extracted(pixels, noise, mask)
-    found = found[(found["flux"] > 0) & (found["a"] > 0)]
-    found = found[np.lexsort((found["x"], found["y"], -found["flux"]))]
-    x, y = found["x"].astype(np.float64), found["y"].astype(np.float64)
-    flux = found["flux"].astype(np.float64)
-    reach = np.maximum(6.0 * found["a"], 6.0)
-    radius, _ = sep.flux_radius(pixels, x, y, reach, 0.5, normflux=flux, mask=mask, subpix=_RADIUS_SUBPIXELS)
-    column, row = np.rint(x).astype(np.intp), np.rint(y).astype(np.intp)
-    near = np.arange(_CORE_BOX_PIX) - _CORE_BOX_PIX // 2
-    rows = np.clip(row[:, None, None] + near[:, None], 0, mask.shape[0] - 1)
-    columns = np.clip(column[:, None, None] + near, 0, mask.shape[1] - 1)
+    noise2 = np.ascontiguousarray(variance, dtype=np.float32)
+    found = extract_sources(pixels, noise2, mask)
+    reach = np.maximum(6.0 * found.major, 6.0)
+    at_centre = np.rint(found.y).astype(np.intp), np.rint(found.x).astype(np.intp)
+    return DetectedSources(
+        x=found.x,
+        y=found.y,
+        flux=found.flux,
+        snr=found.flux / np.sqrt(noise2[at_centre] * found.n_pix),
+        half_light_radius_pix=half_light_radii(pixels, mask, found.x, found.y, found.flux, reach),
+        ellipticity=1.0 - found.minor / found.major,
+        clean=~found.at_edge & _has_good_core(mask, found.x, found.y),
+    )
+
+
+def remeasured(
+    sources: DetectedSources, image: NDArray[np.floating], variance: NDArray[np.floating], bad: NDArray[np.bool_]
+) -> DetectedSources:
+    """Sources that were detected on one image as another image of the same sky and pixel grid has them.
+
+    Parameters
+    ----------
+    sources : of `detect_sources` on the other image
+    image, variance, bad : (ny, nx) planes, as for `detect_sources`
+
+    Returns
+    -------
+    DetectedSources, those with a positive flux in a circle of three half-light radii; positions and ellipticities are
+    kept
+    """
+    mask = np.ascontiguousarray(bad, dtype=np.bool_)
+    pixels = np.ascontiguousarray(image, dtype=np.float32)
+    reach = 3.0 * np.maximum(sources.half_light_radius_pix, 1.0)
+    flux, noise2 = circle_sums(
+        pixels, np.ascontiguousarray(variance, dtype=np.float32), mask, sources.x, sources.y, reach
+    )
+    kept = np.flatnonzero((flux > 0) & (noise2 > 0))
+    kept = kept[np.lexsort((sources.x[kept], sources.y[kept], -flux[kept]))]
+    x, y, flux = sources.x[kept], sources.y[kept], flux[kept]
     return DetectedSources(
         x=x,
         y=y,
         flux=flux,
-        snr=flux / (noise[row, column] * np.sqrt(found["npix"])),
-        half_light_radius_pix=np.asarray(radius, dtype=np.float64),
-        ellipticity=1.0 - found["b"] / found["a"],
-        clean=(found["flag"] & ~sep.OBJ_MERGED == 0) & ~mask[rows, columns].any(axis=(1, 2)),
+        snr=flux / np.sqrt(noise2[kept]),
+        half_light_radius_pix=half_light_radii(pixels, mask, x, y, flux, reach[kept]),
+        ellipticity=sources.ellipticity[kept],
+        clean=sources.clean[kept] & _has_good_core(mask, x, y),
     )
 
 
-def _extracted(pixels: NDArray[np.float32], noise: NDArray[np.float32], mask: NDArray[np.bool_]) -> NDArray[np.void]:
-    """Sources as sep gives them; the buffer for all pixels is taken only where a small one is too small."""
-    error: Exception | None = None
-    for buffer in (max(pixels.size // 16, 300_000), max(pixels.size, 300_000)):
-        sep.set_extract_pixstack(buffer)
-        try:
-            return np.asarray(
-                sep.extract(
-                    pixels,
-                    _DETECTION_SIGMA,
-                    err=noise,
-                    mask=mask,
-                    minarea=_MIN_AREA_PIX,
-                    deblend_cont=_DEBLEND_CONTRAST,
-                )
-            )
-        except Exception as failure:  # sep raises bare Exception
-            error = failure
-    raise PsfEstimationError(f"source detection failed on an image of shape {pixels.shape}: {error}") from error
+def _has_good_core(bad: NDArray[np.bool_], x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """No bad pixel in the box around a position."""
+    column, row = np.rint(x).astype(np.intp), np.rint(y).astype(np.intp)
+    near = np.arange(_CORE_BOX_PIX) - _CORE_BOX_PIX // 2
+    rows = np.clip(row[:, None, None] + near[:, None], 0, bad.shape[0] - 1)
+    columns = np.clip(column[:, None, None] + near, 0, bad.shape[1] - 1)
+    return np.asarray(~bad[rows, columns].any(axis=(1, 2)))
 
 
 def constant_psf(psf: NDArray[np.floating], shape: tuple[int, int]) -> PsfModel:

@@ -9,12 +9,16 @@ Coordinates come as a coarse grid (a WCS is called at its nodes only) and are in
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from astropy.wcs import NoConvergence
-from numba import njit
+from llvmlite import ir
+from numba import njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
 from numpy.typing import NDArray
 
 HALF_TAPS = 4
@@ -148,7 +152,7 @@ def warp_exposure(
     -----
     Moffat stars of FWHM 2.5, 3.5, 4.5 and 5 pixels are kept to 3, 0.5, 0.11 and 0.06 % of their peak at the worst
     sub-pixel phases (below 3 pixels the sampling itself is at fault: Lanczos-4 leaves 2 %). A whole-pixel shift
-    is exact. About 0.1 CPU s per megapixel.
+    is exact. About 0.03 CPU s per megapixel.
     """
     image, variance, mask = np.asarray(image), np.asarray(variance), np.asarray(mask)
     if image.ndim != 2 or not image.shape == variance.shape == mask.shape:
@@ -156,31 +160,29 @@ def warp_exposure(
     needed = coordinate_grid(shape, grid.step_pix)[0].shape
     if grid.x.shape != grid.y.shape or grid.x.shape[0] < needed[0] or grid.x.shape[1] < needed[1]:
         raise WarpError(f"an output of shape {shape} needs a grid of {needed} nodes, got {grid.x.shape}")
-    pixels = np.array(image, dtype=np.float32, order="C")
-    unusable = ~np.isfinite(image) | ~np.isfinite(variance) | ~(variance >= 0) | ((mask & no_data_bits) != 0)
-    pixels[unusable] = np.nan
+    pixels, variance = (np.ascontiguousarray(plane, dtype=np.float32) for plane in (image, variance))
+    mask = np.ascontiguousarray(mask, dtype=np.int32)
     out = WarpedExposure(
-        image=np.full(shape, np.nan, dtype=np.float32),
-        variance=np.full(shape, np.inf, dtype=np.float32),
-        white_variance=np.full(shape, np.inf, dtype=np.float32),
-        mask=np.zeros(shape, dtype=np.int32),
-        no_data=np.ones(shape, dtype=np.bool_),
+        image=np.empty(shape, dtype=np.float32),
+        variance=np.empty(shape, dtype=np.float32),
+        white_variance=np.empty(shape, dtype=np.float32),
+        mask=np.empty(shape, dtype=np.int32),
+        no_data=np.empty(shape, dtype=np.bool_),
     )
-    if min(image.shape) >= TAPS:
-        _resample(
-            pixels,
-            np.ascontiguousarray(variance, dtype=np.float32),
-            np.ascontiguousarray(mask, dtype=np.int32),
-            np.ascontiguousarray(grid.x, dtype=np.float64),
-            np.ascontiguousarray(grid.y, dtype=np.float64),
-            grid.step_pix,
-            _WEIGHT_TABLE,
-            out.image,
-            out.variance,
-            out.white_variance,
-            out.mask,
-            out.no_data,
-        )
+    _resample(
+        _with_nan(pixels, variance, mask, no_data_bits),
+        variance,
+        mask,
+        np.ascontiguousarray(grid.x, dtype=np.float64),
+        np.ascontiguousarray(grid.y, dtype=np.float64),
+        grid.step_pix,
+        _WEIGHT_TABLE,
+        out.image,
+        out.variance,
+        out.white_variance,
+        out.mask,
+        out.no_data,
+    )
     return out
 
 
@@ -206,7 +208,98 @@ def sinc_weights(fraction: NDArray[np.floating]) -> NDArray[np.float64]:
 
 
 # linear interpolation between 1024 steps is good to (1/1024)^2 / 8 * max|w''| = 5e-7
-_WEIGHT_TABLE = sinc_weights(np.minimum(np.arange(_TABLE_STEPS + 2) / _TABLE_STEPS, 1.0))
+_WEIGHT_TABLE = sinc_weights(np.minimum(np.arange(_TABLE_STEPS + 2) / _TABLE_STEPS, 1.0)).astype(np.float32)
+
+
+@intrinsic
+def _sum_taps(
+    typing_context: Any,
+    image: Any,
+    variance: Any,
+    mask: Any,
+    stride: Any,
+    weights_x: Any,
+    weights_y: Any,
+    part_x: Any,
+    part_y: Any,
+    out: Any,
+) -> Any:
+    """Sums over 8 x 8 pixels: weighted image, variance with squared weights, squared weights; and the OR of the mask.
+
+    The first four are addresses of the first tap's pixel and the distance of rows; the next two addresses of table
+    rows, between which and the following rows the weights lie by `part_x` and `part_y`. `out` is the address of three
+    float32. One fused multiply-add per tap, in the same order on any processor; numba's own loops take four times as
+    long.
+    """
+    index, lane = ir.IntType(64), ir.IntType(32)
+    vector, bits = ir.VectorType(ir.FloatType(), TAPS), ir.VectorType(lane, HALF_TAPS)
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        image, variance, mask, stride, weights_x, weights_y, part_x, part_y, out = arguments
+        function = cgutils.get_or_insert_function(
+            builder.module, ir.FunctionType(vector, [vector] * 3), f"llvm.fma.v{TAPS}f32"
+        )
+
+        def fused(a: Any, b: Any, c: Any) -> Any:
+            return builder.call(function, [a, b, c])
+
+        def load(base: Any, kind: Any, offset: Any = None) -> Any:
+            offset = ir.Constant(index, 0) if offset is None else offset
+            pointer = builder.gep(builder.inttoptr(base, kind.element.as_pointer()), [offset])
+            return builder.load(builder.bitcast(pointer, kind.as_pointer()), align=4)
+
+        def everywhere(values: Any, place: int) -> Any:
+            return builder.shuffle_vector(values, values, ir.Constant(ir.VectorType(lane, TAPS), [place] * TAPS))
+
+        def interpolated(row: Any, part: Any) -> Any:
+            low, high = load(row, vector), load(row, vector, ir.Constant(index, TAPS))
+            part = builder.insert_element(ir.Constant(vector, ir.Undefined), part, ir.Constant(lane, 0))
+            return fused(everywhere(part, 0), builder.fsub(high, low), low)
+
+        def folded(values: Any, combine: Any) -> Any:
+            width = values.type.count
+            while width > 1:
+                width //= 2
+                halves = [ir.Constant(ir.VectorType(lane, width), list(range(i, i + width))) for i in (0, width)]
+                values = combine(*(builder.shuffle_vector(values, values, half) for half in halves))
+            return builder.extract_element(values, ir.Constant(lane, 0))
+
+        along_x, along_y = interpolated(weights_x, part_x), interpolated(weights_y, part_y)
+        squares_x, squares_y = builder.fmul(along_x, along_x), builder.fmul(along_y, along_y)
+        rows = [builder.mul(stride, ir.Constant(index, row)) for row in range(TAPS)]
+        totals = []
+        for plane, of_rows, of_columns in ((image, along_y, along_x), (variance, squares_y, squares_x)):
+            total = ir.Constant(vector, [0.0] * TAPS)
+            for place, row in enumerate(rows):
+                total = fused(everywhere(of_rows, place), load(plane, vector, row), total)
+            totals.append(folded(builder.fmul(total, of_columns), builder.fadd))
+        totals.append(builder.fmul(folded(squares_x, builder.fadd), folded(squares_y, builder.fadd)))
+        for place, total in enumerate(totals):
+            builder.store(
+                total, builder.gep(builder.inttoptr(out, total.type.as_pointer()), [ir.Constant(index, place)])
+            )
+        first = HALF_TAPS - 2  # of the nearest 4 x 4 pixels
+        seen = [
+            load(mask, bits, builder.add(row, ir.Constant(index, first))) for row in rows[first : first + HALF_TAPS]
+        ]
+        return folded(functools.reduce(builder.or_, seen), builder.or_)
+
+    return types.int32(image, variance, mask, stride, weights_x, weights_y, part_x, part_y, out), generate
+
+
+@njit(cache=True)
+def _with_nan(
+    image: NDArray[np.float32], variance: NDArray[np.float32], mask: NDArray[np.int32], no_data_bits: int
+) -> NDArray[np.float32]:
+    """Image with NaN where there are no data."""
+    out = np.empty_like(image)
+    bits = np.int32(no_data_bits)
+    for y in range(image.shape[0]):
+        for x in range(image.shape[1]):
+            noise2 = variance[y, x]
+            usable = np.isfinite(image[y, x]) & (noise2 >= 0) & (noise2 < np.inf) & (mask[y, x] & bits == 0)
+            out[y, x] = image[y, x] if usable else np.float32(np.nan)
+    return out
 
 
 @njit(cache=True, fastmath=_FAST_MATH)
@@ -217,7 +310,7 @@ def _resample(
     grid_x: NDArray[np.float64],
     grid_y: NDArray[np.float64],
     step: int,
-    table: NDArray[np.float64],
+    table: NDArray[np.float32],
     out_image: NDArray[np.float32],
     out_variance: NDArray[np.float32],
     out_white_variance: NDArray[np.float32],
@@ -228,8 +321,7 @@ def _resample(
     ny, nx = out_image.shape
     steps = table.shape[0] - 2
     before = HALF_TAPS - 1
-    weight_x = np.empty(TAPS)
-    weight_y = np.empty(TAPS)
+    sums = np.empty(3, dtype=np.float32)
     for y in range(ny):
         j = min(y // step, grid_x.shape[0] - 2)
         v = (y - j * step) / step
@@ -242,43 +334,36 @@ def _resample(
             y_low = grid_y[j + 1, i] + u * (grid_y[j + 1, i + 1] - grid_y[j + 1, i])
             x_in = x_top + v * (x_low - x_top)
             y_in = y_top + v * (y_low - y_top)
+            out_image[y, x] = np.nan
+            out_variance[y, x] = out_white_variance[y, x] = np.inf
+            out_mask[y, x] = 0
+            out_no_data[y, x] = True
             # written so that NaN coordinates fail it
             if not (x_in >= before and y_in >= before and x_in < nx_in - HALF_TAPS and y_in < ny_in - HALF_TAPS):
                 continue
-            x_first, y_first = int(x_in) - before, int(y_in) - before
             position_x = (x_in - int(x_in)) * steps
             position_y = (y_in - int(y_in)) * steps
             row_x, row_y = int(position_x), int(position_y)
-            part_x, part_y = position_x - row_x, position_y - row_y
-            square_x = 0.0
-            square_y = 0.0
-            for t in range(TAPS):
-                weight_x[t] = table[row_x, t] + part_x * (table[row_x + 1, t] - table[row_x, t])
-                weight_y[t] = table[row_y, t] + part_y * (table[row_y + 1, t] - table[row_y, t])
-                square_x += weight_x[t] * weight_x[t]
-                square_y += weight_y[t] * weight_y[t]
-            value = 0.0
-            noise = 0.0
-            for b in range(TAPS):
-                row_value = 0.0
-                row_noise = 0.0
-                for a in range(TAPS):
-                    weight = weight_x[a]
-                    row_value += weight * image[y_first + b, x_first + a]
-                    row_noise += weight * weight * variance[y_first + b, x_first + a]
-                value += weight_y[b] * row_value
-                noise += weight_y[b] * weight_y[b] * row_noise
+            first = (int(y_in) - before) * nx_in + int(x_in) - before
+            bits = _sum_taps(
+                image.ctypes.data + 4 * first,
+                variance.ctypes.data + 4 * first,
+                mask.ctypes.data + 4 * first,
+                nx_in,
+                table.ctypes.data + 4 * TAPS * row_x,
+                table.ctypes.data + 4 * TAPS * row_y,
+                np.float32(position_x - row_x),
+                np.float32(position_y - row_y),
+                sums.ctypes.data,
+            )
+            value, noise, squares = sums
             if np.isnan(value):
                 continue
-            bits = 0
-            for b in range(HALF_TAPS - 2, HALF_TAPS + 2):
-                for a in range(HALF_TAPS - 2, HALF_TAPS + 2):
-                    bits |= mask[y_first + b, x_first + a]
             dx_du = (1.0 - v) * (grid_x[j, i + 1] - grid_x[j, i]) + v * (grid_x[j + 1, i + 1] - grid_x[j + 1, i])
             dy_du = (1.0 - v) * (grid_y[j, i + 1] - grid_y[j, i]) + v * (grid_y[j + 1, i + 1] - grid_y[j + 1, i])
             area = abs(dx_du * (y_low - y_top) - dy_du * (x_low - x_top)) / (step * step)
             out_image[y, x] = area * value
             out_variance[y, x] = area * area * noise
-            out_white_variance[y, x] = area * area * noise / (square_x * square_y)
+            out_white_variance[y, x] = area * area * noise / squares
             out_mask[y, x] = bits
             out_no_data[y, x] = False
