@@ -14,13 +14,16 @@ from pydantic.dataclasses import dataclass
 from schemas.elements import DetectedSources, FailureRecord, StageElement, SubtractedExposure
 from schemas.exposures import MASK_BITS, mask_bits
 from schemas.identifiers import MAX_COUNTER, dia_source_ids
-from schemas.records import DIA_SOURCE, SS_SOURCE, empty_records, take_records
+from schemas.records import BOOLEAN_NULL, DIA_SOURCE, SS_SOURCE, empty_records, take_records
 from transforms.failures import FAILED, StageFn, failed_in, failure_of
 from transforms.numerics.detection import Detections, find_peaks, lobe_distance, significance_map
+from transforms.numerics.dipole_fitting import Dipoles
 from transforms.numerics.measurement import MaskFlags, Measurements, mask_flags, measure_sources
 from transforms.numerics.psf_grid import PsfGrid
 from transforms.numerics.psf_modelling import psf_fwhm_pix
 from transforms.numerics.reliability import RELIABILITY_VERSION, score
+from transforms.numerics.source_shapes import Shapes, lines_on_sky, measure_shapes
+from transforms.numerics.trail_fitting import Trails
 from transforms.subtraction import UNUSABLE_PLANES
 
 STAGE = "detection"
@@ -148,7 +151,7 @@ def detect_sources(exposure: SubtractedExposure, config: DetectionConfig) -> Det
         More than `max_sources` detections.
     """
     bad = (exposure.mask & mask_bits(*UNUSABLE_PLANES)) != 0
-    psf = PsfGrid(exposure.psf)
+    psf, science_psf = PsfGrid(exposure.psf), PsfGrid(exposure.science_psf)
     expected = exposure.difference_variance + np.square(np.float32(exposure.residual_part) * exposure.matched_template)
     snr_map, noise_ratio = significance_map(exposure.difference, expected, bad, psf)
     reject = (exposure.mask & mask_bits(*REJECTED_PLANES)) != 0
@@ -157,7 +160,7 @@ def detect_sources(exposure: SubtractedExposure, config: DetectionConfig) -> Det
         raise SourceStormError(
             f"{len(found.peak_x)} sources in one detector, more than max_sources {config.max_sources}: bad subtraction?"
         )
-    measured = measure_sources(
+    planes = (
         exposure.difference,
         exposure.difference_variance,
         exposure.science,
@@ -165,12 +168,12 @@ def detect_sources(exposure: SubtractedExposure, config: DetectionConfig) -> Det
         exposure.matched_template,
         exposure.template_variance,
         bad,
-        psf,
-        found,
-        PsfGrid(exposure.science_psf),
     )
+    measured = measure_sources(*planes, psf, found, science_psf)
+    shapes = measure_shapes(*planes, psf, science_psf, found, measured)
     flags = mask_flags(exposure.mask, MASK_BITS, measured.x, measured.y, found)
     records = _records(exposure, measured, flags, _near_saturated(exposure, psf, measured, found), noise_ratio, config)
+    _fill_shapes(records, exposure, shapes)
     kept, rejected = _select(records, config)
     rejected["on rejected pixels"] = int(found.n_rejected)
     return DetectedSources(
@@ -258,6 +261,47 @@ def _fill_sky(records: np.ndarray, exposure: SubtractedExposure, measured: Measu
         records[f"ixx{suffix}"] = sky_moments[:, 0, 0]
         records[f"iyy{suffix}"] = sky_moments[:, 1, 1]
         records[f"ixy{suffix}"] = sky_moments[:, 0, 1]
+
+
+def _fill_shapes(records: np.ndarray, exposure: SubtractedExposure, shapes: Shapes) -> None:
+    """Dipole and trail columns of the sources that were fitted as such, null elsewhere; extendedness of all."""
+    records["extendedness"] = shapes.extendedness
+    records["dipoleFitAttempted"] = shapes.dipole_attempted
+    records["isDipole"] = shapes.dipoles.is_dipole
+    records["trail_flag_edge"] = np.where(shapes.trail_attempted, shapes.trails.edge, BOOLEAN_NULL)
+    records["trail_flag"] = np.where(shapes.trail_attempted, ~shapes.trails.good, BOOLEAN_NULL)
+    rows = np.flatnonzero(shapes.dipoles.good)
+    if rows.size:
+        lobes = Dipoles._make(column[rows] for column in shapes.dipoles)
+        dx, dy = lobes.x_positive - lobes.x_negative, lobes.y_positive - lobes.y_negative
+        middle_x, middle_y = 0.5 * (lobes.x_positive + lobes.x_negative), 0.5 * (lobes.y_positive + lobes.y_negative)
+        line = lines_on_sky(_local_jacobian(exposure, middle_x, middle_y), dx, dy, np.zeros((rows.size, 2, 2)))
+        records["dipoleLength"][rows], records["dipoleAngle"][rows] = line.length_arcsec, line.angle_deg
+        records["dipoleMeanFlux"][rows], records["dipoleMeanFluxErr"][rows] = lobes.mean_flux, lobes.mean_flux_err
+        records["dipoleFluxDiff"][rows], records["dipoleFluxDiffErr"][rows] = lobes.flux_diff, lobes.flux_diff_err
+        records["dipoleChi2"][rows], records["dipoleNdata"][rows] = lobes.chi2, lobes.n_pixels
+    rows = np.flatnonzero(shapes.trails.good)
+    if rows.size:
+        trails = Trails._make(column[rows] for column in shapes.trails)
+        jacobian = _local_jacobian(exposure, trails.x, trails.y)
+        ra, dec = exposure.wcs.all_pix2world(trails.x, trails.y, 0)
+        records["trailRa"][rows], records["trailDec"][rows] = ra % 360.0, dec
+        middle = jacobian @ _covariances(trails.x_err, trails.y_err, trails.x_y_cov) @ jacobian.transpose(0, 2, 1)
+        records["trailRaErr"][rows], records["trailDecErr"][rows] = np.sqrt(middle[:, 0, 0]), np.sqrt(middle[:, 1, 1])
+        spread = _covariances(trails.dx_err, trails.dy_err, trails.dx_dy_cov)
+        line = lines_on_sky(jacobian, trails.dx, trails.dy, spread)
+        records["trailLength"][rows], records["trailLengthErr"][rows] = line.length_arcsec, line.length_err_arcsec
+        records["trailAngle"][rows], records["trailAngleErr"][rows] = line.angle_deg % 180.0, line.angle_err_deg
+        records["trailFlux"][rows], records["trailFluxErr"][rows] = trails.flux, trails.flux_err
+        records["trailChi2"][rows], records["trailNdata"][rows] = trails.chi2, trails.n_pixels
+
+
+def _covariances(x_err: np.ndarray, y_err: np.ndarray, x_y_cov: np.ndarray) -> np.ndarray:
+    """(n, 2, 2) covariance matrices."""
+    covariance = np.empty((len(x_err), 2, 2))
+    covariance[:, 0, 0], covariance[:, 1, 1] = x_err**2, y_err**2
+    covariance[:, 0, 1] = covariance[:, 1, 0] = x_y_cov
+    return covariance
 
 
 def _local_jacobian(exposure: SubtractedExposure, x: np.ndarray, y: np.ndarray) -> np.ndarray:

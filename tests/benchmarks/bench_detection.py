@@ -119,11 +119,8 @@ def look(field: Field, fwhm: float) -> Found:
     snr_map, _ = significance_map(difference, 2.0 * variance, unmasked, psf)
     found = find_peaks(snr_map, unmasked, 5.0, lobe_distance(psf))
     measure_s, measured = timed(lambda: measure_sources(**planes, psf=psf, detections=found))
-    stack, first = psf[np.newaxis], np.zeros(measured.x.size, dtype=int)
     shapes_s, shapes = timed(
-        lambda: measure_shapes(
-            **planes, psfs=stack, science_psfs=stack, psf_of_source=first, detections=found, measured=measured
-        )
+        lambda: measure_shapes(**planes, psf=psf, science_psf=psf, detections=found, measured=measured)
     )
     return Found(found, measured, shapes, measure_s, shapes_s)
 

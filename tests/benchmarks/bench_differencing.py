@@ -28,7 +28,9 @@ Columns
   CR        detections of cosmic rays that no mask knew, per square degree
   completeness  by optimal S/N, beyond 5 sigma
   bias      mean of fitted / true flux - 1, S/N >= 20 (weighted with the square of the S/N)
-  pull      robust standard deviation of (fitted - true) / error, S/N >= 10
+  pull      robust standard deviation of (fitted - true) / error, S/N >= 10. That of the science image minus its true
+            light is 1.06 (lsst), 1.00 (sharp_science), 1.02 (undersampled) and 0.94 (crowded), each +- 0.04, on 8
+            pairs of 1024 pixels: what a difference has beyond is its own
   chi       rms of D / sigma in 11 x 11 pixels on steady, unsaturated stars of S/N 100-1000 and beyond
 Numbers are means over seeds with the standard error of the mean; completeness, bias and pull are of all seeds together.
 """

@@ -101,7 +101,7 @@ def night_with(nights: dict[int, Path], visits: list[dict[str, Any]], night_of: 
 
 @pytest.fixture(scope="module")
 def by_elements(asteroids: Any, night_with: Any, produce: Any, tmp_path_factory: Any) -> Any:
-    return produce(night_with(elements=asteroids[0]), tmp_path_factory.mktemp("elements") / "out")
+    return produce(night_with(orbits=asteroids[0]), tmp_path_factory.mktemp("elements") / "out")
 
 
 def _ss_sources(run: Any) -> dict[int, dict[str, Any]]:
@@ -173,7 +173,7 @@ def test_bad_rows_of_a_csv_are_failures_and_the_rest_is_matched(
         "x" if name == "i" else "78" if name == "ssObjectId" else cell for name, cell in zip(header, cells, strict=True)
     ]
     bad = [",".join(negative), ",".join(text), "1,2"]
-    run = produce(night_with(elements="\n".join([*lines, *bad]) + "\n"), tmp_path / "out")
+    run = produce(night_with(orbits="\n".join([*lines, *bad]) + "\n"), tmp_path / "out")
     assert run.exit_code == 0
     assert _ss_sources(run) == _ss_sources(by_elements)
     records = sorted(run.failures(), key=lambda record: record["reason"])
@@ -189,7 +189,7 @@ def test_bad_rows_of_a_csv_are_failures_and_the_rest_is_matched(
 
 
 def test_a_table_of_elements_that_is_none_costs_the_matches_only(night_with: Any, produce: Any, tmp_path: Path) -> None:
-    run = produce(night_with(elements="a,b\n1,2\n"), tmp_path / "out")
+    run = produce(night_with(orbits="a,b\n1,2\n"), tmp_path / "out")
     assert run.exit_code == 0 and run.summary["alerts"] > 50 and run.summary["ss_matches"] == 0
     (record,) = run.failures()
     assert (record["stage"], record["error"]) == ("solar_system", "ElementsError")

@@ -95,12 +95,12 @@ def test_the_published_transient_is_found_as_clearly_as_in_the_published_differe
     ours: DifferenceResult, blank: np.ndarray
 ) -> None:
     """The matched filter of each difference's own PSF: the errors of fluxes, whatever the noise's correlation."""
-    wide = np.pad(ours.science_psf, 30)
+    wide = np.pad(ours.science_psf.middle, 30)
     published_psf = fftconvolve(wide, pixels("DeCorrKernel"), mode="same")
     far = ndimage.binary_erosion(blank, iterations=8)
     found = {}
     for name, difference, psf in (
-        ("ours", np.nan_to_num(ours.difference).astype(float), ours.psf),
+        ("ours", np.nan_to_num(ours.difference).astype(float), ours.psf.middle),
         ("published", pixels("FinalDifference.DeCorr"), published_psf),
     ):
         middle = len(psf) // 2

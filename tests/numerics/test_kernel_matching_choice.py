@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -195,6 +196,55 @@ def test_cubic_variation_is_given_order_three() -> None:
     orders = [score.model.spatial_order for score in solution.scores if score.model.basis != "delta"]
     assert orders == [3, 2, 1, 0]
     assert all(score.excess > 0 for score in solution.scores[1:])
+
+
+def rippled_pair(seed: int, amplitude_pix: float) -> tuple[np.ndarray, np.ndarray, Stars]:
+    """A pair whose science image is shifted along x by a wave of 250 pixels: too short for polynomials of order 3."""
+    stars = bright_stars(seed, n=160)
+    shift = amplitude_pix * np.sin(2 * np.pi * stars.x / 250.0) * np.cos(2 * np.pi * stars.y / 250.0)
+    moved = Stars(stars.x + shift, stars.y, stars.flux)
+    return render(SHAPE, moved, 4.5) + noise(seed, 1), render(SHAPE, stars, 3.7), stars
+
+
+def first_moment(kernels: np.ndarray) -> np.ndarray:
+    offset = np.arange(kernels.shape[2]) - kernels.shape[2] // 2
+    return np.asarray(np.einsum("nji,i->n", kernels, offset) / kernels.sum(axis=(1, 2)))
+
+
+def test_kernel_follows_shifts_that_vary_from_star_to_star() -> None:
+    science, template, stars = rippled_pair(23, 0.05)
+    solution = fit(science, template, stars, (4.5, 3.7), models=[BROAD])
+    smooth = replace(solution, ripples=replace(solution.ripples, weights=np.zeros_like(solution.ripples.weights)))
+    y, x = (axis.ravel() for axis in np.meshgrid(np.arange(60.0, 361.0, 20.0), np.arange(60.0, 341.0, 20.0)))
+    expected = 0.05 * np.sin(2 * np.pi * x / 250.0) * np.cos(2 * np.pi * y / 250.0)
+    left = [float(np.std(first_moment(one.kernels_at(x, y)) - expected)) for one in (smooth, solution)]
+    # half of the wave's 0.025 rms: polynomials of order 2 take a part of it, the ripples most of the rest
+    assert left[1] < 0.6 * left[0]
+    assert left[1] < 0.0125
+    plain, rippled = (one.kernels_at(x, y).sum(axis=(1, 2)) for one in (smooth, solution))
+    assert np.allclose(plain, rippled, rtol=1e-12)
+
+
+def test_no_ripples_are_found_in_noise() -> None:
+    science, template, stars = rippled_pair(24, 0.0)
+    solution = fit(science, template, stars, (4.5, 3.7), models=[BROAD])
+    everywhere = np.linspace(40.0, 380.0, 30)
+    # a star of S/N 100 tells its place to 0.02 pixels; what is taken for a ripple by chance must be below that
+    assert np.abs(solution.ripples.amplitudes(everywhere, everywhere)[:, :2]).max() < 0.01
+
+
+@pytest.mark.parametrize("seed", [25, 27])
+def test_source_beside_a_star_is_not_taken_for_a_ripple(seed: int) -> None:
+    science, template, stars = rippled_pair(seed, 0.03)
+    without = fit(science, template, stars, (4.5, 3.7), models=[BROAD])
+    one = int(np.argmin(np.hypot(stars.x - 200.0, stars.y - 210.0) / np.sqrt(stars.flux)))
+    place = stars.x[one : one + 1], stars.y[one : one + 1]
+    beside = Stars(place[0] + 3.5, place[1], 0.1 * stars.flux[one : one + 1])
+    with_source = fit(science + render(SHAPE, beside, 4.5), template, stars, (4.5, 3.7), models=[BROAD])
+    change = with_source.ripples.amplitudes(*place) - without.ripples.amplitudes(*place)
+    # all of the source would be a shift of about 0.1 * 3.5 exp(-3.5^2 / 4 / 1.9^2) = 0.15 pixels, a fifth of which the
+    # process would believe; without the star its neighbours are to say much the same
+    assert abs(change[0, 0]) < 0.01
 
 
 def test_few_stars_get_a_simple_kernel_and_an_honest_chi_square() -> None:

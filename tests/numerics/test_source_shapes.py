@@ -11,6 +11,7 @@ from shape_scenes import NOISE, cells, extreme_planes, flux_of_snr, psf_image, t
 
 from transforms.numerics.detection import Detections, find_peaks, lobe_distance, significance_map
 from transforms.numerics.measurement import Measurements, measure_sources
+from transforms.numerics.psf_grid import PsfGrid
 from transforms.numerics.source_shapes import Shapes, lines_on_sky, measure_shapes
 
 FWHM = 4.0
@@ -36,7 +37,7 @@ def mixed_field(n_side: int, seed: int) -> tuple[NDArray, NDArray, NDArray[np.st
     return science, template, kinds
 
 
-def look(science: NDArray, template: NDArray, n_psfs: int = 1) -> tuple[Detections, Measurements, Shapes]:
+def look(science: NDArray, template: NDArray, cells_of_psf: int = 1) -> tuple[Detections, Measurements, Shapes]:
     variance = np.full(science.shape, NOISE**2)
     difference, unmasked, psf = science - template, np.zeros(science.shape, bool), psf_image(FWHM)
     planes: dict[str, Any] = {
@@ -51,14 +52,8 @@ def look(science: NDArray, template: NDArray, n_psfs: int = 1) -> tuple[Detectio
     snr_map, _ = significance_map(difference, 2.0 * variance, unmasked, psf)
     found = find_peaks(snr_map, unmasked, 5.0, lobe_distance(psf))
     measured = measure_sources(**planes, psf=psf, detections=found)
-    return found, measured, shapes_of(planes, np.repeat(psf[np.newaxis], n_psfs, axis=0), found, measured)
-
-
-def shapes_of(planes: dict[str, Any], psfs: NDArray, found: Detections, measured: Measurements) -> Shapes:
-    which = np.arange(measured.x.size) % len(psfs)
-    return measure_shapes(
-        **planes, psfs=psfs, science_psfs=psfs, psf_of_source=which, detections=found, measured=measured
-    )
+    grid = PsfGrid(np.tile(psf, (cells_of_psf, cells_of_psf, 1, 1)))
+    return found, measured, measure_shapes(**planes, psf=grid, science_psf=grid, detections=found, measured=measured)
 
 
 def kind_of_each(measured: Measurements, kinds: NDArray[np.str_]) -> NDArray[np.str_]:
@@ -90,7 +85,7 @@ def test_each_kind_is_taken_for_what_it_is() -> None:
 def test_equal_psfs_of_a_stack_give_the_numbers_of_one() -> None:
     science, template, _ = mixed_field(4, seed=2)
     _, _, one = look(science, template)
-    _, _, many = look(science, template, n_psfs=3)
+    _, _, many = look(science, template, cells_of_psf=3)
     for column, other in zip((*one.dipoles, *one.trails), (*many.dipoles, *many.trails), strict=True):
         np.testing.assert_array_equal(column, other)
 
@@ -120,7 +115,7 @@ def test_any_pixels_give_finite_numbers_or_nan(seed: int) -> None:
             "bad": bad,
         }
         measured = measure_sources(**arguments, psf=psf, detections=found)
-    shapes = shapes_of(arguments, psf[np.newaxis], found, measured)
+    shapes = measure_shapes(**arguments, psf=psf, science_psf=psf, detections=found, measured=measured)
     assert not (shapes.dipoles.good & ~shapes.dipole_attempted).any()
     assert not (shapes.trails.good & ~shapes.trail_attempted).any()
     with np.errstate(invalid="ignore"):

@@ -206,14 +206,19 @@ def subtract(
         template_fwhm_pix = psf_fwhm_pix(template.psf)
     half = kernel_half_width_pix(model.fwhm_pix, template_fwhm_pix)
     near_bad_template = grown(template_bad, half // 2, outside=True)
-    stars = select_kernel_stars(
-        sources,
-        science_bad,
-        near_bad_template,
-        half,
-        _ISOLATION_FWHM * model.fwhm_pix,
-        parameters.min_snr,
-        parameters.max_snr,
+    isolation_pix = _ISOLATION_FWHM * model.fwhm_pix
+    stars, ripple_stars = (
+        select_kernel_stars(
+            sources,
+            science_bad,
+            near_bad_template,
+            half,
+            isolation_pix,
+            parameters.min_snr,
+            parameters.max_snr,
+            for_ripples=for_ripples,
+        )
+        for for_ripples in (False, True)
     )
     kernel = fit_matching_kernel(
         science_sky.image,
@@ -229,6 +234,7 @@ def subtract(
         parameters.spatial_order,
         parameters.background_order,
         _kernel_models(parameters.spatial_order),
+        (sources.x[ripple_stars], sources.y[ripple_stars]),
     )
     kernels = _kernels_of_blocks(kernel, _KERNEL_BLOCK_PIX)
     matched = convolve_spatially_varying(template_pixels, kernels, _KERNEL_BLOCK_PIX)

@@ -84,13 +84,18 @@ def psf_splines(psf: ArrayLike | PsfGrid, x: ArrayLike, y: ArrayLike) -> PsfSpli
     """
     grid = as_psf_grid(psf)
     cells, of_source = np.unique(grid.cells_at(x, y), return_inverse=True)
+    half_width = min(grid.images.shape[2] // 2, STAMP_HALF_WIDTH_MAX_PIX)
+    return PsfSplines(spline_coefficients(grid.of_cells[cells]), half_width, of_source.astype(np.int64))
+
+
+def spline_coefficients(images: NDArray[np.floating]) -> NDArray[np.float64]:
+    """Quintic B-spline coefficients (m, k + 20, k + 20) of PSF images (m, k, k), zero beyond their borders."""
     margin = (_SPLINE_MARGIN_PIX, _SPLINE_MARGIN_PIX)
-    coefficients = np.pad(grid.of_cells[cells].astype(np.float64), ((0, 0), margin, margin))
-    if len(cells):
+    coefficients = np.pad(images.astype(np.float64), ((0, 0), margin, margin))
+    if len(images):
         for axis in (1, 2):
             coefficients = spline_filter1d(coefficients, _SPLINE_DEGREE, axis, mode="mirror")
-    half_width = min(grid.images.shape[2] // 2, STAMP_HALF_WIDTH_MAX_PIX)
-    return PsfSplines(np.ascontiguousarray(coefficients), half_width, of_source.astype(np.int64))
+    return np.ascontiguousarray(coefficients)
 
 
 def linear_psf_fit(

@@ -7,6 +7,9 @@ each stamp is kept, so that leaving stamps out, other spatial orders and validat
 The template's noise is part of the model that is fitted, and would pull the kernel towards a blurring one (errors in
 variables): what it adds to the normal matrix on average is measured in blank sky and taken off.
 
+What varies on scales too short for polynomials, as the air's shifts and blurs do, is a Gaussian process through what
+the stars have left (`Ripples`).
+
 Sums are numba loops and plain einsum, not BLAS, whose rounding depends on its number of threads.
 """
 
@@ -64,6 +67,17 @@ _BLANK_BOX_PIX = 9
 _BLANK_SIGMA = 4.5  # blank pixels have none above this in the box around them, in either image
 _LEAST_NOISE = 0.05  # of the stated variance: below, the template is taken for free of noise
 _SHARED_NOISE = 0.1  # correlation of the images' noise at which they are taken to share exposures
+_RIPPLE_REACHES_PIX = (150.0, 220.0, 320.0, 450.0)
+_LEAST_RIPPLE_SIGNIFICANCE = 3.0
+_RIPPLE_STAMP_FWHM = 1.5  # half side of a stamp; at least 5 pixels
+_MOST_RIPPLE = 3.0  # standard deviations of a ripple and its error together
+_BEYOND_SIGMA = 0.3173
+_RIPPLE_CELL_PIX = 128
+_RIPPLE_STARS_PER_CELL = 6
+_RIPPLE_LEAST_SNR = 30.0
+_LEAST_MODE_EIGENVALUE = 1e-4  # of a star's normal matrix, scaled to a diagonal of ones
+_SOLVER_STEPS = 60
+_SOLVER_PRECISION = 1e-6
 
 
 class KernelMatchingError(ValueError):
@@ -119,6 +133,37 @@ class ModelScore:
 
 
 @dataclass(frozen=True, eq=False)
+class Ripples:
+    """Small changes of a kernel's place, width and shape that vary from star to star.
+
+    The air shifts and blurs images on scales of some hundred pixels, which polynomials over a detector do not follow.
+    ``K + sum_m a_m(x) D_m K`` with the derivatives D of sum 0: d/dx, d/dy, dxx + dyy, dxx - dyy, 2 dxdy (differences
+    of neighbouring pixels). An amplitude is a Gaussian process in position, ``a_m(x) = sum_s weights[m, s]
+    c(|x - x_s| / reaches_pix[m])`` with Wendland's ``c(r) = (1 - r)^4 (4 r + 1)``, 0 beyond r = 1.
+
+    Attributes
+    ----------
+    x, y : (n,) of the stars, pixels
+    weights : (5, n) float64; zeros where an amplitude does not tell itself from noise
+    reaches_pix : (5,) float64
+    """
+
+    x: NDArray[np.float64]
+    y: NDArray[np.float64]
+    weights: NDArray[np.float64]
+    reaches_pix: NDArray[np.float64]
+
+    def amplitudes(self, x: NDArray[np.floating], y: NDArray[np.floating]) -> NDArray[np.float64]:
+        """(n, 5) at positions (n,): pixels (the first two) and pixels squared."""
+        found = np.zeros((len(x), len(self.weights)))
+        _add_fields(
+            np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64),
+            self.x, self.y, self.weights, self.reaches_pix, found,
+        )  # fmt: skip
+        return found
+
+
+@dataclass(frozen=True, eq=False)
 class KernelSolution:
     """A spatially varying kernel and a differential background.
 
@@ -145,6 +190,7 @@ class KernelSolution:
     condition_number : of the normal matrix (scaled to a diagonal of ones) as solved, by power iteration
     noise_share : part of the template's noise that was taken off the normal matrix
     scores : of the models that were tried, the chosen one first
+    ripples : what the kernel does on scales below those of the polynomials
     """
 
     basis: NDArray[np.float64]
@@ -165,6 +211,7 @@ class KernelSolution:
     condition_number: float
     noise_share: float
     scores: tuple[ModelScore, ...]
+    ripples: Ripples
 
     @property
     def is_poor(self) -> bool:
@@ -176,8 +223,9 @@ class KernelSolution:
         terms = _position_terms(x, y, self.shape, self.spatial_order)
         side = self.basis.shape[1]
         images = np.einsum("bt,bp->tp", self.coefficients, self.basis.reshape(len(self.basis), -1))
-        kernels = np.einsum("nt,tp->np", terms, images)  # terms are fewer than basis functions
-        return kernels.reshape(-1, side, side)
+        kernels = np.einsum("nt,tp->np", terms, images).reshape(-1, side, side)  # terms are fewer than functions
+        _add_ripples(kernels, self.ripples.amplitudes(x, y))
+        return np.asarray(kernels)
 
     def subtract_background(self, image: NDArray[np.float32]) -> None:
         """Subtract the differential background from an image of the kernel's shape, in place."""
@@ -273,6 +321,8 @@ def select_kernel_stars(
     isolation_pix: float,
     min_snr: float = 20.0,
     max_snr: float = 2000.0,
+    *,
+    for_ripples: bool = False,
 ) -> NDArray[np.intp]:
     """Choose kernel stars: clean, isolated, bright but not too bright, and spread over the image.
 
@@ -286,6 +336,7 @@ def select_kernel_stars(
     kernel_half_width_pix : half side of the kernel to be fitted
     isolation_pix : distance to the next source that is brighter
     min_snr, max_snr : interval of the signal-to-noise ratio in the science image
+    for_ripples : choose stars that show ripples instead: of S/N above 30, up to 6 per cell of 128 pixels
 
     Returns
     -------
@@ -299,14 +350,17 @@ def select_kernel_stars(
     core = np.arange(_CORE_BOX_PIX) - _CORE_BOX_PIX // 2
     cores = row[usable][:, None, None] + core[:, None], column[usable][:, None, None] + core
     usable[usable] = ~(science_bad[cores] | template_bad[cores]).any(axis=(1, 2))
-    cell_pix = max(math.sqrt(ny * nx / _N_CELLS), _LEAST_CELL_PIX)
+    cell_pix, per_cell = max(math.sqrt(ny * nx / _N_CELLS), _LEAST_CELL_PIX), _STARS_PER_CELL
+    if for_ripples:
+        usable &= sources.snr >= _RIPPLE_LEAST_SNR
+        cell_pix, per_cell = _RIPPLE_CELL_PIX, _RIPPLE_STARS_PER_CELL
     positions = np.column_stack((sources.x, sources.y))
     tree = cKDTree(positions) if len(positions) else None
     taken: dict[tuple[int, int], int] = {}
     chosen = []
     for index in np.flatnonzero(usable):
         cell = (int(row[index] / cell_pix), int(column[index] / cell_pix))
-        if taken.get(cell, 0) >= _STARS_PER_CELL or tree is None:
+        if taken.get(cell, 0) >= per_cell or tree is None:
             continue
         if min(tree.query_ball_point(positions[index], isolation_pix)) < index:  # sources come brightest first
             continue
@@ -352,6 +406,7 @@ def fit_matching_kernel(
     spatial_order: int = 2,
     background_order: int = 1,
     models: Sequence[KernelModel] | None = None,
+    ripple_stars: tuple[NDArray[np.floating], NDArray[np.floating]] | None = None,
 ) -> KernelSolution:
     """Fit the kernel that makes the template look like the science image.
 
@@ -365,7 +420,8 @@ def fit_matching_kernel(
 
     Of several `models` (the likeliest come first) the first is taken whose chi-square of held-out stamps is within one
     standard error of the best, in paired differences: all see the same stamps. A delta basis is skipped where a model
-    before it leaves a held-out chi-square below 1.05.
+    before it leaves a held-out chi-square below 1.05. Ripples come on top of the chosen one; the chi-squares are those
+    without them.
 
     Parameters
     ----------
@@ -379,6 +435,8 @@ def fit_matching_kernel(
     background_order : order of the differential background's polynomial, 0 to 2; not above the kernel's
     models : what to choose from, likeliest first, for instance `KERNEL_MODELS`; None for the Gauss-Hermite basis of
         27 functions and `spatial_order`, which else counts for nothing
+    ripple_stars : x and y of the stars whose residuals are to show what varies from star to star; None for the kernel
+        stars
 
     Returns
     -------
@@ -441,7 +499,7 @@ def fit_matching_kernel(
     variation, variation_error = _variation_over_image(ratios, x, y, shape)
     _check_sum(kernel_sum, ratio, variation, variation_error, len(fit.used))
     background_order = min(background_order, order)
-    return KernelSolution(
+    smooth = KernelSolution(
         basis=trial.basis.functions,
         coefficients=fit.coefficients[:-1],
         background_coefficients=fit.coefficients[-1, : len(_exponents(background_order))],
@@ -460,7 +518,12 @@ def fit_matching_kernel(
         condition_number=fit.condition_number,
         noise_share=fit.plan.noise_share,
         scores=scores,
+        ripples=_NO_RIPPLES,
     )
+    if ripple_stars is None:
+        ripple_stars = star_x[inside], star_y[inside]
+    noise = smooth.noise_share * correlation
+    return replace(smooth, ripples=_ripples(smooth, *images, template_variance, noise, *ripple_stars, fwhm))
 
 
 @njit(cache=True)
@@ -1191,6 +1254,264 @@ def _quadratic_forms(
             forms[index] += vector[row] * (2.0 * total + entries[row] * vector[row])
             first += row + 1
     return forms
+
+
+# --- ripples ----------------------------------------------------------------------------------------------------
+
+_N_RIPPLES = 5
+_NO_RIPPLES = Ripples(np.zeros(0), np.zeros(0), np.zeros((_N_RIPPLES, 0)), np.ones(_N_RIPPLES))
+
+
+def _ripples(
+    kernel: KernelSolution,
+    science: NDArray[np.floating],
+    template: NDArray[np.floating],
+    weight: NDArray[np.floating],
+    template_variance: NDArray[np.floating],
+    noise: NDArray[np.float64],
+    star_x: NDArray[np.floating],
+    star_y: NDArray[np.floating],
+    fwhm_pix: float,
+) -> Ripples:
+    """What the residuals of stars have in common with those of their neighbours.
+
+    The flux and the background of each star are free: a star that varies changes nothing. As in the kernel's own fit
+    the template's noise is in the residual and in the derivatives alike, and what it adds (autocorrelation `noise`,
+    with the kernel of the image's centre) is taken off.
+    """
+    half = max(int(np.rint(_RIPPLE_STAMP_FWHM * fwhm_pix)), 5)
+    margin = half + 1 + kernel.basis.shape[1] // 2
+    column, row = np.rint(star_x).astype(np.intp), np.rint(star_y).astype(np.intp)
+    inside = (column >= margin) & (column < kernel.shape[1] - margin)
+    inside &= (row >= margin) & (row < kernel.shape[0] - margin)
+    x, y = column[inside].astype(np.float64), row[inside].astype(np.float64)
+    background = np.einsum(
+        "nt,t->n", _position_terms(x, y, kernel.shape, kernel.background_order), kernel.background_coefficients
+    )
+    normal, right, noise_sum = _star_equations(
+        science,
+        template,
+        weight,
+        template_variance,
+        column[inside],
+        row[inside],
+        kernel.kernels_at(x, y),
+        background,
+        half,
+    )
+    added = noise_sum[:, np.newaxis, np.newaxis] * _noise_products(kernel, noise)
+    normal -= added
+    right += added[:, _N_RIPPLES]
+    scale = np.sqrt(np.maximum(np.einsum("naa->na", normal), 1e-300))
+    scaled = normal / (scale[:, :, np.newaxis] * scale[:, np.newaxis])
+    known = np.flatnonzero(np.linalg.eigvalsh(scaled)[:, 0] > _LEAST_MODE_EIGENVALUE)
+    covariance = np.linalg.inv(normal[known])
+    x, y = x[known], y[known]
+    amplitudes = np.einsum("nab,nb->na", covariance, right[known])[:, :_N_RIPPLES]
+    variances = np.einsum("naa->na", covariance)[:, :_N_RIPPLES]
+    known = np.arange(len(x))
+    # a source beside a star looks like a shift, but a large one
+    for mode in range(_N_RIPPLES):
+        found, error2 = amplitudes[known, mode], variances[known, mode]
+        likely = found**2 / (error2 + _power(found, error2))
+        known = known[likely < _MOST_RIPPLE**2]
+    x, y, amplitudes, variances = x[known], y[known], amplitudes[known], variances[known]
+    pairs = cKDTree(np.column_stack((x, y))).query_pairs(_RIPPLE_REACHES_PIX[-1], output_type="ndarray")
+    pairs = pairs[np.lexsort((pairs[:, 1], pairs[:, 0]))] if len(pairs) else np.zeros((0, 2), dtype=np.intp)
+    apart = np.hypot(x[pairs[:, 0]] - x[pairs[:, 1]], y[pairs[:, 0]] - y[pairs[:, 1]])
+    fields = [_smooth_field(amplitudes[:, m], variances[:, m], pairs, apart) for m in range(_N_RIPPLES)]
+    return Ripples(x, y, np.array([weights for weights, _ in fields]), np.array([reach for _, reach in fields]))
+
+
+def _power(values: NDArray[np.float64], variance: NDArray[np.float64]) -> float:
+    """Variance of the true values about 0, robustly: that which makes 68 % of them lie within one of their sigma."""
+    if len(values) == 0:
+        return 0.0
+    low, high = 0.0, float(np.max(values**2))
+    for _ in range(40):
+        middle = 0.5 * (low + high)
+        weight = 1.0 / (variance + middle)  # those count that tell it from noise
+        beyond = float(np.sum(weight * (values**2 > variance + middle)) / weight.sum())
+        low, high = (middle, high) if beyond > _BEYOND_SIGMA else (low, middle)
+    return 0.5 * (low + high)
+
+
+def _noise_products(kernel: KernelSolution, noise: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Mean products of the modes of the template's noise, convolved with the kernel; (7, 7)."""
+    middle = np.array([0.5 * (side - 1) for side in kernel.shape])
+    stamp = np.pad(kernel.kernels_at(middle[1:], middle[:1])[0], 6)
+    spread = ndimage.convolve(stamp, noise, mode="constant")
+    modes, spread_modes = (np.zeros((_N_RIPPLES + 2, (len(stamp) - 2) ** 2)) for _ in range(2))
+    _fill_modes(stamp, modes)
+    _fill_modes(spread, spread_modes)
+    products = np.einsum("ap,bp->ab", spread_modes, modes)
+    products[-1], products[:, -1] = 0.0, 0.0  # the constant has no noise
+    return np.asarray(products)
+
+
+def _smooth_field(
+    values: NDArray[np.float64], variance: NDArray[np.float64], pairs: NDArray[np.intp], apart: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], float]:
+    """Weights and reach of the Gaussian process through values that neighbours share; zeros if they share nothing.
+
+    Its power is the mean product of neighbours' values, weighted as for independent ones.
+    """
+    n = len(values)
+    if n == 0:
+        return np.zeros(0), 1.0
+    scatter = _power(values, variance)
+    weight = 1.0 / (variance + scatter)
+    both = weight[pairs[:, 0]] * weight[pairs[:, 1]]
+    products = both * values[pairs[:, 0]] * values[pairs[:, 1]]
+    most, reach, power, shape = _LEAST_RIPPLE_SIGNIFICANCE, 1.0, 0.0, np.zeros(len(pairs))
+    for trial in _RIPPLE_REACHES_PIX:
+        near = np.maximum(1.0 - apart / trial, 0.0) ** 4 * (4.0 * apart / trial + 1.0)
+        size = float(np.sum(both * near**2))
+        significance = float(np.sum(products * near)) / math.sqrt(max(size, 1e-300))
+        if significance > most:
+            most, reach, power, shape = significance, trial, significance / math.sqrt(size), near
+    if power == 0.0:
+        return np.zeros(n), reach
+    diagonal = variance + max(scatter, power)
+    return power * _solved(pairs, power * shape, diagonal, values), reach
+
+
+@njit(cache=True)
+def _solved(
+    pairs: NDArray[np.int64], off: NDArray[np.float64], diagonal: NDArray[np.float64], right: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Solve a sparse symmetric positive definite system by conjugate gradients, scaled to a diagonal of ones."""
+    scale = 1.0 / np.sqrt(diagonal)
+    solution = np.zeros(len(right))
+    residual = right * scale
+    direction = residual.copy()
+    square = np.sum(residual * residual)
+    goal = square * _SOLVER_PRECISION**2
+    for _ in range(_SOLVER_STEPS):
+        if square <= goal:
+            break
+        image = direction.copy()
+        for pair in range(len(off)):
+            i, j = pairs[pair, 0], pairs[pair, 1]
+            value = off[pair] * scale[i] * scale[j]
+            image[i] += value * direction[j]
+            image[j] += value * direction[i]
+        step = square / np.sum(direction * image)
+        solution += step * direction
+        residual -= step * image
+        before = square
+        square = np.sum(residual * residual)
+        direction = residual + (square / before) * direction
+    return solution * scale
+
+
+@njit(cache=True, fastmath=_FAST_MATH)
+def _star_equations(
+    science: NDArray[np.floating],
+    template: NDArray[np.floating],
+    weight: NDArray[np.floating],
+    template_variance: NDArray[np.floating],
+    columns: NDArray[np.intp],
+    rows: NDArray[np.intp],
+    kernels: NDArray[np.float64],
+    background: NDArray[np.float64],
+    half: int,
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+    """Normal equations of the modes in each star's residual, and its template variance times weight."""
+    n, side, k = len(columns), 2 * half + 1, kernels.shape[1]
+    margin = half + 1 + k // 2
+    normal, right, noise_sum = np.zeros((n, 7, 7)), np.zeros((n, 7)), np.zeros(n)
+    model, modes = np.zeros((side + 2, side + 2)), np.zeros((7, side * side))
+    weights, residual = np.zeros(side * side), np.zeros(side * side)
+    for star in range(n):
+        top, left = rows[star] - margin, columns[star] - margin
+        for y in range(side + 2):
+            total = model[y]
+            total[:] = 0.0
+            for j in range(k):
+                source = template[top + y + k - 1 - j, left : left + side + k + 1]
+                for i in range(k):
+                    value, first = kernels[star, j, i], k - 1 - i
+                    for x in range(side + 2):
+                        total[x] += value * source[first + x]
+        _fill_modes(model, modes)
+        for y in range(side):
+            for x in range(side):
+                here = rows[star] - half + y, columns[star] - half + x
+                weights[y * side + x] = weight[here]
+                residual[y * side + x] = science[here] - background[star] - modes[5, y * side + x]
+                noise_sum[star] += weight[here] * template_variance[here]
+        for a in range(7):
+            weighted = modes[a] * weights
+            right[star, a] = np.sum(weighted * residual)
+            for b in range(a + 1):
+                normal[star, a, b] = np.sum(weighted * modes[b])
+                normal[star, b, a] = normal[star, a, b]
+    return normal, right, noise_sum
+
+
+@njit(cache=True)
+def _fill_modes(model: NDArray[np.float64], modes: NDArray[np.float64]) -> None:
+    """Derivatives of a model with a rim of a pixel, the model itself, and a constant."""
+    side = model.shape[0] - 2
+    for y in range(side):
+        for x in range(side):
+            _derivatives(model, y + 1, x + 1, modes[:, y * side + x])
+            modes[5, y * side + x] = model[y + 1, x + 1]
+            modes[6, y * side + x] = 1.0
+
+
+@njit(cache=True)
+def _derivatives(image: NDArray[np.float64], y: int, x: int, out: NDArray[np.float64]) -> None:
+    left, right, below, above = image[y, x - 1], image[y, x + 1], image[y - 1, x], image[y + 1, x]
+    bend_x, bend_y = right + left - 2.0 * image[y, x], above + below - 2.0 * image[y, x]
+    out[0] = 0.5 * (right - left)
+    out[1] = 0.5 * (above - below)
+    out[2] = bend_x + bend_y
+    out[3] = bend_x - bend_y
+    out[4] = 0.5 * (image[y + 1, x + 1] - image[y + 1, x - 1] - image[y - 1, x + 1] + image[y - 1, x - 1])
+
+
+@njit(cache=True)
+def _add_ripples(kernels: NDArray[np.float64], amplitudes: NDArray[np.float64]) -> None:
+    """Add amplitudes times derivatives to each kernel, in place; kernels end in zeros, sums are kept."""
+    side = kernels.shape[1]
+    padded = np.zeros((side + 2, side + 2))
+    slopes = np.zeros(5)
+    for index in range(len(kernels)):
+        if not np.any(amplitudes[index]):
+            continue
+        padded[1:-1, 1:-1] = kernels[index]
+        before = np.sum(kernels[index])
+        for y in range(side):
+            for x in range(side):
+                _derivatives(padded, y + 1, x + 1, slopes)
+                for ripple in range(5):
+                    kernels[index, y, x] += amplitudes[index, ripple] * slopes[ripple]
+        kernels[index, side // 2, side // 2] += before - np.sum(kernels[index])  # what passed the edge
+
+
+@njit(cache=True)
+def _add_fields(
+    x: NDArray[np.float64],
+    y: NDArray[np.float64],
+    star_x: NDArray[np.float64],
+    star_y: NDArray[np.float64],
+    weights: NDArray[np.float64],
+    reaches: NDArray[np.float64],
+    out: NDArray[np.float64],
+) -> None:
+    most = np.max(reaches)
+    for place in range(len(x)):
+        for star in range(len(star_x)):
+            square = (x[place] - star_x[star]) ** 2 + (y[place] - star_y[star]) ** 2
+            if square >= most**2:
+                continue
+            distance = math.sqrt(square)
+            for ripple in range(len(reaches)):
+                part = distance / reaches[ripple]
+                if part < 1.0:
+                    out[place, ripple] += weights[ripple, star] * (1.0 - part) ** 4 * (4.0 * part + 1.0)
 
 
 def _variation_over_image(

@@ -7,9 +7,10 @@ from typing import NamedTuple
 
 import numpy as np
 from numba import njit
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
-from transforms.numerics.forced_photometry import PsfError, psf_spline
+from transforms.numerics.detection import gaussian_variances
+from transforms.numerics.forced_photometry import spline_coefficients
 
 SHIFT_MAX_PIX = 6.0  # how far `evaluate_psf` may move a PSF off the centre of its stamp
 FIT_REACH_SIGMA = 3.5  # pixels this far from the model's skeleton, plus one, are fitted: 99.8 % of a Gaussian's flux
@@ -25,7 +26,7 @@ class SplineStack(NamedTuple):
 
     Attributes
     ----------
-    coefficients : (m, w, w) float64, as in `PsfSpline`
+    coefficients : (m, w, w) float64, as of `spline_coefficients`
     sigma_pix : (m,) of the Gaussian with the same sum(P^2)
     half_width : stamps have 2 half_width + 1 pixels a side and reach 5 sigma, as far as the images do
     """
@@ -35,25 +36,11 @@ class SplineStack(NamedTuple):
     half_width: int
 
 
-def spline_stack(images: ArrayLike) -> SplineStack:
-    """Prepare a stack of PSF images.
-
-    Parameters
-    ----------
-    images : (m, k, k), k odd, each summing to 1
-
-    Raises
-    ------
-    PsfError
-        The array is not a stack of at least one image, or as `checked_psf`.
-    """
-    stack = np.ascontiguousarray(images, dtype=np.float64)
-    if stack.ndim != 3 or stack.shape[0] == 0:
-        raise PsfError(f"a stack of PSF images must have shape (m, k, k) with m > 0, got {stack.shape}")
-    coefficients = np.stack([psf_spline(image).coefficients for image in stack])
-    sigma = stack.sum(axis=(1, 2)) / np.sqrt(4.0 * math.pi * (stack * stack).sum(axis=(1, 2)))
+def spline_stack(images: NDArray[np.floating]) -> SplineStack:
+    """Prepare a stack of m > 0 PSF images (m, k, k), k odd, each summing to 1."""
+    sigma = np.sqrt(gaussian_variances(images))
     reach = max(_STAMP_HALF_WIDTH_MIN_PIX, math.ceil(_STAMP_SIGMA * float(sigma.max())))
-    return SplineStack(coefficients, sigma, min(stack.shape[1] // 2, reach))
+    return SplineStack(spline_coefficients(images), sigma, min(images.shape[1] // 2, reach))
 
 
 @njit(cache=True)

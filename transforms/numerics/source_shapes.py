@@ -7,10 +7,11 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from transforms.numerics.detection import Detections
+from transforms.numerics.detection import Detections, gaussian_variances
 from transforms.numerics.dipole_fitting import Dipoles, fit_dipoles
 from transforms.numerics.measurement import Measurements
 from transforms.numerics.model_fitting import SplineStack, spline_stack
+from transforms.numerics.psf_grid import PsfGrid, as_psf_grid
 from transforms.numerics.trail_fitting import Trails, fit_trails
 
 # A lobe holds at least 0.35 of a dipole, so at least 0.54 of the other; noise and faint neighbours take or give some.
@@ -60,9 +61,8 @@ def measure_shapes(
     matched_template: ArrayLike,
     template_variance: ArrayLike,
     bad: NDArray[np.bool_],
-    psfs: ArrayLike,
-    science_psfs: ArrayLike,
-    psf_of_source: NDArray[np.integer],
+    psf: ArrayLike | PsfGrid,
+    science_psf: ArrayLike | PsfGrid,
     detections: Detections,
     measured: Measurements,
 ) -> Shapes:
@@ -77,8 +77,8 @@ def measure_shapes(
     difference, science, matched_template : (ny, nx), used as float32, one unit, free of background
     variance, science_variance, template_variance : (ny, nx), used as float32, that unit squared
     bad : (ny, nx) bool, pixels that no measurement uses
-    psfs, science_psfs : (m, k, k) PSF images of the difference, and of science and matched template
-    psf_of_source : (n,) which of the m holds for each source
+    psf, science_psf : (k, k) odd images summing to 1, or grids of such: of the difference, and of science and matched
+        template
     detections, measured : the sources, as `measure_sources` took and gave them
 
     Returns
@@ -89,17 +89,15 @@ def measure_shapes(
     Raises
     ------
     PsfError
-        As `checked_psf`.
+        As `as_psf_grid`.
     ValueError
         Planes differ in shape.
     """
     n = measured.x.size
-    used, compact = np.unique(np.asarray(psf_of_source, dtype=np.int64), return_inverse=True)
+    of_difference, of_images = as_psf_grid(psf), as_psf_grid(science_psf)
     dipole_attempted = _may_be_dipole(detections)
-    if n == 0:
-        used = np.zeros(1, dtype=np.int64)
-    on_difference, on_images = _stack(psfs, used), _stack(science_psfs, used)
     chosen = np.flatnonzero(dipole_attempted)
+    (on_difference, on_images), prepared = _stacks((of_difference, of_images), detections, chosen)
     dipoles = fit_dipoles(
         difference,
         variance,
@@ -110,21 +108,23 @@ def measure_shapes(
         bad,
         on_difference,
         on_images,
-        compact[chosen],
+        prepared,
         detections.peak_x[chosen],
         detections.peak_y[chosen],
     )
     all_dipoles = Dipoles(*(_spread_out(column, chosen, n) for column in dipoles))
-    sigma = on_difference.sigma_pix[compact]
+    variances = gaussian_variances(of_difference.of_cells)
+    sigma = np.sqrt(variances[of_difference.cells_at(detections.peak_x, detections.peak_y)])
     trail_attempted, moments = _may_be_trail(detections, measured, sigma)
     trail_attempted &= ~all_dipoles.is_dipole
     chosen = np.flatnonzero(trail_attempted)
+    (on_difference,), prepared = _stacks((of_difference,), detections, chosen)
     trails = fit_trails(
         difference,
         variance,
         bad,
         on_difference,
-        compact[chosen],
+        prepared,
         measured.x[chosen],
         measured.y[chosen],
         *moments[:, chosen],
@@ -160,8 +160,16 @@ def lines_on_sky(
     )
 
 
-def _stack(images: ArrayLike, used: NDArray[np.int64]) -> SplineStack:
-    return spline_stack(np.asarray(images, dtype=np.float64)[used])
+def _stacks(
+    grids: tuple[PsfGrid, ...], detections: Detections, chosen: NDArray[np.intp]
+) -> tuple[list[SplineStack], NDArray[np.int64]]:
+    """The PSFs of the cells that hold chosen sources, prepared, and which of them is that of each chosen source."""
+    cells = np.stack([grid.cells_at(detections.peak_x[chosen], detections.peak_y[chosen]) for grid in grids])
+    used, prepared = np.unique(cells, axis=1, return_inverse=True)
+    if len(chosen) == 0:
+        used = np.zeros((len(grids), 1), dtype=np.int64)
+    stacks = [spline_stack(grid.of_cells[rows]) for grid, rows in zip(grids, used, strict=True)]
+    return stacks, np.asarray(prepared, dtype=np.int64).reshape(-1)
 
 
 def _spread_out(column: NDArray, rows: NDArray[np.int64], n: int) -> NDArray:
