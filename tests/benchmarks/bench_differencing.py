@@ -64,6 +64,7 @@ from threadpoolctl import threadpool_limits
 
 from transforms.numerics import differencing
 from transforms.numerics.convolution import block_centres, convolve_spatially_varying
+from transforms.numerics.decorrelation import interpolation_count
 from transforms.numerics.differencing import DECORRELATION_CELL_PIX, ImagePlanes
 from transforms.numerics.pair_simulation import REGIMES, SimulatedPair, simulate_pair
 from transforms.numerics.warping import CoordinateGrid, WarpedExposure, coordinate_grid, warp_exposure
@@ -104,9 +105,10 @@ class Difference:
 
     Attributes
     ----------
-    image, variance : (ny, nx); the science image's counts
+    image, variance : (ny, nx); the science image's counts. Noise, chi and pulls are judged by this variance
     invalid : (ny, nx) bool, pixels that the peer itself says not to use
     seconds : CPU seconds by step; their sum is the time of the subtraction
+    expected_power : (ny, nx) variance by which detections are judged; None for `variance`
     transfer : kernel at (x, y) that turned the science PSF into that of the difference; None if there is none
     """
 
@@ -115,6 +117,7 @@ class Difference:
     invalid: np.ndarray
     seconds: dict[str, float]
     transfer: Callable[[float, float], np.ndarray] | None = None
+    expected_power: np.ndarray | None = None
 
 
 @dataclass(eq=False)
@@ -158,7 +161,11 @@ def subtract_ours(task: Task) -> Difference:
     pair, warped = task.pair, task.warped
     science = ImagePlanes(pair.science.image, pair.science.variance, task.science_bad, saturated=pair.science.saturated)
     template = ImagePlanes(
-        warped.image, warped.white_variance, task.template_bad, saturated=task.template_bad & ~warped.no_data
+        warped.image,
+        warped.white_variance,
+        task.template_bad,
+        interpolated=interpolation_count(warped.variance, warped.white_variance),
+        saturated=task.template_bad & ~warped.no_data,
     )
     with timed_functions(differencing) as seconds:
         begin = time.process_time()
@@ -172,7 +179,7 @@ def subtract_ours(task: Task) -> Difference:
 
     unusable = result.invalid | result.cosmic_rays | result.trails
     expected = result.variance + np.square(np.float32(result.residual_part) * result.matched_template)
-    return Difference(result.difference, expected, unusable, seconds, transfer)
+    return Difference(result.difference, result.variance, unusable, seconds, transfer, expected)
 
 
 @contextlib.contextmanager
@@ -297,12 +304,13 @@ def judge(task: Task, difference: Difference) -> Verdict:
     pair = task.pair
     unusable = difference.invalid | task.bad | ~np.isfinite(difference.image) | ~(difference.variance > 0)
     unusable |= ~np.isfinite(difference.variance)
-    weight = np.where(unusable, 0.0, 1.0 / np.where(unusable, 1.0, difference.variance)).astype(np.float32)
+    weight = _inverse(difference.variance, unusable)
+    expected = weight if difference.expected_power is None else _inverse(difference.expected_power, unusable)
     pixels = np.where(unusable, np.float32(0.0), difference.image).astype(np.float32)
     scaled = pixels * np.sqrt(weight)
     blank = _blank_sky(task, unusable)
     noise, correlation_x, correlation_y = _noise_figures(scaled, blank)
-    significance = _significance(pair, difference, pixels, weight)
+    significance = _significance(pair, difference, pixels, expected)
     peak_x, peak_y, peak = _peaks(pair, significance, unusable)
     good, found = _match(pair, peak_x, peak_y, peak)
     is_false, is_hit = _classify(pair, peak_x, peak_y)
@@ -329,6 +337,10 @@ def judge(task: Task, difference: Difference) -> Verdict:
         chi_bright=chi_bright,
         seconds=dict(difference.seconds),
     )
+
+
+def _inverse(variance: np.ndarray, unusable: np.ndarray) -> np.ndarray:
+    return np.where(unusable, 0.0, 1.0 / np.where(unusable, 1.0, variance)).astype(np.float32)
 
 
 def _robust_std(values: np.ndarray) -> float:
