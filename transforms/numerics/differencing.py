@@ -34,6 +34,7 @@ from transforms.numerics.psf_modelling import (
     psf_fwhm_pix,
     remeasured,
 )
+from transforms.numerics.saturated_cores import fill_saturated_cores, subtract_halos
 from transforms.numerics.subtraction_quality import SubtractionQuality, measure_quality, require_a_subtraction
 
 _KERNEL_BLOCK_PIX = 32
@@ -201,9 +202,12 @@ def subtract(
     model = _known_psf(science) or fit_psf_model(science_sky.image, science_variance, science_bad, sources)
     if template.psf is None:
         template_sources = remeasured(sources, template_pixels, template_variance, template_bad)
-        template_fwhm_pix = estimate_psf(template_pixels, template_variance, template_bad, template_sources).fwhm_pix
+        template_psf = estimate_psf(template_pixels, template_variance, template_bad, template_sources).psf
     else:
-        template_fwhm_pix = psf_fwhm_pix(template.psf)
+        template_psf = np.asarray(template.psf, dtype=np.float64)
+    template_fwhm_pix = psf_fwhm_pix(template_psf)
+    cores = template_bad & _saturated(template)
+    saturated_stars = fill_saturated_cores(template_pixels, template_variance, template_bad, cores, template_psf)
     half = kernel_half_width_pix(model.fwhm_pix, template_fwhm_pix)
     near_bad_template = grown(template_bad, half // 2, outside=True)
     isolation_pix = _ISOLATION_FWHM * model.fwhm_pix
@@ -247,6 +251,7 @@ def subtract(
     with contextlib.suppress(BackgroundError):  # too few pixels are left to measure what is left of it
         subtract_background_in_place(difference, unusable, parameters.background_box_pix)
     science_pixels = difference + matched
+    subtract_halos(difference, matched, variance, unusable, saturated_stars, model.fwhm_pix)
     part = residual_part(difference, variance, matched, unusable)
     residual = np.square(np.float32(part) * matched)
     noise2 = variance + residual
