@@ -250,15 +250,15 @@ def subtract(
     kernel.subtract_background(difference)
     with contextlib.suppress(BackgroundError):  # too few pixels are left to measure what is left of it
         subtract_background_in_place(difference, unusable, parameters.background_box_pix)
-    science_pixels = difference + matched
     subtract_halos(difference, matched, variance, unusable, saturated_stars, model.fwhm_pix)
     part = residual_part(difference, variance, matched, unusable)
-    residual = np.square(np.float32(part) * matched)
-    noise2 = variance + residual
+    science_pixels, noise2, suspect = _planes_with_residual(difference, matched, variance, invalid, part)
     trails = star_trails(difference, noise2, _saturated(science, template), unusable, model.fwhm_pix)
     unusable |= trails
     cosmic_rays = find_cosmic_rays(difference, noise2, science_pixels, unusable, model.at_centre())
-    template_cosmic_rays = find_cosmic_rays(-difference, noise2, matched, unusable, model.at_centre())
+    np.negative(difference, out=difference)
+    template_cosmic_rays = find_cosmic_rays(difference, noise2, matched, unusable, model.at_centre())
+    np.negative(difference, out=difference)
     unusable |= cosmic_rays
     decorrelation = _decorrelation_of_cells(kernel, science_variance, template_variance, template.interpolated)
     white = convolve_spatially_varying(difference, decorrelation, DECORRELATION_CELL_PIX, left_out=unusable)
@@ -273,7 +273,7 @@ def subtract(
         matched_template=matched,
         invalid=invalid,
         residual_part=part,
-        suspect=residual > variance,
+        suspect=suspect,
         trails=trails,
         cosmic_rays=cosmic_rays,
         template_cosmic_rays=template_cosmic_rays,
@@ -439,6 +439,26 @@ def _mark_unmeasured(
             invalid[y, x] |= not (np.isfinite(image[y, x]) & np.isfinite(variance[y, x]))
             unusable[y, x] = bad[y, x] | invalid[y, x]
     return unusable
+
+
+@njit(cache=True)
+def _planes_with_residual(
+    difference: NDArray[np.float32],
+    matched: NDArray[np.float32],
+    variance: NDArray[np.float32],
+    invalid: NDArray[np.bool_],
+    part: float,
+) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.bool_]]:
+    """Science image without background; variance with what bright stars leave; where the latter outweighs the noise."""
+    science, noise2 = np.empty_like(difference), np.empty_like(difference)
+    suspect = np.empty_like(invalid)
+    for y in range(difference.shape[0]):
+        for x in range(difference.shape[1]):
+            science[y, x] = difference[y, x] + matched[y, x]
+            residual = (np.float32(part) * matched[y, x]) ** 2
+            noise2[y, x] = variance[y, x] + residual
+            suspect[y, x] = (residual > variance[y, x]) & (not invalid[y, x])
+    return science, noise2, suspect
 
 
 @njit(cache=True)
