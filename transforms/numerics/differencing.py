@@ -29,9 +29,7 @@ from transforms.numerics.psf_modelling import (
     PsfModel,
     constant_psf,
     detect_sources,
-    estimate_psf,
     fit_psf_model,
-    psf_fwhm_pix,
     remeasured,
 )
 from transforms.numerics.saturated_cores import fill_saturated_cores, subtract_halos
@@ -200,15 +198,15 @@ def subtract(
 
     sources = detect_sources(science_sky.image, science_variance, science_bad)
     model = _known_psf(science) or fit_psf_model(science_sky.image, science_variance, science_bad, sources)
-    if template.psf is None:
+    template_model = _known_psf(template)
+    if template_model is None:
         template_sources = remeasured(sources, template_pixels, template_variance, template_bad)
-        template_psf = estimate_psf(template_pixels, template_variance, template_bad, template_sources).psf
-    else:
-        template_psf = np.asarray(template.psf, dtype=np.float64)
-    template_fwhm_pix = psf_fwhm_pix(template_psf)
+        template_model = fit_psf_model(template_pixels, template_variance, template_bad, template_sources)
     cores = template_bad & _saturated(template)
-    saturated_stars = fill_saturated_cores(template_pixels, template_variance, template_bad, cores, template_psf)
-    half = kernel_half_width_pix(model.fwhm_pix, template_fwhm_pix)
+    saturated_stars = fill_saturated_cores(
+        template_pixels, template_variance, template_bad, cores, template_model.on_cells()
+    )
+    half = kernel_half_width_pix(model.fwhm_pix, template_model.fwhm_pix)
     near_bad_template = grown(template_bad, half // 2, outside=True)
     isolation_pix = _ISOLATION_FWHM * model.fwhm_pix
     stars, ripple_stars = (
@@ -234,7 +232,7 @@ def subtract(
         sources.x[stars],
         sources.y[stars],
         model.fwhm_pix,
-        template_fwhm_pix,
+        template_model.fwhm_pix,
         parameters.spatial_order,
         parameters.background_order,
         _kernel_models(parameters.spatial_order),
@@ -284,7 +282,7 @@ def subtract(
         science_background=science_sky.level,
         template_background=template_sky.level,
         fwhm_science_pix=model.fwhm_pix,
-        fwhm_template_pix=template_fwhm_pix,
+        fwhm_template_pix=template_model.fwhm_pix,
         n_psf_stars=model.n_stars,
         quality=quality,
     )

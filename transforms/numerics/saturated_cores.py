@@ -18,6 +18,7 @@ from numba import njit
 from numpy.typing import NDArray
 
 from transforms.numerics.forced_photometry import evaluate_psf, spline_coefficients
+from transforms.numerics.psf_grid import PsfGrid
 
 _STEPS = 5
 _CLIP_FROM_STEP, _CLIP_SIGMA = 2, 5.0  # neighbours are left out once the star's place and flux are about right
@@ -47,7 +48,7 @@ def fill_saturated_cores(
     variance: NDArray[np.floating],
     bad: NDArray[np.bool_],
     saturated: NDArray[np.bool_],
-    psf: NDArray[np.floating],
+    psf: PsfGrid,
 ) -> SaturatedStars:
     """Replace the saturated pixels of stars, in place, by what their wings ask for.
 
@@ -62,7 +63,7 @@ def fill_saturated_cores(
     variance : (ny, nx) floating, of a pixel; > 0 where not `bad`
     bad : (ny, nx) bool, pixels that no fit uses
     saturated : (ny, nx) bool, the pixels to be filled, all of them bad
-    psf : (k, k) floating, k odd, sum 1
+    psf : of the image, in its cells: the light in wings goes with the fifth power of the width
 
     Returns
     -------
@@ -75,9 +76,25 @@ def fill_saturated_cores(
     order = np.argsort(star, kind="stable")
     starts = np.flatnonzero(np.diff(star[order], prepend=-1))
     ends = np.append(starts[1:], len(order))
-    coefficients = spline_coefficients(np.asarray(psf, dtype=np.float64)[np.newaxis])[0]
+    rows, columns = rows[order], columns[order]
+    centre_y, centre_x = _centres(rows, columns, starts, ends)
+    used, psf_of_group = np.unique(psf.cells_at(centre_x, centre_y), return_inverse=True)
     stars = np.zeros((3, len(starts)))
-    n = _fill(image, variance, bad, rows[order], columns[order], starts, ends, coefficients, psf.shape[0] // 2, stars)
+    n = _fill(
+        image,
+        variance,
+        bad,
+        rows,
+        columns,
+        starts,
+        ends,
+        centre_y,
+        centre_x,
+        spline_coefficients(psf.of_cells[used]),
+        psf_of_group,
+        psf.images.shape[2] // 2,
+        stars,
+    )
     return SaturatedStars(*stars[:, :n])
 
 
@@ -222,7 +239,10 @@ def _fill(
     columns: NDArray[np.int64],
     starts: NDArray[np.int64],
     ends: NDArray[np.int64],
+    centre_y: NDArray[np.int64],
+    centre_x: NDArray[np.int64],
     coefficients: NDArray[np.float64],
+    psf_of_group: NDArray[np.int64],
     half: int,
     stars: NDArray[np.float64],
 ) -> int:
@@ -233,10 +253,10 @@ def _fill(
     n_filled = 0
     for group in range(len(starts)):
         first, last = starts[group], ends[group]
-        row, column = _deepest(rows[first:last], columns[first:last])
+        row, column, psf = centre_y[group], centre_x[group], coefficients[psf_of_group[group]]
         dx, dy, flux, snr, n_wing = 0.0, 0.0, 0.0, 0.0, 0
         for step in range(_STEPS):
-            evaluate_psf(coefficients, half, dx, dy, model, slope_x, slope_y)
+            evaluate_psf(psf, half, dx, dy, model, slope_x, slope_y)
             m00 = m01 = m02 = m11 = m12 = m22 = r0 = r1 = r2 = 0.0
             n_wing = 0
             for j in range(max(0, half - row), min(side, ny + half - row)):
@@ -272,7 +292,7 @@ def _fill(
                 break
         if not (n_wing >= _LEAST_WING_PIXELS and snr >= _LEAST_SNR and math.hypot(dx, dy) <= _LARGEST_SHIFT_PIX):
             continue
-        evaluate_psf(coefficients, half, dx, dy, model, slope_x, slope_y)
+        evaluate_psf(psf, half, dx, dy, model, slope_x, slope_y)
         for pixel in range(first, last):
             j, i = rows[pixel] - row + half, columns[pixel] - column + half
             if 0 <= j < side and 0 <= i < side:
@@ -280,6 +300,18 @@ def _fill(
         stars[0, n_filled], stars[1, n_filled], stars[2, n_filled] = column + dx, row + dy, flux
         n_filled += 1
     return n_filled
+
+
+@njit(cache=True)
+def _centres(
+    rows: NDArray[np.int64], columns: NDArray[np.int64], starts: NDArray[np.int64], ends: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Row and column of the deepest pixel of each group."""
+    centre_y, centre_x = np.empty(len(starts), np.int64), np.empty(len(starts), np.int64)
+    for group in range(len(starts)):
+        group_rows, group_columns = rows[starts[group] : ends[group]], columns[starts[group] : ends[group]]
+        centre_y[group], centre_x[group] = _deepest(group_rows, group_columns)
+    return centre_y, centre_x
 
 
 @njit(cache=True)
