@@ -5,10 +5,10 @@ BIN := $(VENV)/bin
 NIGHTS := nights
 
 .DEFAULT_GOAL := help
-.PHONY: help setup night test test-real test-oracles check format bench lock clean flink-setup flink-test
+.PHONY: help setup night test test-real test-oracles check format bench bench-differencing lock clean flink-setup flink-test
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-18s %s\n", $$1, $$2}'
 
 setup: $(VENV)/.warm ## make .venv from the lock file and compile the kernels
 
@@ -53,6 +53,9 @@ format: setup ## format the sources and mend what ruff can mend
 
 bench: setup ## seconds per stage and detector, alerts per second
 	$(BIN)/python tests/benchmarks/bench_chain.py
+
+bench-differencing: setup ## differencing on simulated pairs; HOTPANTS=path runs that beside it
+	$(BIN)/python tests/benchmarks/bench_differencing.py --seeds 8 $(if $(HOTPANTS),--hotpants $(HOTPANTS))
 
 flink-setup: $(VENV)/.installed ## fetch and assemble what --runner flink needs (Maven, Java 17)
 	$(BIN)/python -m runners.flink_setup
