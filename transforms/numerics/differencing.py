@@ -39,6 +39,7 @@ _KERNEL_BLOCK_PIX = 32
 _VARIANCE_BLOCK_PIX = 64
 DECORRELATION_CELL_PIX = 256
 _KERNEL_CORE_WEIGHT = 0.95  # of the kernel's absolute weight: nearer bad template pixels make a difference invalid
+_KERNEL_WEIGHT_OF_CORES = 0.99  # saturated cores hold far more, and are known to some per cent only
 _VARIANCE_WEIGHT = 0.999  # of the squared kernel's weight
 _ISOLATION_FWHM = 2.0
 _LEAST_SIDE_PIX = 64
@@ -242,7 +243,8 @@ def subtract(
     matched = convolve_spatially_varying(template_pixels, kernels, _KERNEL_BLOCK_PIX)
     variance = convolve_spatially_varying(template_variance, _passed_variance(kernel), _VARIANCE_BLOCK_PIX)
     variance += science_variance
-    invalid = grown(template_bad, _core_radius_pix(kernels), outside=True)
+    invalid = grown(template_bad, _core_radius_pix(kernels, _KERNEL_CORE_WEIGHT), outside=True)
+    invalid |= grown(cores, _core_radius_pix(kernels, _KERNEL_WEIGHT_OF_CORES))
     unusable = _mark_unmeasured(science.image, science.variance, science_bad, invalid)
     difference = np.subtract(science_sky.image, matched, out=science_sky.image)  # a new plane costs as much as a pass
     kernel.subtract_background(difference)
@@ -491,9 +493,9 @@ def _decorrelated_psf(psf: PsfGrid, kernels: NDArray[np.float64], shape: tuple[i
     return PsfGrid(convolved)
 
 
-def _core_radius_pix(kernels: NDArray[np.float64]) -> int:
-    """Half side of the centred square with 95 % of the absolute weight of the mean kernel."""
-    return radius_of_part(np.abs(kernels.mean(axis=(0, 1))), _KERNEL_CORE_WEIGHT)
+def _core_radius_pix(kernels: NDArray[np.float64], part: float) -> int:
+    """Half side of the centred square with a part of the absolute weight of the mean kernel."""
+    return radius_of_part(np.abs(kernels.mean(axis=(0, 1))), part)
 
 
 def _fill(image: NDArray[np.float32], missing: NDArray[np.bool_]) -> None:
