@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from pydantic import ValidationError
 from rich.console import Console
 
 from runners.run_commands import BadUsage, Failure
@@ -75,7 +76,12 @@ def build(
     from transforms.templates import TemplateConfig
 
     started = time.monotonic()
-    config = TemplateConfig(**choice)
+    try:
+        config = TemplateConfig(**choice)
+    except ValidationError as error:
+        raise BadUsage(
+            "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors())
+        ) from error
     if config.min_exposures > config.max_exposures:
         raise BadUsage(f"--min-exposures {config.min_exposures} is above --max-exposures {config.max_exposures}")
     try:

@@ -92,7 +92,8 @@ def read_index(folder: Path) -> list[dict[str, Any]]:
     try:
         records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         for record in records:
-            _ = (record["template"], record["instrument"], record["band"], record["n_exposures"], record["exposures"])
+            _ = ((folder / record["template"]).resolve(), record["instrument"], record["band"], record["n_exposures"])
+            _ = [(used["visit"], used["detector"]) for used in record["exposures"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise TemplateFolderError(f"{path} is broken: {type(error).__name__}: {error}") from error
     return records
@@ -145,7 +146,7 @@ def attach_templates(night: Path, folder: Path) -> Attachment:
                 continue
             counts[1] += 1
             images["template"] = _path_from(path.parent, best.path)
-            if str((path.parent / images["science"]).resolve()) in best.sources:
+            if (visit.visit, images["detector"]) in best.sources:
                 own.append(name)
         lines.append(json.dumps(record))
     try:
@@ -165,7 +166,7 @@ class _Template:
     instrument: str
     band: str
     n_exposures: int
-    sources: frozenset[str]
+    sources: frozenset[tuple[int, int]]
     wcs: WCS
     shape: tuple[int, int]
 
@@ -178,7 +179,7 @@ def _usable_templates(folder: Path) -> list[_Template]:
             wcs, shape = read_grid(path)
         except ExposureError as error:
             raise TemplateFolderError(f"{folder}: {error}; build the templates again") from error
-        sources = frozenset(used["science"] for used in record["exposures"])
+        sources = frozenset((used["visit"], used["detector"]) for used in record["exposures"])
         templates.append(
             _Template(path, record["instrument"], record["band"], record["n_exposures"], sources, wcs, shape)
         )

@@ -21,6 +21,7 @@ PERIHELION, MEAN_ANOMALY = ("q", "peri_time"), ("a", "mean_anomaly")
 OPTIONAL_COLUMNS = ("designation", "h", "g")
 DESIGNATION_BYTES = 32
 _MAX_ECCENTRICITY = 100.0
+_MIN_PERIHELION_AU = 1e-4  # well inside the Sun; below, propagation takes ever smaller steps
 _MAX_PERIHELION_AU = 10_000.0
 _MAX_PERIHELION_MJD = 2e6  # 3,600 years from now; a Julian date is beyond
 _EXAMPLES = 3
@@ -202,8 +203,8 @@ def _usable(columns: dict[str, np.ndarray], problems: list[ElementsProblem]) -> 
             (columns["epoch_mjd"] >= first_mjd) & (columns["epoch_mjd"] <= last_mjd)
         ),
         f"e outside [0, {_MAX_ECCENTRICITY:.0f}]": ~((e >= 0.0) & (e <= _MAX_ECCENTRICITY)),
-        f"perihelion distance outside (0, {_MAX_PERIHELION_AU:.0f}] au": ~(
-            (perihelion > 0.0) & (perihelion <= _MAX_PERIHELION_AU)
+        f"perihelion distance outside [{_MIN_PERIHELION_AU:g}, {_MAX_PERIHELION_AU:.0f}] au": ~(
+            (perihelion >= _MIN_PERIHELION_AU) & (perihelion <= _MAX_PERIHELION_AU)
         ),
         "i outside [0, 180]": ~((columns["i"] >= 0.0) & (columns["i"] <= 180.0)),
         f"peri_time beyond MJD {_MAX_PERIHELION_MJD:.0f} either way": np.abs(columns["peri_time"])

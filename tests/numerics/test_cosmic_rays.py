@@ -137,6 +137,15 @@ def test_bad_pixels_are_neither_marked_nor_looked_at() -> None:
     assert np.count_nonzero(hits) == 1
 
 
+def test_a_hot_pair_of_columns_is_marked_once_and_at_once() -> None:
+    """Each pixel is reached from both columns: taken twice a pass, their number would double 1,000 times."""
+    image = np.random.default_rng(11).normal(size=(1000, 40)).astype(np.float32)
+    image[:, 20:22] += 30.0
+    variance, bad = np.ones(image.shape, dtype=np.float32), np.zeros(image.shape, dtype=bool)
+    hits = find_cosmic_rays(image, variance, image, bad, psf_of(4.0))
+    assert np.count_nonzero(hits) <= 2 * len(image) + 20
+
+
 def test_contrasts_are_those_of_a_gaussian_a_tenth_narrower() -> None:
     """P(0) / P(u) of a sampled Gaussian is exp(u^2 / (2 sigma^2)); the mean of a pair is largest relative there."""
     offset = np.arange(-15.0, 16.0)

@@ -136,3 +136,18 @@ def test_few_stars_make_no_halo_and_noise_none_either() -> None:
             n_moved += bool(matched.any())
         # 20 rings at 3 sigma, ends of correlated rings included: one run in twenty
         assert n_moved <= 0.3 * len(seeds)
+
+
+@pytest.mark.parametrize(("n_stars", "n_spoilt"), [(5, 1), (6, 1), (10, 2), (16, 3)])
+def test_what_lies_around_a_few_stars_is_no_halo_of_the_others(n_stars: int, n_spoilt: int) -> None:
+    rng = np.random.default_rng([7, n_stars])
+    difference = rng.normal(0.0, 10.0, SHAPE).astype(np.float32)
+    x, y = np.divmod(np.arange(n_stars), 4)
+    stars = SaturatedStars(40.0 + 70.0 * x, 40.0 + 70.0 * y, np.full(n_stars, 3e6))
+    rows, columns = np.mgrid[: SHAPE[0], : SHAPE[1]].astype(float)
+    for star in range(n_spoilt):
+        difference[np.hypot(columns - stars.x[star], rows - stars.y[star]) < 14] += 600.0
+    matched = np.zeros(SHAPE, dtype=np.float32)
+    variance = np.full(SHAPE, 100.0, dtype=np.float32)
+    subtract_halos(difference, matched, variance, np.zeros(SHAPE, dtype=bool), stars, FWHM_PIX)
+    assert np.abs(matched).max() < 10.0  # below the noise of one pixel; the spoilt light is 600

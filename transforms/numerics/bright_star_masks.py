@@ -173,11 +173,12 @@ def _mark_bleed(saturated: NDArray[np.bool_], y: int, x: int, least_pix: int, ma
         return
     for column in range(x, end):
         top, bottom = y, y
-        while top + 1 < ny and saturated[top + 1, column]:
+        widest = length / _BLEED_ASPECT  # beyond it the rest of the column need not be looked at
+        while top + 1 < ny and saturated[top + 1, column] and top - bottom + 1 <= widest:
             top += 1
-        while bottom > 0 and saturated[bottom - 1, column]:
+        while bottom > 0 and saturated[bottom - 1, column] and top - bottom + 1 <= widest:
             bottom -= 1
-        if length >= _BLEED_ASPECT * (top - bottom + 1):
+        if top - bottom + 1 <= widest:
             marked[min(top + 1, ny - 1), column] = True
             marked[max(bottom - 1, 0), column] = True
 

@@ -133,6 +133,7 @@ def _mark_hits(
             is_bright = d > 0.0 and d * d > _PEAK_SIGMA**2 * v and not bad[y, x]
             if is_bright and _stands_out(difference, variance, light, bad, hits, contrasts, y, x, _EXCESS_SIGMA, True):
                 front.append((y, x))
+    queued = np.zeros(difference.shape, dtype=np.bool_)  # a pixel that several hits reach is taken once
     while len(front) > 0:  # all of a pass at once, so that no direction is preferred
         for y, x in front:
             hits[y, x] = True
@@ -141,12 +142,13 @@ def _mark_hits(
             for y in range(max(y0 - 1, 0), min(y0 + 2, ny)):
                 for x in range(max(x0 - 1, 0), min(x0 + 2, nx)):
                     d, v = difference[y, x], variance[y, x]
-                    if hits[y, x] or bad[y, x] or d <= 0.0 or d * d <= _GROWTH_SIGMA**2 * v:
+                    if hits[y, x] or queued[y, x] or bad[y, x] or d <= 0.0 or d * d <= _GROWTH_SIGMA**2 * v:
                         continue
                     if _stands_out(
                         difference, variance, light, bad, hits, contrasts, y, x, _GROWTH_EXCESS_SIGMA, False
                     ):
                         grown.append((y, x))
+                        queued[y, x] = True
         front = grown
 
 

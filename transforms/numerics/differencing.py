@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numba import njit
@@ -297,10 +298,14 @@ def _kernel_models(highest_order: int) -> tuple[KernelModel, ...]:
 
 
 def _native(planes: ImagePlanes) -> ImagePlanes:
-    """Image and variance in this machine's byte order."""
+    """Image and variance in this machine's byte order, as floats that can be computed with."""
     image, variance = (np.asarray(plane) for plane in (planes.image, planes.variance))
-    image, variance = (plane.astype(plane.dtype.newbyteorder("="), copy=False) for plane in (image, variance))
+    image, variance = (plane.astype(_computed_type(plane.dtype), copy=False) for plane in (image, variance))
     return replace(planes, image=image, variance=variance)
+
+
+def _computed_type(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    return np.dtype(np.float32) if dtype == np.float16 else dtype.newbyteorder("=")
 
 
 def _checked_bad(name: str, planes: ImagePlanes) -> NDArray[np.bool_]:
@@ -311,6 +316,8 @@ def _checked_bad(name: str, planes: ImagePlanes) -> NDArray[np.bool_]:
             f"{name}: planes differ in shape: image {image.shape}, variance {planes.variance.shape}, "
             f"bad {np.shape(planes.bad)}"
         )
+    if planes.saturated is not None and np.shape(planes.saturated) != image.shape:
+        raise UnusableImageError(f"{name}: saturated pixels {np.shape(planes.saturated)}, image {image.shape}")
     if min(image.shape) < _LEAST_SIDE_PIX:
         raise UnusableImageError(f"{name} of shape {image.shape} is smaller than {_LEAST_SIDE_PIX} pixels")
     bad = np.array(planes.bad, dtype=np.bool_)

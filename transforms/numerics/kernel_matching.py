@@ -483,7 +483,7 @@ def fit_matching_kernel(
             stamps_of[model.basis] = basis, stamps
         try:
             with_shares = [_held_out_trial(model, *stamps_of[model.basis], background_order, s) for s in shares]
-        except IllConditionedKernelError as error:
+        except BadKernelError as error:
             failure = error
             continue
         trial = max(with_shares, key=lambda one: _gain(with_shares[0], one))

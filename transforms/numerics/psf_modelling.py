@@ -96,6 +96,9 @@ _MAX_REMAINDER = 0.5  # of the peak
 _BASIS_PRECISION = 1e-4  # of the peak
 
 
+_LARGEST_OFFSET_PIX = 2  # of a given PSF's peak from the middle
+
+
 class PsfEstimationError(ValueError):
     """A PSF that cannot be measured; the message says how many stars were found, and what was refused."""
 
@@ -308,6 +311,10 @@ def constant_psf(psf: NDArray[np.floating], shape: tuple[int, int]) -> PsfModel:
     fwhm_pix, total = psf_fwhm_pix(image), float(image.sum())
     if total <= 0:
         raise PsfEstimationError(f"a PSF must have a positive sum, it is {total:g}")
+    middle = image.shape[0] // 2
+    peak_y, peak_x = np.unravel_index(np.argmax(image), image.shape)
+    if max(abs(int(peak_y) - middle), abs(int(peak_x) - middle)) > _LARGEST_OFFSET_PIX:
+        raise PsfEstimationError(f"the peak of a PSF lies at ({peak_x}, {peak_y}), not near its middle {middle}")
     return PsfModel(image[np.newaxis] / total, np.ones((1, 1)), 0, (shape[0], shape[1]), fwhm_pix, 0)
 
 

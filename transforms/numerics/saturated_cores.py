@@ -32,6 +32,7 @@ _LEAST_STARS = 5
 _LEAST_RING_PIXELS = 8
 _HALO_SIGMA = 3.0  # a ring is taken off if it is this significant
 _STAR_CLIP_SIGMA = 4.0
+_HALO_SCATTER = 0.15  # PSFs vary, so does the part of the light
 _MEDIAN_ERROR = 1.2533  # of the median of a normal distribution, over that of its mean
 
 
@@ -109,7 +110,7 @@ def subtract_halos(
     """Move what saturated stars leave around them from the difference to the matched template, both in place.
 
     ``D(r) = flux h(r)``: in rings of 2 pixels, to 10 FWHM, each star's median is taken, and h is the mean over the
-    stars weighted by their errors, stars 4 sigma off left out once. Rings in which h is not 3 sigma from 0 count as 0,
+    stars weighted by their errors, without stars that are 4 sigma and more off the weighted median. Rings in which h is not 3 sigma from 0 count as 0,
     and all beyond the first such ring that follows a significant one; h is linear between the rings' middles.
 
     Parameters
@@ -131,22 +132,32 @@ def subtract_halos(
     middle, error = _ring_medians(difference, variance, unusable, stars.x, stars.y, n_rings)
     begun = False
     for ring in range(n_rings):
-        known = np.isfinite(error[:, ring])
-        for _ in range(2):
-            if np.count_nonzero(known) < _LEAST_STARS:
-                break
-            weight, flux = error[known, ring] ** -2, stars.flux[known]
-            norm = float(np.sum(weight * flux**2))
-            part = float(np.sum(weight * flux * middle[known, ring])) / norm
-            profile[ring] = part if abs(part) * math.sqrt(norm) > _HALO_SIGMA else 0.0
-            off = np.abs(middle[:, ring] - part * stars.flux)
-            known &= ~(off > _STAR_CLIP_SIGMA * np.maximum(error[:, ring], 0.25 * abs(part) * stars.flux))
+        profile[ring] = _part_of_light(middle[:, ring], error[:, ring], stars.flux)
         if begun and profile[ring] == 0.0:
             break
         begun |= profile[ring] != 0.0
     if profile.any():
         _move_halos(difference, matched_template, stars.x, stars.y, stars.flux, profile)
     return profile
+
+
+def _part_of_light(middle: NDArray[np.float64], error: NDArray[np.float64], flux: NDArray[np.float64]) -> float:
+    """The part of the stars' light in a ring; 0 where it is not significant, or too few stars agree."""
+    known = np.flatnonzero(np.isfinite(error))
+    if len(known) < _LEAST_STARS:
+        return 0.0
+    weight = (flux[known] / error[known]) ** 2
+    ratio = middle[known] / flux[known]
+    order = np.argsort(ratio, kind="stable")
+    total = np.cumsum(weight[order])
+    typical = float(ratio[order][np.searchsorted(total, 0.5 * total[-1])])
+    allowed = np.maximum(error[known], _HALO_SCATTER * abs(typical) * flux[known])
+    agree = np.abs(middle[known] - typical * flux[known]) <= _STAR_CLIP_SIGMA * allowed
+    if np.count_nonzero(agree) < _LEAST_STARS:
+        return 0.0
+    norm = float(np.sum(weight[agree]))
+    part = float(np.sum(weight[agree] * ratio[agree])) / norm
+    return part if abs(part) * math.sqrt(norm) > _HALO_SIGMA else 0.0
 
 
 def _ring_medians(

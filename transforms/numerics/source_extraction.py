@@ -84,7 +84,9 @@ def extract_sources(
         y=y + sums[kept, 8],
         flux=flux[kept],
         n_pix=sums[kept, 0].astype(np.int64),
-        major=np.sqrt(mean + half),
+        major=np.sqrt(
+            np.maximum(mean + half, 1.0 / 12.0)
+        ),  # that of one pixel, whatever rounding leaves of huge values
         minor=np.sqrt(np.maximum(mean - half, 0.0)),
         at_edge=at_edge[kept],
     )
