@@ -252,7 +252,8 @@ def subtract(
         subtract_background_in_place(difference, unusable, parameters.background_box_pix)
     subtract_halos(difference, matched, variance, unusable, saturated_stars, model.fwhm_pix)
     part = residual_part(difference, variance, matched, unusable)
-    science_pixels, noise2, suspect = _planes_with_residual(difference, matched, variance, invalid, part)
+    noise2 = template_pixels  # their plane is free now
+    science_pixels, suspect = _planes_with_residual(difference, matched, variance, invalid, part, noise2)
     trails = star_trails(difference, noise2, _saturated(science, template), unusable, model.fwhm_pix)
     unusable |= trails
     cosmic_rays = find_cosmic_rays(difference, noise2, science_pixels, unusable, model.at_centre())
@@ -261,7 +262,9 @@ def subtract(
     np.negative(difference, out=difference)
     unusable |= cosmic_rays
     decorrelation = _decorrelation_of_cells(kernel, science_variance, template_variance, template.interpolated)
-    white = convolve_spatially_varying(difference, decorrelation, DECORRELATION_CELL_PIX, left_out=unusable)
+    white = convolve_spatially_varying(
+        difference, decorrelation, DECORRELATION_CELL_PIX, left_out=unusable, out=noise2
+    )  # likewise
     quality = measure_quality(white, variance, science_pixels, matched, unusable)
     require_a_subtraction(quality)
     science_psf = model.on_cells()
@@ -448,9 +451,12 @@ def _planes_with_residual(
     variance: NDArray[np.float32],
     invalid: NDArray[np.bool_],
     part: float,
-) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.bool_]]:
-    """Science image without background; variance with what bright stars leave; where the latter outweighs the noise."""
-    science, noise2 = np.empty_like(difference), np.empty_like(difference)
+    noise2: NDArray[np.float32],
+) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """Fill `noise2`, the variance with what bright stars leave; science image without background, and where the latter
+    outweighs the noise.
+    """
+    science = np.empty_like(difference)
     suspect = np.empty_like(invalid)
     for y in range(difference.shape[0]):
         for x in range(difference.shape[1]):
@@ -458,7 +464,7 @@ def _planes_with_residual(
             residual = (np.float32(part) * matched[y, x]) ** 2
             noise2[y, x] = variance[y, x] + residual
             suspect[y, x] = (residual > variance[y, x]) & (not invalid[y, x])
-    return science, noise2, suspect
+    return science, suspect
 
 
 @njit(cache=True)

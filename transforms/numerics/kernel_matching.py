@@ -465,9 +465,7 @@ def fit_matching_kernel(
     _require_stars(len(kept), len(star_x), "with whole stamps and like flux ratios")
     x, y = np.rint(star_x[kept]).astype(np.intp), np.rint(star_y[kept]).astype(np.intp)
     noise_factor = ratio**2 * _noise_factor(fwhm_science_pix, fwhm_template_pix)
-    weight = np.empty_like(science)
-    _weigh(science_variance, template, template_variance, bad, noise_factor, _MODEL_ERROR * ratio, weight)
-    images = science if np.isfinite(science).all() else np.where(bad, 0.0, science), template, weight
+    planes = _Planes(science, science_variance, template, template_variance, bad, noise_factor, _MODEL_ERROR * ratio)
     correlation = _template_noise(science, science_variance, template, template_variance, bad)
     stamps_of: dict[str, tuple[_Basis, _Stamps]] = {}
     trials: list[_Trial] = []
@@ -479,7 +477,7 @@ def fit_matching_kernel(
             continue
         if model.basis not in stamps_of:
             basis = _basis_of(model, fwhm_science_pix, fwhm_template_pix)
-            stamps = _measure_stamps(*images, template_variance, x, y, basis, correlation, noise_factor)
+            stamps = _measure_stamps(planes, x, y, basis, correlation)
             stamps_of[model.basis] = basis, stamps
         try:
             with_shares = [_held_out_trial(model, *stamps_of[model.basis], background_order, s) for s in shares]
@@ -523,7 +521,20 @@ def fit_matching_kernel(
     if ripple_stars is None:
         ripple_stars = star_x[inside], star_y[inside]
     noise = smooth.noise_share * correlation
-    return replace(smooth, ripples=_ripples(smooth, *images, template_variance, noise, *ripple_stars, fwhm))
+    return replace(smooth, ripples=_ripples(smooth, planes, noise, *ripple_stars, fwhm))
+
+
+@dataclass(frozen=True, eq=False)
+class _Planes:
+    """The images; the science image is finite where not bad, and so is the template everywhere."""
+
+    science: NDArray[np.floating]
+    science_variance: NDArray[np.floating]
+    template: NDArray[np.floating]
+    template_variance: NDArray[np.floating]
+    bad: NDArray[np.bool_]
+    noise_factor: float  # of the template's variance in the weights
+    model_error: float  # of the template's pixels
 
 
 @njit(cache=True)
@@ -820,15 +831,7 @@ def _with_constant(matrix: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _measure_stamps(
-    science: NDArray[np.floating],
-    template: NDArray[np.floating],
-    weight: NDArray[np.floating],
-    template_variance: NDArray[np.floating],
-    x: NDArray[np.intp],
-    y: NDArray[np.intp],
-    basis: _Basis,
-    correlation: NDArray[np.float64],
-    noise_factor: float,
+    planes: _Planes, x: NDArray[np.intp], y: NDArray[np.intp], basis: _Basis, correlation: NDArray[np.float64]
 ) -> _Stamps:
     """Normal equations of the stamps around (x, y)."""
     n_columns = len(basis.functions) + 1
@@ -841,19 +844,25 @@ def _measure_stamps(
     design = np.zeros((-(-(n_columns + 1) // _TILE) * _TILE, -(-side * side // _PAD) * _PAD), dtype=basis.dtype)
     flipped = np.ascontiguousarray(basis.profiles[:, ::-1]).astype(basis.dtype)
     mixing = np.column_stack((basis.own, basis.carried)).astype(basis.dtype)
+    weight = np.empty((side, side), dtype=planes.science.dtype)
     for star, (column, row) in enumerate(zip(x, y, strict=True)):
-        wide[:] = template[row - reach : row + reach + 1, column - reach : column + reach + 1]
+        wide[:] = planes.template[row - reach : row + reach + 1, column - reach : column + reach + 1]
         top, left = row - _STAMP_HALF_PIX, column - _STAMP_HALF_PIX
         stamp = slice(top, top + side), slice(left, left + side)
-        stamp_weight = weight[stamp].astype(np.float64)
+        noise2, bad = planes.template_variance[stamp], planes.bad[stamp]
+        _weigh(
+            planes.science_variance[stamp], planes.template[stamp], noise2, bad, planes.noise_factor,
+            planes.model_error, weight,
+        )  # fmt: skip
+        stamp_weight = weight.astype(np.float64)
         root = np.sqrt(stamp_weight).ravel()
-        data = science[stamp].ravel() * root
+        data = np.where(bad, 0.0, planes.science[stamp]).ravel() * root
         _fill_design(wide, basis.shifts, flipped, basis.rows, basis.columns, mixing, root, data, design)
         _fill_gram(design, gram[star], right[star])
         square[star] = np.sum(data**2)
         n_pixels[star] = np.count_nonzero(root)
-        noise_sum[star] = np.sum(stamp_weight * template_variance[stamp])
-    u, v = _scaled(x, science.shape[1]), _scaled(y, science.shape[0])
+        noise_sum[star] = np.sum(stamp_weight * noise2)
+    u, v = _scaled(x, planes.bad.shape[1]), _scaled(y, planes.bad.shape[0])
     flat = basis.functions.reshape(n_columns - 1, -1)
     spread = ndimage.convolve(basis.functions, correlation[np.newaxis], mode="constant").reshape(flat.shape)
     noise = _triangle(_with_constant(np.einsum("ap,bp->ab", spread, flat)))
@@ -863,7 +872,7 @@ def _measure_stamps(
         diagonal = np.cumsum(np.arange(1, n_columns)) - 1
         scale = np.mean(np.sum(gram[:, diagonal], axis=1, dtype=np.float64)) / np.trace(rough)
         roughness = _triangle(_with_constant(basis.strength * scale * rough))
-    return _Stamps(gram, right, square, n_pixels, noise, noise_sum, noise_factor, roughness, u, v)
+    return _Stamps(gram, right, square, n_pixels, noise, noise_sum, planes.noise_factor, roughness, u, v)
 
 
 @njit(cache=True, fastmath=_FAST_MATH)
@@ -1264,10 +1273,7 @@ _NO_RIPPLES = Ripples(np.zeros(0), np.zeros(0), np.zeros((_N_RIPPLES, 0)), np.on
 
 def _ripples(
     kernel: KernelSolution,
-    science: NDArray[np.floating],
-    template: NDArray[np.floating],
-    weight: NDArray[np.floating],
-    template_variance: NDArray[np.floating],
+    planes: _Planes,
     noise: NDArray[np.float64],
     star_x: NDArray[np.floating],
     star_y: NDArray[np.floating],
@@ -1289,10 +1295,13 @@ def _ripples(
         "nt,t->n", _position_terms(x, y, kernel.shape, kernel.background_order), kernel.background_coefficients
     )
     normal, right, noise_sum = _star_equations(
-        science,
-        template,
-        weight,
-        template_variance,
+        planes.science,
+        planes.science_variance,
+        planes.template,
+        planes.template_variance,
+        planes.bad,
+        planes.noise_factor,
+        planes.model_error,
         column[inside],
         row[inside],
         kernel.kernels_at(x, y),
@@ -1408,9 +1417,12 @@ def _solved(
 @njit(cache=True, fastmath=_FAST_MATH)
 def _star_equations(
     science: NDArray[np.floating],
+    science_variance: NDArray[np.floating],
     template: NDArray[np.floating],
-    weight: NDArray[np.floating],
     template_variance: NDArray[np.floating],
+    bad: NDArray[np.bool_],
+    noise_factor: float,
+    model_error: float,
     columns: NDArray[np.intp],
     rows: NDArray[np.intp],
     kernels: NDArray[np.float64],
@@ -1423,6 +1435,7 @@ def _star_equations(
     normal, right, noise_sum = np.zeros((n, 7, 7)), np.zeros((n, 7)), np.zeros(n)
     model, modes = np.zeros((side + 2, side + 2)), np.zeros((7, side * side))
     weights, residual = np.zeros(side * side), np.zeros(side * side)
+    weight = np.zeros((side, side), dtype=science.dtype)
     for star in range(n):
         top, left = rows[star] - margin, columns[star] - margin
         for y in range(side + 2):
@@ -1435,12 +1448,18 @@ def _star_equations(
                     for x in range(side + 2):
                         total[x] += value * source[first + x]
         _fill_modes(model, modes)
+        inside = (
+            slice(rows[star] - half, rows[star] + half + 1),
+            slice(columns[star] - half, columns[star] + half + 1),
+        )
+        noise2, is_bad, pixels = template_variance[inside], bad[inside], science[inside]
+        _weigh(science_variance[inside], template[inside], noise2, is_bad, noise_factor, model_error, weight)
         for y in range(side):
             for x in range(side):
-                here = rows[star] - half + y, columns[star] - half + x
-                weights[y * side + x] = weight[here]
-                residual[y * side + x] = science[here] - background[star] - modes[5, y * side + x]
-                noise_sum[star] += weight[here] * template_variance[here]
+                weights[y * side + x] = weight[y, x]
+                value = 0.0 if is_bad[y, x] else pixels[y, x]
+                residual[y * side + x] = value - background[star] - modes[5, y * side + x]
+                noise_sum[star] += weight[y, x] * noise2[y, x]
         for a in range(7):
             weighted = modes[a] * weights
             right[star, a] = np.sum(weighted * residual)
