@@ -39,6 +39,7 @@ _STARS_PER_CELL = 2
 _DEGREES = {"gauss_hermite": (4, 2, 2), "broad_gauss_hermite": (6, 4, 2)}
 _BROAD_WIDTHS = ((0.15, 0.6), (0.32, 0.8), (0.64, 1.5))  # sigma over the wider FWHM, and its least value, pixels
 _DELTA_ABOVE_CHI2 = 1.05  # held-out chi-square of the Gaussians; any nearer to 1 they cannot be beaten
+_DELTA_FIRST_STARS = 120  # on which it must keep up with the Gaussians, before all stamps are measured again
 _DELTA_STRENGTH = 1e-4  # of the Laplacian's square, relative to the normal matrix
 _DELTA_STARS_PER_TERM = 10
 _MODEL_ERROR = 0.005  # of the local flux: keeps the brightest stars from ruling the fit
@@ -420,7 +421,7 @@ def fit_matching_kernel(
 
     Of several `models` (the likeliest come first) the first is taken whose chi-square of held-out stamps is within one
     standard error of the best, in paired differences: all see the same stamps. A delta basis is skipped where a model
-    before it leaves a held-out chi-square below 1.05. Ripples come on top of the chosen one; the chi-squares are those
+    before it leaves a held-out chi-square below 1.05, or where it falls behind the first at order 1 on 120 of the stars. Ripples come on top of the chosen one; the chi-squares are those
     without them.
 
     Parameters
@@ -477,6 +478,13 @@ def fit_matching_kernel(
             continue
         if model.basis not in stamps_of:
             basis = _basis_of(model, fwhm_science_pix, fwhm_template_pix)
+            few = np.arange(0, len(x), -(-len(x) // _DELTA_FIRST_STARS))
+            if model.basis == "delta" and trials and len(few) < len(x):
+                first = _measure_stamps(planes, x[few], y[few], basis, correlation)
+                if not _keeps_up(
+                    replace(model, spatial_order=min(model.spatial_order, 1)), basis, first, trials[0], few
+                ):
+                    continue
             stamps = _measure_stamps(planes, x, y, basis, correlation)
             stamps_of[model.basis] = basis, stamps
         try:
@@ -1004,6 +1012,23 @@ def _gain(plain: _Trial, other: _Trial) -> float:
 
 def _is_well_matched(trials: Sequence[_Trial]) -> bool:
     return any(_trimmed_mean(trial.chi2) < _DELTA_ABOVE_CHI2 for trial in trials)
+
+
+def _keeps_up(model: KernelModel, basis: _Basis, stamps: _Stamps, other: _Trial, which: NDArray[np.intp]) -> bool:
+    """Whether a model matches some stamps no worse than another's basis does, at the same order and but for the error."""
+    order, share = other.plan.background_order, other.plan.noise_share
+    try:
+        own = _held_out_trial(model, basis, stamps, order, share)
+    except IllConditionedKernelError:
+        return False
+    same = replace(other.model, spatial_order=model.spatial_order)
+    rival = _held_out_trial(same, other.basis, _some_stamps(other.stamps, which), order, share)
+    return _choice([own, rival])[0] is own
+
+
+def _some_stamps(stamps: _Stamps, which: NDArray[np.intp]) -> _Stamps:
+    names = ("gram", "right", "square", "n_pixels", "noise_sum", "u", "v")
+    return replace(stamps, **{name: getattr(stamps, name)[which] for name in names})
 
 
 def _choice(trials: Sequence[_Trial]) -> tuple[_Trial, tuple[ModelScore, ...]]:
