@@ -192,6 +192,30 @@ def _correlate_tile(
 
 
 @njit(cache=True)
+def convolve_stamp(pixels: NDArray[np.float32], kernel: NDArray[np.float32], out: NDArray[np.float32]) -> None:
+    """Convolve the inside of a stamp, in numba code: as `convolve`, for stamps too small to be images.
+
+    Parameters
+    ----------
+    pixels : (n + k - 1, m + k - 1) C-contiguous
+    kernel : (k + 6, k) C-contiguous, mirrored along both axes, with three rows of zeros above and below
+    out : (n, m) C-contiguous, to be filled; n a multiple of 4, m one of 32
+    """
+    taps = kernel.shape[1]
+    for y in range(0, out.shape[0], _TILE_ROWS):
+        for x in range(0, out.shape[1], _TILE_COLUMNS):
+            _correlate_tile(
+                pixels.ctypes.data + 4 * (y * pixels.shape[1] + x),
+                pixels.shape[1],
+                kernel.ctypes.data,
+                taps + _TILE_ROWS - 1,
+                taps,
+                out.ctypes.data + 4 * (y * out.shape[1] + x),
+                out.shape[1],
+            )
+
+
+@njit(cache=True)
 def _correlate_blocks(
     image: NDArray[np.floating],
     left_out: NDArray[np.bool_],

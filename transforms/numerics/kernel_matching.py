@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from scipy.spatial import cKDTree
 
+from transforms.numerics.convolution import convolve_stamp
 from transforms.numerics.psf_modelling import DetectedSources
 
 MIN_KERNEL_STARS = 10
@@ -157,9 +158,10 @@ class Ripples:
     def amplitudes(self, x: NDArray[np.floating], y: NDArray[np.floating]) -> NDArray[np.float64]:
         """(n, 5) at positions (n,): pixels (the first two) and pixels squared."""
         found = np.zeros((len(x), len(self.weights)))
+        rising = np.argsort(self.y, kind="stable")
         _add_fields(
             np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64),
-            self.x, self.y, self.weights, self.reaches_pix, found,
+            self.x[rising], self.y[rising], np.ascontiguousarray(self.weights.T[rising]), self.reaches_pix, found,
         )  # fmt: skip
         return found
 
@@ -421,8 +423,8 @@ def fit_matching_kernel(
 
     Of several `models` (the likeliest come first) the first is taken whose chi-square of held-out stamps is within one
     standard error of the best, in paired differences: all see the same stamps. A delta basis is skipped where a model
-    before it leaves a held-out chi-square below 1.05, or where it falls behind the first at order 1 on 120 of the stars. Ripples come on top of the chosen one; the chi-squares are those
-    without them.
+    before it leaves a held-out chi-square below 1.05, or where on 120 of the stars it falls behind the first at
+    order 1. Ripples come on top of the chosen one; the chi-squares are those without them.
 
     Parameters
     ----------
@@ -1015,7 +1017,7 @@ def _is_well_matched(trials: Sequence[_Trial]) -> bool:
 
 
 def _keeps_up(model: KernelModel, basis: _Basis, stamps: _Stamps, other: _Trial, which: NDArray[np.intp]) -> bool:
-    """Whether a model matches some stamps no worse than another's basis does, at the same order and but for the error."""
+    """Whether a model matches some stamps no worse than another's basis, at the same order, but for the error."""
     order, share = other.plan.background_order, other.plan.noise_share
     try:
         own = _held_out_trial(model, basis, stamps, order, share)
@@ -1353,7 +1355,8 @@ def _ripples(
     pairs = cKDTree(np.column_stack((x, y))).query_pairs(_RIPPLE_REACHES_PIX[-1], output_type="ndarray")
     pairs = pairs[np.lexsort((pairs[:, 1], pairs[:, 0]))] if len(pairs) else np.zeros((0, 2), dtype=np.intp)
     apart = np.hypot(x[pairs[:, 0]] - x[pairs[:, 1]], y[pairs[:, 0]] - y[pairs[:, 1]])
-    fields = [_smooth_field(amplitudes[:, m], variances[:, m], pairs, apart) for m in range(_N_RIPPLES)]
+    alike = [_alikeness(apart / reach) for reach in _RIPPLE_REACHES_PIX]
+    fields = [_smooth_field(amplitudes[:, m], variances[:, m], pairs, alike) for m in range(_N_RIPPLES)]
     return Ripples(x, y, np.array([weights for weights, _ in fields]), np.array([reach for _, reach in fields]))
 
 
@@ -1383,12 +1386,22 @@ def _noise_products(kernel: KernelSolution, noise: NDArray[np.float64]) -> NDArr
     return np.asarray(products)
 
 
+def _alikeness(apart: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Wendland's function of distances in units of the reach."""
+    square = np.square(np.maximum(1.0 - apart, 0.0))
+    return np.asarray(square * square * (4.0 * apart + 1.0))
+
+
 def _smooth_field(
-    values: NDArray[np.float64], variance: NDArray[np.float64], pairs: NDArray[np.intp], apart: NDArray[np.float64]
+    values: NDArray[np.float64],
+    variance: NDArray[np.float64],
+    pairs: NDArray[np.intp],
+    alike: Sequence[NDArray[np.float64]],
 ) -> tuple[NDArray[np.float64], float]:
     """Weights and reach of the Gaussian process through values that neighbours share; zeros if they share nothing.
 
-    Its power is the mean product of neighbours' values, weighted as for independent ones.
+    `alike` says for each reach how alike pairs are. The field's power is the mean product of neighbours' values,
+    weighted as for independent ones.
     """
     n = len(values)
     if n == 0:
@@ -1398,8 +1411,7 @@ def _smooth_field(
     both = weight[pairs[:, 0]] * weight[pairs[:, 1]]
     products = both * values[pairs[:, 0]] * values[pairs[:, 1]]
     most, reach, power, shape = _LEAST_RIPPLE_SIGNIFICANCE, 1.0, 0.0, np.zeros(len(pairs))
-    for trial in _RIPPLE_REACHES_PIX:
-        near = np.maximum(1.0 - apart / trial, 0.0) ** 4 * (4.0 * apart / trial + 1.0)
+    for trial, near in zip(_RIPPLE_REACHES_PIX, alike, strict=True):
         size = float(np.sum(both * near**2))
         significance = float(np.sum(products * near)) / math.sqrt(max(size, 1e-300))
         if significance > most:
@@ -1407,7 +1419,8 @@ def _smooth_field(
     if power == 0.0:
         return np.zeros(n), reach
     diagonal = variance + max(scatter, power)
-    return power * _solved(pairs, power * shape, diagonal, values), reach
+    near = np.flatnonzero(shape)
+    return power * _solved(pairs[near], power * shape[near], diagonal, values), reach
 
 
 @njit(cache=True)
@@ -1458,20 +1471,22 @@ def _star_equations(
     n, side, k = len(columns), 2 * half + 1, kernels.shape[1]
     margin = half + 1 + k // 2
     normal, right, noise_sum = np.zeros((n, 7, 7)), np.zeros((n, 7)), np.zeros(n)
+    height, width = -(-(side + 2) // 4) * 4, -(-(side + 2) // 32) * 32  # whole tiles
+    around = np.zeros((height + k - 1, width + k - 1), dtype=np.float32)
+    mirrored, matched = np.zeros((k + 6, k), dtype=np.float32), np.zeros((height, width), dtype=np.float32)
     model, modes = np.zeros((side + 2, side + 2)), np.zeros((7, side * side))
     weights, residual = np.zeros(side * side), np.zeros(side * side)
     weight = np.zeros((side, side), dtype=science.dtype)
     for star in range(n):
         top, left = rows[star] - margin, columns[star] - margin
-        for y in range(side + 2):
-            total = model[y]
-            total[:] = 0.0
-            for j in range(k):
-                source = template[top + y + k - 1 - j, left : left + side + k + 1]
-                for i in range(k):
-                    value, first = kernels[star, j, i], k - 1 - i
-                    for x in range(side + 2):
-                        total[x] += value * source[first + x]
+        for y in range(side + k + 1):
+            for x in range(side + k + 1):
+                around[y, x] = template[top + y, left + x]
+        for y in range(k):
+            for x in range(k):
+                mirrored[3 + y, x] = kernels[star, k - 1 - y, k - 1 - x]
+        convolve_stamp(around, mirrored, matched)
+        model[:] = matched[: side + 2, : side + 2]
         _fill_modes(model, modes)
         inside = (
             slice(rows[star] - half, rows[star] + half + 1),
@@ -1545,9 +1560,13 @@ def _add_fields(
     reaches: NDArray[np.float64],
     out: NDArray[np.float64],
 ) -> None:
+    """Stars by rising y; `weights` (n, 5)."""
     most = np.max(reaches)
     for place in range(len(x)):
-        for star in range(len(star_x)):
+        first = np.searchsorted(star_y, y[place] - most)
+        for star in range(first, len(star_x)):
+            if star_y[star] >= y[place] + most:
+                break
             square = (x[place] - star_x[star]) ** 2 + (y[place] - star_y[star]) ** 2
             if square >= most**2:
                 continue
@@ -1555,7 +1574,7 @@ def _add_fields(
             for ripple in range(len(reaches)):
                 part = distance / reaches[ripple]
                 if part < 1.0:
-                    out[place, ripple] += weights[ripple, star] * (1.0 - part) ** 4 * (4.0 * part + 1.0)
+                    out[place, ripple] += weights[star, ripple] * (1.0 - part) ** 4 * (4.0 * part + 1.0)
 
 
 def _variation_over_image(

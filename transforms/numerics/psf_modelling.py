@@ -324,9 +324,9 @@ def fit_psf_model(
     Up to 300 sources (130 for order 0) of the most frequent size, spread over the image. For all of them at once a
     Moffat profile ``A (1 + (2^g - 1) Q)^(-1/g)``, ``Q = a dx^2 + 2 b dx dy + c dy^2``, integrated over pixels, is
     fitted with a, b, c as polynomials of the position and one g, by Gauss-Newton steps in which the stars' own
-    amplitude, centre and sky are eliminated; neighbours are fitted with the same profile and taken off before every step. Stars of another
-    size than the others at their place, or badly fitted, are dropped. Then what the stars show beyond it, scaled to
-    unit amplitude and shifted to the middle of a pixel, becomes first a mean profile by rings, then a polynomial of the
+    amplitude, centre and sky are eliminated; neighbours are fitted with the same profile and taken off before every
+    step. Stars of another size than the others at their place, or badly fitted, are dropped. Then what the stars show
+    beyond it, scaled to unit amplitude and shifted to the middle of a pixel, becomes first a mean profile by rings, then a polynomial of the
     position in each pixel, both shrunk by how far they exceed their errors (empirical Bayes, by rings). The sum,
     evaluated on a grid of positions, is written as mean and principal components.
 
