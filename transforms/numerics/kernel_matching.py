@@ -1419,8 +1419,8 @@ def _smooth_field(
     if power == 0.0:
         return np.zeros(n), reach
     diagonal = variance + max(scatter, power)
-    near = np.flatnonzero(shape)
-    return power * _solved(pairs[near], power * shape[near], diagonal, values), reach
+    close = np.flatnonzero(shape)
+    return power * _solved(pairs[close], power * shape[close], diagonal, values), reach
 
 
 @njit(cache=True)

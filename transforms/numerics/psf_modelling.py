@@ -326,9 +326,9 @@ def fit_psf_model(
     fitted with a, b, c as polynomials of the position and one g, by Gauss-Newton steps in which the stars' own
     amplitude, centre and sky are eliminated; neighbours are fitted with the same profile and taken off before every
     step. Stars of another size than the others at their place, or badly fitted, are dropped. Then what the stars show
-    beyond it, scaled to unit amplitude and shifted to the middle of a pixel, becomes first a mean profile by rings, then
-    a polynomial of the position in each pixel, both shrunk by how far they exceed their errors (empirical Bayes, by
-    rings). The sum, evaluated on a grid of positions, is written as mean and principal components.
+    beyond it, scaled to unit amplitude and shifted to the middle of a pixel, becomes first a mean profile by rings,
+    then a polynomial of the position in each pixel, both shrunk by how far they exceed their errors (empirical Bayes,
+    by rings). The sum, evaluated on a grid of positions, is written as mean and principal components.
 
     Parameters
     ----------
