@@ -43,7 +43,7 @@ def test_adding_a_constant_moves_the_background_by_it() -> None:
     image = noisy_sky(3)
     mask = np.zeros(SHAPE, dtype=bool)
     low, high = subtract_background(image, mask), subtract_background(image + np.float32(512.0), mask)
-    # the histogram of sep has steps of about rms / 5 per box; the clipped mode may move by a small part of one
+    # the frame of the histogram moves by rounding, by a small part of a level
     assert np.max(np.abs(high.background - low.background - 512.0)) < 0.05 * SKY_NOISE
 
 

@@ -65,6 +65,7 @@ def convolve_spatially_varying(
     kernels: NDArray[np.floating],
     block_pix: int = 64,
     left_out: NDArray[np.bool_] | None = None,
+    out: NDArray[np.float32] | None = None,
 ) -> NDArray[np.float32]:
     """Convolve an image with a kernel that changes from block to block of output pixels.
 
@@ -77,6 +78,7 @@ def convolve_spatially_varying(
     kernels : (ceil(ny / block_pix), ceil(nx / block_pix), k, k) floating, k odd
     block_pix : side of a block, >= 1; larger is faster, smaller follows the kernel more closely
     left_out : (ny, nx) bool, pixels that count as zero whatever they hold; None for none
+    out : (ny, nx) C-contiguous float32 to write to, not the image itself; None for a new one
 
     Returns
     -------
@@ -108,7 +110,8 @@ def convolve_spatially_varying(
     # Rows of zeros above and below, so that one loop over input rows serves all rows of a tile.
     flipped = np.zeros((*n_blocks, k + 2 * above, k), dtype=np.float32)
     flipped[..., above : above + k, :] = kernels[..., ::-1, ::-1]
-    out = np.empty(image.shape, dtype=np.float32)
+    if out is None:
+        out = np.empty(image.shape, dtype=np.float32)
     none = np.zeros((0, 0), dtype=np.bool_)
     _correlate_blocks(image, none if left_out is None else left_out, flipped, block_pix, out)
     return out
@@ -186,6 +189,30 @@ def _correlate_tile(
         return context.get_dummy_value()
 
     return types.void(source, source_stride, kernel, n_rows, n_taps, out, stride), generate
+
+
+@njit(cache=True)
+def convolve_stamp(pixels: NDArray[np.float32], kernel: NDArray[np.float32], out: NDArray[np.float32]) -> None:
+    """Convolve the inside of a stamp, in numba code: as `convolve`, for stamps too small to be images.
+
+    Parameters
+    ----------
+    pixels : (n + k - 1, m + k - 1) C-contiguous
+    kernel : (k + 6, k) C-contiguous, mirrored along both axes, with three rows of zeros above and below
+    out : (n, m) C-contiguous, to be filled; n a multiple of 4, m one of 32
+    """
+    taps = kernel.shape[1]
+    for y in range(0, out.shape[0], _TILE_ROWS):
+        for x in range(0, out.shape[1], _TILE_COLUMNS):
+            _correlate_tile(
+                pixels.ctypes.data + 4 * (y * pixels.shape[1] + x),
+                pixels.shape[1],
+                kernel.ctypes.data,
+                taps + _TILE_ROWS - 1,
+                taps,
+                out.ctypes.data + 4 * (y * out.shape[1] + x),
+                out.shape[1],
+            )
 
 
 @njit(cache=True)

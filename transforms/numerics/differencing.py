@@ -36,6 +36,7 @@ from transforms.numerics.psf_modelling import (
 from transforms.numerics.saturated_cores import fill_saturated_cores, subtract_halos
 from transforms.numerics.subtraction_quality import SubtractionQuality, measure_quality, require_a_subtraction
 
+# Planes are made by numpy, not by numba: numpy asks for large pages, which cost a fifth.
 _KERNEL_BLOCK_PIX = 32
 _VARIANCE_BLOCK_PIX = 64
 DECORRELATION_CELL_PIX = 256
@@ -246,14 +247,17 @@ def subtract(
     variance += science_variance
     invalid = grown(template_bad, _core_radius_pix(kernels, _KERNEL_CORE_WEIGHT), outside=True)
     invalid |= grown(cores, _core_radius_pix(kernels, _KERNEL_WEIGHT_OF_CORES))
-    unusable = _mark_unmeasured(science.image, science.variance, science_bad, invalid)
+    unusable = np.empty_like(invalid)
+    _mark_unmeasured(science.image, science.variance, science_bad, invalid, unusable)
     difference = np.subtract(science_sky.image, matched, out=science_sky.image)  # a new plane costs as much as a pass
     kernel.subtract_background(difference)
     with contextlib.suppress(BackgroundError):  # too few pixels are left to measure what is left of it
         subtract_background_in_place(difference, unusable, parameters.background_box_pix)
     subtract_halos(difference, matched, variance, unusable, saturated_stars, model.fwhm_pix)
     part = residual_part(difference, variance, matched, unusable)
-    science_pixels, noise2, suspect = _planes_with_residual(difference, matched, variance, invalid, part)
+    noise2 = template_pixels  # their plane is free now
+    science_pixels, suspect = np.empty_like(difference), np.empty_like(invalid)
+    _fill_with_residual(difference, matched, variance, invalid, part, science_pixels, noise2, suspect)
     trails = star_trails(difference, noise2, _saturated(science, template), unusable, model.fwhm_pix)
     unusable |= trails
     cosmic_rays = find_cosmic_rays(difference, noise2, science_pixels, unusable, model.at_centre())
@@ -262,7 +266,9 @@ def subtract(
     np.negative(difference, out=difference)
     unusable |= cosmic_rays
     decorrelation = _decorrelation_of_cells(kernel, science_variance, template_variance, template.interpolated)
-    white = convolve_spatially_varying(difference, decorrelation, DECORRELATION_CELL_PIX, left_out=unusable)
+    white = convolve_spatially_varying(
+        difference, decorrelation, DECORRELATION_CELL_PIX, left_out=unusable, out=noise2
+    )  # likewise
     quality = measure_quality(white, variance, science_pixels, matched, unusable)
     require_a_subtraction(quality)
     science_psf = model.on_cells()
@@ -437,35 +443,37 @@ def _passed_variance(kernel: KernelSolution) -> NDArray[np.float64]:
 
 @njit(cache=True)
 def _mark_unmeasured(
-    image: NDArray[np.floating], variance: NDArray[np.floating], bad: NDArray[np.bool_], invalid: NDArray[np.bool_]
-) -> NDArray[np.bool_]:
-    """Mark in `invalid` where there are no data; returns what is that or bad."""
-    unusable = np.empty_like(bad)
+    image: NDArray[np.floating],
+    variance: NDArray[np.floating],
+    bad: NDArray[np.bool_],
+    invalid: NDArray[np.bool_],
+    unusable: NDArray[np.bool_],
+) -> None:
+    """Mark in `invalid` where there are no data; fill `unusable`: that or bad."""
     for y in range(image.shape[0]):
         for x in range(image.shape[1]):
             invalid[y, x] |= not (np.isfinite(image[y, x]) & np.isfinite(variance[y, x]))
             unusable[y, x] = bad[y, x] | invalid[y, x]
-    return unusable
 
 
 @njit(cache=True)
-def _planes_with_residual(
+def _fill_with_residual(
     difference: NDArray[np.float32],
     matched: NDArray[np.float32],
     variance: NDArray[np.float32],
     invalid: NDArray[np.bool_],
     part: float,
-) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.bool_]]:
+    science: NDArray[np.float32],
+    noise2: NDArray[np.float32],
+    suspect: NDArray[np.bool_],
+) -> None:
     """Science image without background; variance with what bright stars leave; where the latter outweighs the noise."""
-    science, noise2 = np.empty_like(difference), np.empty_like(difference)
-    suspect = np.empty_like(invalid)
     for y in range(difference.shape[0]):
         for x in range(difference.shape[1]):
             science[y, x] = difference[y, x] + matched[y, x]
             residual = (np.float32(part) * matched[y, x]) ** 2
             noise2[y, x] = variance[y, x] + residual
             suspect[y, x] = (residual > variance[y, x]) & (not invalid[y, x])
-    return science, noise2, suspect
 
 
 @njit(cache=True)

@@ -112,7 +112,7 @@ def stack_on_grid(
 
     Parameters
     ----------
-    exposures : taken one by one; the planes of all of them on the output grid are held, at most 27 bytes a pixel each at the peak
+    exposures : taken one by one; the planes of all of them on the output grid are held, at most 27 bytes a pixel each
     shape : (ny, nx) of the output
     min_exposures : least number in a pixel, 1 to n
     background_box_pix : side of the boxes of the background

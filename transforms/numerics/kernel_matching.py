@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from scipy.spatial import cKDTree
 
+from transforms.numerics.convolution import convolve_stamp
 from transforms.numerics.psf_modelling import DetectedSources
 
 MIN_KERNEL_STARS = 10
@@ -39,6 +40,7 @@ _STARS_PER_CELL = 2
 _DEGREES = {"gauss_hermite": (4, 2, 2), "broad_gauss_hermite": (6, 4, 2)}
 _BROAD_WIDTHS = ((0.15, 0.6), (0.32, 0.8), (0.64, 1.5))  # sigma over the wider FWHM, and its least value, pixels
 _DELTA_ABOVE_CHI2 = 1.05  # held-out chi-square of the Gaussians; any nearer to 1 they cannot be beaten
+_DELTA_FIRST_STARS = 120  # on which it must keep up with the Gaussians, before all stamps are measured again
 _DELTA_STRENGTH = 1e-4  # of the Laplacian's square, relative to the normal matrix
 _DELTA_STARS_PER_TERM = 10
 _MODEL_ERROR = 0.005  # of the local flux: keeps the brightest stars from ruling the fit
@@ -156,9 +158,10 @@ class Ripples:
     def amplitudes(self, x: NDArray[np.floating], y: NDArray[np.floating]) -> NDArray[np.float64]:
         """(n, 5) at positions (n,): pixels (the first two) and pixels squared."""
         found = np.zeros((len(x), len(self.weights)))
+        rising = np.argsort(self.y, kind="stable")
         _add_fields(
             np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64),
-            self.x, self.y, self.weights, self.reaches_pix, found,
+            self.x[rising], self.y[rising], np.ascontiguousarray(self.weights.T[rising]), self.reaches_pix, found,
         )  # fmt: skip
         return found
 
@@ -420,8 +423,8 @@ def fit_matching_kernel(
 
     Of several `models` (the likeliest come first) the first is taken whose chi-square of held-out stamps is within one
     standard error of the best, in paired differences: all see the same stamps. A delta basis is skipped where a model
-    before it leaves a held-out chi-square below 1.05. Ripples come on top of the chosen one; the chi-squares are those
-    without them.
+    before it leaves a held-out chi-square below 1.05, or where on 120 of the stars it falls behind the first at
+    order 1. Ripples come on top of the chosen one; the chi-squares are those without them.
 
     Parameters
     ----------
@@ -465,9 +468,7 @@ def fit_matching_kernel(
     _require_stars(len(kept), len(star_x), "with whole stamps and like flux ratios")
     x, y = np.rint(star_x[kept]).astype(np.intp), np.rint(star_y[kept]).astype(np.intp)
     noise_factor = ratio**2 * _noise_factor(fwhm_science_pix, fwhm_template_pix)
-    weight = np.empty_like(science)
-    _weigh(science_variance, template, template_variance, bad, noise_factor, _MODEL_ERROR * ratio, weight)
-    images = science if np.isfinite(science).all() else np.where(bad, 0.0, science), template, weight
+    planes = _Planes(science, science_variance, template, template_variance, bad, noise_factor, _MODEL_ERROR * ratio)
     correlation = _template_noise(science, science_variance, template, template_variance, bad)
     stamps_of: dict[str, tuple[_Basis, _Stamps]] = {}
     trials: list[_Trial] = []
@@ -479,7 +480,14 @@ def fit_matching_kernel(
             continue
         if model.basis not in stamps_of:
             basis = _basis_of(model, fwhm_science_pix, fwhm_template_pix)
-            stamps = _measure_stamps(*images, template_variance, x, y, basis, correlation, noise_factor)
+            few = np.arange(0, len(x), -(-len(x) // _DELTA_FIRST_STARS))
+            if model.basis == "delta" and trials and len(few) < len(x):
+                first = _measure_stamps(planes, x[few], y[few], basis, correlation)
+                if not _keeps_up(
+                    replace(model, spatial_order=min(model.spatial_order, 1)), basis, first, trials[0], few
+                ):
+                    continue
+            stamps = _measure_stamps(planes, x, y, basis, correlation)
             stamps_of[model.basis] = basis, stamps
         try:
             with_shares = [_held_out_trial(model, *stamps_of[model.basis], background_order, s) for s in shares]
@@ -523,7 +531,20 @@ def fit_matching_kernel(
     if ripple_stars is None:
         ripple_stars = star_x[inside], star_y[inside]
     noise = smooth.noise_share * correlation
-    return replace(smooth, ripples=_ripples(smooth, *images, template_variance, noise, *ripple_stars, fwhm))
+    return replace(smooth, ripples=_ripples(smooth, planes, noise, *ripple_stars, fwhm))
+
+
+@dataclass(frozen=True, eq=False)
+class _Planes:
+    """The images; the science image is finite where not bad, and so is the template everywhere."""
+
+    science: NDArray[np.floating]
+    science_variance: NDArray[np.floating]
+    template: NDArray[np.floating]
+    template_variance: NDArray[np.floating]
+    bad: NDArray[np.bool_]
+    noise_factor: float  # of the template's variance in the weights
+    model_error: float  # of the template's pixels
 
 
 @njit(cache=True)
@@ -820,15 +841,7 @@ def _with_constant(matrix: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _measure_stamps(
-    science: NDArray[np.floating],
-    template: NDArray[np.floating],
-    weight: NDArray[np.floating],
-    template_variance: NDArray[np.floating],
-    x: NDArray[np.intp],
-    y: NDArray[np.intp],
-    basis: _Basis,
-    correlation: NDArray[np.float64],
-    noise_factor: float,
+    planes: _Planes, x: NDArray[np.intp], y: NDArray[np.intp], basis: _Basis, correlation: NDArray[np.float64]
 ) -> _Stamps:
     """Normal equations of the stamps around (x, y)."""
     n_columns = len(basis.functions) + 1
@@ -841,19 +854,25 @@ def _measure_stamps(
     design = np.zeros((-(-(n_columns + 1) // _TILE) * _TILE, -(-side * side // _PAD) * _PAD), dtype=basis.dtype)
     flipped = np.ascontiguousarray(basis.profiles[:, ::-1]).astype(basis.dtype)
     mixing = np.column_stack((basis.own, basis.carried)).astype(basis.dtype)
+    weight = np.empty((side, side), dtype=planes.science.dtype)
     for star, (column, row) in enumerate(zip(x, y, strict=True)):
-        wide[:] = template[row - reach : row + reach + 1, column - reach : column + reach + 1]
+        wide[:] = planes.template[row - reach : row + reach + 1, column - reach : column + reach + 1]
         top, left = row - _STAMP_HALF_PIX, column - _STAMP_HALF_PIX
         stamp = slice(top, top + side), slice(left, left + side)
-        stamp_weight = weight[stamp].astype(np.float64)
+        noise2, bad = planes.template_variance[stamp], planes.bad[stamp]
+        _weigh(
+            planes.science_variance[stamp], planes.template[stamp], noise2, bad, planes.noise_factor,
+            planes.model_error, weight,
+        )  # fmt: skip
+        stamp_weight = weight.astype(np.float64)
         root = np.sqrt(stamp_weight).ravel()
-        data = science[stamp].ravel() * root
+        data = np.where(bad, 0.0, planes.science[stamp]).ravel() * root
         _fill_design(wide, basis.shifts, flipped, basis.rows, basis.columns, mixing, root, data, design)
         _fill_gram(design, gram[star], right[star])
         square[star] = np.sum(data**2)
         n_pixels[star] = np.count_nonzero(root)
-        noise_sum[star] = np.sum(stamp_weight * template_variance[stamp])
-    u, v = _scaled(x, science.shape[1]), _scaled(y, science.shape[0])
+        noise_sum[star] = np.sum(stamp_weight * noise2)
+    u, v = _scaled(x, planes.bad.shape[1]), _scaled(y, planes.bad.shape[0])
     flat = basis.functions.reshape(n_columns - 1, -1)
     spread = ndimage.convolve(basis.functions, correlation[np.newaxis], mode="constant").reshape(flat.shape)
     noise = _triangle(_with_constant(np.einsum("ap,bp->ab", spread, flat)))
@@ -863,7 +882,7 @@ def _measure_stamps(
         diagonal = np.cumsum(np.arange(1, n_columns)) - 1
         scale = np.mean(np.sum(gram[:, diagonal], axis=1, dtype=np.float64)) / np.trace(rough)
         roughness = _triangle(_with_constant(basis.strength * scale * rough))
-    return _Stamps(gram, right, square, n_pixels, noise, noise_sum, noise_factor, roughness, u, v)
+    return _Stamps(gram, right, square, n_pixels, noise, noise_sum, planes.noise_factor, roughness, u, v)
 
 
 @njit(cache=True, fastmath=_FAST_MATH)
@@ -995,6 +1014,23 @@ def _gain(plain: _Trial, other: _Trial) -> float:
 
 def _is_well_matched(trials: Sequence[_Trial]) -> bool:
     return any(_trimmed_mean(trial.chi2) < _DELTA_ABOVE_CHI2 for trial in trials)
+
+
+def _keeps_up(model: KernelModel, basis: _Basis, stamps: _Stamps, other: _Trial, which: NDArray[np.intp]) -> bool:
+    """Whether a model matches some stamps no worse than another's basis, at the same order, but for the error."""
+    order, share = other.plan.background_order, other.plan.noise_share
+    try:
+        own = _held_out_trial(model, basis, stamps, order, share)
+    except IllConditionedKernelError:
+        return False
+    same = replace(other.model, spatial_order=model.spatial_order)
+    rival = _held_out_trial(same, other.basis, _some_stamps(other.stamps, which), order, share)
+    return _choice([own, rival])[0] is own
+
+
+def _some_stamps(stamps: _Stamps, which: NDArray[np.intp]) -> _Stamps:
+    names = ("gram", "right", "square", "n_pixels", "noise_sum", "u", "v")
+    return replace(stamps, **{name: getattr(stamps, name)[which] for name in names})
 
 
 def _choice(trials: Sequence[_Trial]) -> tuple[_Trial, tuple[ModelScore, ...]]:
@@ -1264,10 +1300,7 @@ _NO_RIPPLES = Ripples(np.zeros(0), np.zeros(0), np.zeros((_N_RIPPLES, 0)), np.on
 
 def _ripples(
     kernel: KernelSolution,
-    science: NDArray[np.floating],
-    template: NDArray[np.floating],
-    weight: NDArray[np.floating],
-    template_variance: NDArray[np.floating],
+    planes: _Planes,
     noise: NDArray[np.float64],
     star_x: NDArray[np.floating],
     star_y: NDArray[np.floating],
@@ -1289,10 +1322,13 @@ def _ripples(
         "nt,t->n", _position_terms(x, y, kernel.shape, kernel.background_order), kernel.background_coefficients
     )
     normal, right, noise_sum = _star_equations(
-        science,
-        template,
-        weight,
-        template_variance,
+        planes.science,
+        planes.science_variance,
+        planes.template,
+        planes.template_variance,
+        planes.bad,
+        planes.noise_factor,
+        planes.model_error,
         column[inside],
         row[inside],
         kernel.kernels_at(x, y),
@@ -1319,7 +1355,8 @@ def _ripples(
     pairs = cKDTree(np.column_stack((x, y))).query_pairs(_RIPPLE_REACHES_PIX[-1], output_type="ndarray")
     pairs = pairs[np.lexsort((pairs[:, 1], pairs[:, 0]))] if len(pairs) else np.zeros((0, 2), dtype=np.intp)
     apart = np.hypot(x[pairs[:, 0]] - x[pairs[:, 1]], y[pairs[:, 0]] - y[pairs[:, 1]])
-    fields = [_smooth_field(amplitudes[:, m], variances[:, m], pairs, apart) for m in range(_N_RIPPLES)]
+    alike = [_alikeness(apart / reach) for reach in _RIPPLE_REACHES_PIX]
+    fields = [_smooth_field(amplitudes[:, m], variances[:, m], pairs, alike) for m in range(_N_RIPPLES)]
     return Ripples(x, y, np.array([weights for weights, _ in fields]), np.array([reach for _, reach in fields]))
 
 
@@ -1349,12 +1386,22 @@ def _noise_products(kernel: KernelSolution, noise: NDArray[np.float64]) -> NDArr
     return np.asarray(products)
 
 
+def _alikeness(apart: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Wendland's function of distances in units of the reach."""
+    square = np.square(np.maximum(1.0 - apart, 0.0))
+    return np.asarray(square * square * (4.0 * apart + 1.0))
+
+
 def _smooth_field(
-    values: NDArray[np.float64], variance: NDArray[np.float64], pairs: NDArray[np.intp], apart: NDArray[np.float64]
+    values: NDArray[np.float64],
+    variance: NDArray[np.float64],
+    pairs: NDArray[np.intp],
+    alike: Sequence[NDArray[np.float64]],
 ) -> tuple[NDArray[np.float64], float]:
     """Weights and reach of the Gaussian process through values that neighbours share; zeros if they share nothing.
 
-    Its power is the mean product of neighbours' values, weighted as for independent ones.
+    `alike` says for each reach how alike pairs are. The field's power is the mean product of neighbours' values,
+    weighted as for independent ones.
     """
     n = len(values)
     if n == 0:
@@ -1364,8 +1411,7 @@ def _smooth_field(
     both = weight[pairs[:, 0]] * weight[pairs[:, 1]]
     products = both * values[pairs[:, 0]] * values[pairs[:, 1]]
     most, reach, power, shape = _LEAST_RIPPLE_SIGNIFICANCE, 1.0, 0.0, np.zeros(len(pairs))
-    for trial in _RIPPLE_REACHES_PIX:
-        near = np.maximum(1.0 - apart / trial, 0.0) ** 4 * (4.0 * apart / trial + 1.0)
+    for trial, near in zip(_RIPPLE_REACHES_PIX, alike, strict=True):
         size = float(np.sum(both * near**2))
         significance = float(np.sum(products * near)) / math.sqrt(max(size, 1e-300))
         if significance > most:
@@ -1373,7 +1419,8 @@ def _smooth_field(
     if power == 0.0:
         return np.zeros(n), reach
     diagonal = variance + max(scatter, power)
-    return power * _solved(pairs, power * shape, diagonal, values), reach
+    close = np.flatnonzero(shape)
+    return power * _solved(pairs[close], power * shape[close], diagonal, values), reach
 
 
 @njit(cache=True)
@@ -1408,9 +1455,12 @@ def _solved(
 @njit(cache=True, fastmath=_FAST_MATH)
 def _star_equations(
     science: NDArray[np.floating],
+    science_variance: NDArray[np.floating],
     template: NDArray[np.floating],
-    weight: NDArray[np.floating],
     template_variance: NDArray[np.floating],
+    bad: NDArray[np.bool_],
+    noise_factor: float,
+    model_error: float,
     columns: NDArray[np.intp],
     rows: NDArray[np.intp],
     kernels: NDArray[np.float64],
@@ -1421,26 +1471,35 @@ def _star_equations(
     n, side, k = len(columns), 2 * half + 1, kernels.shape[1]
     margin = half + 1 + k // 2
     normal, right, noise_sum = np.zeros((n, 7, 7)), np.zeros((n, 7)), np.zeros(n)
+    height, width = -(-(side + 2) // 4) * 4, -(-(side + 2) // 32) * 32  # whole tiles
+    around = np.zeros((height + k - 1, width + k - 1), dtype=np.float32)
+    mirrored, matched = np.zeros((k + 6, k), dtype=np.float32), np.zeros((height, width), dtype=np.float32)
     model, modes = np.zeros((side + 2, side + 2)), np.zeros((7, side * side))
     weights, residual = np.zeros(side * side), np.zeros(side * side)
+    weight = np.zeros((side, side), dtype=science.dtype)
     for star in range(n):
         top, left = rows[star] - margin, columns[star] - margin
-        for y in range(side + 2):
-            total = model[y]
-            total[:] = 0.0
-            for j in range(k):
-                source = template[top + y + k - 1 - j, left : left + side + k + 1]
-                for i in range(k):
-                    value, first = kernels[star, j, i], k - 1 - i
-                    for x in range(side + 2):
-                        total[x] += value * source[first + x]
+        for y in range(side + k + 1):
+            for x in range(side + k + 1):
+                around[y, x] = template[top + y, left + x]
+        for y in range(k):
+            for x in range(k):
+                mirrored[3 + y, x] = kernels[star, k - 1 - y, k - 1 - x]
+        convolve_stamp(around, mirrored, matched)
+        model[:] = matched[: side + 2, : side + 2]
         _fill_modes(model, modes)
+        inside = (
+            slice(rows[star] - half, rows[star] + half + 1),
+            slice(columns[star] - half, columns[star] + half + 1),
+        )
+        noise2, is_bad, pixels = template_variance[inside], bad[inside], science[inside]
+        _weigh(science_variance[inside], template[inside], noise2, is_bad, noise_factor, model_error, weight)
         for y in range(side):
             for x in range(side):
-                here = rows[star] - half + y, columns[star] - half + x
-                weights[y * side + x] = weight[here]
-                residual[y * side + x] = science[here] - background[star] - modes[5, y * side + x]
-                noise_sum[star] += weight[here] * template_variance[here]
+                weights[y * side + x] = weight[y, x]
+                value = 0.0 if is_bad[y, x] else pixels[y, x]
+                residual[y * side + x] = value - background[star] - modes[5, y * side + x]
+                noise_sum[star] += weight[y, x] * noise2[y, x]
         for a in range(7):
             weighted = modes[a] * weights
             right[star, a] = np.sum(weighted * residual)
@@ -1501,9 +1560,13 @@ def _add_fields(
     reaches: NDArray[np.float64],
     out: NDArray[np.float64],
 ) -> None:
+    """Stars by rising y; `weights` (n, 5)."""
     most = np.max(reaches)
     for place in range(len(x)):
-        for star in range(len(star_x)):
+        first = np.searchsorted(star_y, y[place] - most)
+        for star in range(first, len(star_x)):
+            if star_y[star] >= y[place] + most:
+                break
             square = (x[place] - star_x[star]) ** 2 + (y[place] - star_y[star]) ** 2
             if square >= most**2:
                 continue
@@ -1511,7 +1574,7 @@ def _add_fields(
             for ripple in range(len(reaches)):
                 part = distance / reaches[ripple]
                 if part < 1.0:
-                    out[place, ripple] += weights[ripple, star] * (1.0 - part) ** 4 * (4.0 * part + 1.0)
+                    out[place, ripple] += weights[star, ripple] * (1.0 - part) ** 4 * (4.0 * part + 1.0)
 
 
 def _variation_over_image(

@@ -36,6 +36,7 @@ _FAST_MATH = {"contract", "reassoc", "nsz", "arcp"}
 _MIN_SNRS = (30.0, 15.0)  # the lower one when the higher leaves too few
 _MAX_STARS = 300
 _MAX_CANDIDATES = 400  # some are dropped in the fit
+_MAX_OF_CONSTANT = 130  # candidates where one PSF is asked for: two of each cell
 _MAX_ELLIPTICITY, _ELLIPTICITY_MARGIN = 0.3, 0.1
 _BRIGHT_PART, _LEAST_BRIGHT = 0.25, 40  # sizes are isophotal: too small for faint stars, which rule a crowded field
 _MIN_HALF_LIGHT_PIX = 0.8  # sharper things are cosmic rays and hot pixels
@@ -327,14 +328,14 @@ def fit_psf_model(
 ) -> PsfModel:
     """Measure the PSF of an image, and how it changes over it, from its stars.
 
-    Up to 300 sources of the most frequent size, spread over the image. For all of them at once a Moffat profile
-    ``A (1 + (2^g - 1) Q)^(-1/g)``, ``Q = a dx^2 + 2 b dx dy + c dy^2``, integrated over pixels, is fitted with a, b, c
-    as polynomials of the position and one g, by Gauss-Newton steps in which the stars' own amplitude, centre and sky
-    are eliminated; neighbours are fitted with the same profile and taken off before every step. Stars of another
-    size than the others at their place, or badly fitted, are dropped. Then what the stars show beyond it, scaled to
-    unit amplitude and shifted to the middle of a pixel, becomes first a mean profile by rings, then a polynomial of the
-    position in each pixel, both shrunk by how far they exceed their errors (empirical Bayes, by rings). The sum,
-    evaluated on a grid of positions, is written as mean and principal components.
+    Up to 300 sources (130 for order 0) of the most frequent size, spread over the image. For all of them at once a
+    Moffat profile ``A (1 + (2^g - 1) Q)^(-1/g)``, ``Q = a dx^2 + 2 b dx dy + c dy^2``, integrated over pixels, is
+    fitted with a, b, c as polynomials of the position and one g, by Gauss-Newton steps in which the stars' own
+    amplitude, centre and sky are eliminated; neighbours are fitted with the same profile and taken off before every
+    step. Stars of another size than the others at their place, or badly fitted, are dropped. Then what the stars show
+    beyond it, scaled to unit amplitude and shifted to the middle of a pixel, becomes first a mean profile by rings,
+    then a polynomial of the position in each pixel, both shrunk by how far they exceed their errors (empirical Bayes,
+    by rings). The sum, evaluated on a grid of positions, is written as mean and principal components.
 
     Parameters
     ----------
@@ -360,6 +361,7 @@ def fit_psf_model(
         sources = detect_sources(image, variance, bad)
     shape = (bad.shape[0], bad.shape[1])
     chosen, fwhm_pix = _choose_stars(sources, shape)
+    chosen = chosen[: _MAX_CANDIDATES if spatial_order > 0 else _MAX_OF_CONSTANT]
     radius_fwhm = _fit_radius_fwhm(sources, shape, fwhm_pix)
     half = min(math.ceil(max(radius_fwhm * fwhm_pix, _LEAST_FIT_PIX)), _MAX_HALF_PIX)
     stamps = _cut_stamps(image, variance, bad, sources, chosen, half)
@@ -515,7 +517,7 @@ def _choose_stars(sources: DetectedSources, shape: tuple[int, int]) -> tuple[NDA
             f"too few stars for a PSF: {evidence}, {len(alike)} of the most frequent size "
             f"({half_light:.2f} pixels) away from the edge, {len(chosen)} isolated; {MIN_PSF_STARS} are needed"
         )
-    return _spread(sources, chosen, shape)[:_MAX_CANDIDATES], fwhm_pix
+    return _spread(sources, chosen, shape), fwhm_pix
 
 
 def _fit_radius_fwhm(sources: DetectedSources, shape: tuple[int, int], fwhm_pix: float) -> float:

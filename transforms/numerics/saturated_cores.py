@@ -110,8 +110,9 @@ def subtract_halos(
     """Move what saturated stars leave around them from the difference to the matched template, both in place.
 
     ``D(r) = flux h(r)``: in rings of 2 pixels, to 10 FWHM, each star's median is taken, and h is the mean over the
-    stars weighted by their errors, without stars that are 4 sigma and more off the weighted median. Rings in which h is not 3 sigma from 0 count as 0,
-    and all beyond the first such ring that follows a significant one; h is linear between the rings' middles.
+    stars weighted by their errors, without stars that are 4 sigma and more off the weighted median. Rings in which h is
+    not 3 sigma from 0 count as 0, and all beyond the first such ring that follows a significant one; between the
+    middles of rings h is linear.
 
     Parameters
     ----------

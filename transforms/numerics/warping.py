@@ -169,8 +169,10 @@ def warp_exposure(
         mask=np.empty(shape, dtype=np.int32),
         no_data=np.empty(shape, dtype=np.bool_),
     )
+    with_nan = np.empty(pixels.shape, dtype=np.float32)
+    _copy_with_nan(pixels, variance, mask, no_data_bits, with_nan)
     _resample(
-        _with_nan(pixels, variance, mask, no_data_bits),
+        with_nan,
         variance,
         mask,
         np.ascontiguousarray(grid.x, dtype=np.float64),
@@ -288,18 +290,20 @@ def _sum_taps(
 
 
 @njit(cache=True)
-def _with_nan(
-    image: NDArray[np.float32], variance: NDArray[np.float32], mask: NDArray[np.int32], no_data_bits: int
-) -> NDArray[np.float32]:
+def _copy_with_nan(
+    image: NDArray[np.float32],
+    variance: NDArray[np.float32],
+    mask: NDArray[np.int32],
+    no_data_bits: int,
+    out: NDArray[np.float32],
+) -> None:
     """Image with NaN where there are no data."""
-    out = np.empty_like(image)
     bits = np.int32(no_data_bits)
     for y in range(image.shape[0]):
         for x in range(image.shape[1]):
             noise2 = variance[y, x]
             usable = np.isfinite(image[y, x]) & (noise2 >= 0) & (noise2 < np.inf) & (mask[y, x] & bits == 0)
             out[y, x] = image[y, x] if usable else np.float32(np.nan)
-    return out
 
 
 @njit(cache=True, fastmath=_FAST_MATH)
