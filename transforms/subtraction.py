@@ -204,7 +204,7 @@ def _joined_mask(science: Exposure, template_mask: np.ndarray, result: Differenc
         mask[(template_mask >> MASK_BITS[plane]) & 1 == 1] |= np.int32(1 << MASK_BITS[carried])
     for plane, pixels in {
         "NO_DATA": result.invalid,
-        "SUSPECT": result.suspect,
+        "HIGH_VARIANCE": result.high_variance,
         "SPIKE": result.trails,
         "CR": result.cosmic_rays,
         "CR_TEMPLATE": result.template_cosmic_rays,

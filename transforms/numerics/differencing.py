@@ -113,7 +113,7 @@ class DifferenceResult:
     invalid : (ny, nx) bool, True where the science image has no data, or bad template pixels or the image's edge
         lie within the kernel's core; other bad science pixels keep their values
     residual_part : of the matched template's light that its subtraction leaves, see `bright_star_masks`
-    suspect : (ny, nx) bool, where that outweighs the noise
+    high_variance : (ny, nx) bool, where that outweighs the noise
     trails : (ny, nx) bool, along bleeds, rows and columns of saturated stars; they kept their values
     cosmic_rays, template_cosmic_rays : (ny, nx) bool, hits that no mask knew; they kept their values
     psf : PSFs of the difference, float32: those of the science image but for the decorrelation
@@ -133,7 +133,7 @@ class DifferenceResult:
     matched_template: NDArray[np.float32]
     invalid: NDArray[np.bool_]
     residual_part: float
-    suspect: NDArray[np.bool_]
+    high_variance: NDArray[np.bool_]
     trails: NDArray[np.bool_]
     cosmic_rays: NDArray[np.bool_]
     template_cosmic_rays: NDArray[np.bool_]
@@ -256,8 +256,8 @@ def subtract(
     subtract_halos(difference, matched, variance, unusable, saturated_stars, model.fwhm_pix)
     part = residual_part(difference, variance, matched, unusable)
     noise2 = template_pixels  # their plane is free now
-    science_pixels, suspect = np.empty_like(difference), np.empty_like(invalid)
-    _fill_with_residual(difference, matched, variance, invalid, part, science_pixels, noise2, suspect)
+    science_pixels, high_variance = np.empty_like(difference), np.empty_like(invalid)
+    _fill_with_residual(difference, matched, variance, invalid, part, science_pixels, noise2, high_variance)
     trails = star_trails(difference, noise2, _saturated(science, template), unusable, model.fwhm_pix)
     unusable |= trails
     cosmic_rays = find_cosmic_rays(difference, noise2, science_pixels, unusable, model.at_centre())
@@ -280,7 +280,7 @@ def subtract(
         matched_template=matched,
         invalid=invalid,
         residual_part=part,
-        suspect=suspect,
+        high_variance=high_variance,
         trails=trails,
         cosmic_rays=cosmic_rays,
         template_cosmic_rays=template_cosmic_rays,
@@ -465,7 +465,7 @@ def _fill_with_residual(
     part: float,
     science: NDArray[np.float32],
     noise2: NDArray[np.float32],
-    suspect: NDArray[np.bool_],
+    high_variance: NDArray[np.bool_],
 ) -> None:
     """Science image without background; variance with what bright stars leave; where the latter outweighs the noise."""
     for y in range(difference.shape[0]):
@@ -473,7 +473,7 @@ def _fill_with_residual(
             science[y, x] = difference[y, x] + matched[y, x]
             residual = (np.float32(part) * matched[y, x]) ** 2
             noise2[y, x] = variance[y, x] + residual
-            suspect[y, x] = (residual > variance[y, x]) & (not invalid[y, x])
+            high_variance[y, x] = (residual > variance[y, x]) & (not invalid[y, x])
 
 
 @njit(cache=True)
