@@ -22,6 +22,7 @@ from transforms.numerics.measurement import MaskFlags, Measurements, mask_flags,
 from transforms.numerics.psf_grid import PsfGrid
 from transforms.numerics.psf_modelling import psf_fwhm_pix
 from transforms.numerics.reliability import RELIABILITY_VERSION, score
+from transforms.numerics.reliability_features import reliability_features
 from transforms.numerics.source_shapes import Shapes, lines_on_sky, measure_shapes
 from transforms.numerics.trail_fitting import Trails
 from transforms.subtraction import UNUSABLE_PLANES
@@ -79,6 +80,15 @@ _MEASURED_COLUMNS = {
     "forced_PsfFlux_flag_noGoodPixels": "forced_flux_flag_no_good_pixels",
     "bboxSize": "bbox_size",
 }
+
+
+class SearchedSources(NamedTuple):
+    """What a search found, before selection: records with all columns, which are kept, and what the score saw."""
+
+    records: np.ndarray
+    kept: np.ndarray
+    features: np.ndarray
+    rejected: dict[str, int]
 
 
 class SourceStormError(ValueError):
@@ -143,7 +153,26 @@ def _failure(error: Exception, exposure: SubtractedExposure) -> FailureRecord:
 
 
 def detect_sources(exposure: SubtractedExposure, config: DetectionConfig) -> DetectedSources:
-    """The diaSources of one exposure.
+    """The diaSources of one exposure, those that are kept.
+
+    Raises
+    ------
+    SourceStormError
+        More than `max_sources` detections.
+    """
+    searched = search(exposure, config)
+    return DetectedSources(
+        exposure=exposure,
+        dia_sources=take_records(searched.records, searched.kept),
+        ss_sources=empty_records(SS_SOURCE, 0),
+        n_detected=len(searched.records) + searched.rejected["on rejected pixels"],
+        rejected=searched.rejected,
+        seconds=dict(exposure.seconds),
+    )
+
+
+def search(exposure: SubtractedExposure, config: DetectionConfig) -> SearchedSources:
+    """Find, measure and score all sources of one exposure.
 
     Raises
     ------
@@ -172,18 +201,25 @@ def detect_sources(exposure: SubtractedExposure, config: DetectionConfig) -> Det
     measured = measure_sources(*planes, psf, found, science_psf)
     shapes = measure_shapes(*planes, psf, science_psf, found, measured)
     flags = mask_flags(exposure.mask, MASK_BITS, measured.x, measured.y, found)
+    features = reliability_features(
+        exposure.difference,
+        exposure.difference_variance,
+        exposure.science,
+        exposure.matched_template,
+        bad,
+        (exposure.mask & mask_bits(*SATURATED_PLANES)) != 0,
+        psf,
+        found,
+        measured,
+        shapes,
+        noise_ratio,
+        exposure.residual_part,
+    )
     records = _records(exposure, measured, flags, _near_saturated(exposure, psf, measured, found), noise_ratio, config)
     _fill_shapes(records, exposure, shapes)
     kept, rejected = _select(records, config)
     rejected["on rejected pixels"] = int(found.n_rejected)
-    return DetectedSources(
-        exposure=exposure,
-        dia_sources=take_records(records, kept),
-        ss_sources=empty_records(SS_SOURCE, 0),
-        n_detected=len(records) + int(found.n_rejected),
-        rejected=rejected,
-        seconds=dict(exposure.seconds),
-    )
+    return SearchedSources(records, kept, features, rejected)
 
 
 def _near_saturated(
