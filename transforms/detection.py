@@ -16,15 +16,15 @@ from schemas.exposures import MASK_BITS, mask_bits
 from schemas.identifiers import MAX_COUNTER, dia_source_ids
 from schemas.records import BOOLEAN_NULL, DIA_SOURCE, SS_SOURCE, empty_records, take_records
 from transforms.failures import FAILED, StageFn, failed_in, failure_of
-from transforms.numerics.detection import Detections, find_peaks, lobe_distance, significance_map
+from transforms.numerics.detection import find_peaks, lobe_distance, significance_map
 from transforms.numerics.dipole_fitting import Dipoles
 from transforms.numerics.measurement import MaskFlags, Measurements, mask_flags, measure_sources
 from transforms.numerics.psf_grid import PsfGrid
-from transforms.numerics.psf_modelling import psf_fwhm_pix
-from transforms.numerics.reliability import RELIABILITY_VERSION, score
+from transforms.numerics.reliability import score
 from transforms.numerics.reliability_features import reliability_features
 from transforms.numerics.source_shapes import Shapes, lines_on_sky, measure_shapes
 from transforms.numerics.trail_fitting import Trails
+from transforms.reliability_model import shipped_model
 from transforms.subtraction import UNUSABLE_PLANES
 
 STAGE = "detection"
@@ -83,7 +83,7 @@ _MEASURED_COLUMNS = {
 
 
 class SearchedSources(NamedTuple):
-    """What a search found, before selection: records with all columns, which are kept, and what the score saw."""
+    """What a search found: records of all sources, which of them are kept, and what the reliability is to see."""
 
     records: np.ndarray
     kept: np.ndarray
@@ -136,6 +136,9 @@ class _DetectFn(StageFn):
     def __init__(self, config: DetectionConfig) -> None:
         self.config = config
 
+    def setup(self) -> None:
+        shipped_model()
+
     def work(self, exposure: SubtractedExposure) -> Iterator[Any]:
         started = time.perf_counter()
         try:
@@ -161,6 +164,9 @@ def detect_sources(exposure: SubtractedExposure, config: DetectionConfig) -> Det
         More than `max_sources` detections.
     """
     searched = search(exposure, config)
+    model = shipped_model()
+    searched.records["reliability"] = score(searched.features, model.trees)
+    searched.records["reliabilityVersion"] = model.version.encode()
     return DetectedSources(
         exposure=exposure,
         dia_sources=take_records(searched.records, searched.kept),
@@ -172,7 +178,7 @@ def detect_sources(exposure: SubtractedExposure, config: DetectionConfig) -> Det
 
 
 def search(exposure: SubtractedExposure, config: DetectionConfig) -> SearchedSources:
-    """Find, measure and score all sources of one exposure.
+    """Find and measure all sources of one exposure; their reliability is not set.
 
     Raises
     ------
@@ -215,29 +221,17 @@ def search(exposure: SubtractedExposure, config: DetectionConfig) -> SearchedSou
         noise_ratio,
         exposure.residual_part,
     )
-    records = _records(exposure, measured, flags, _near_saturated(exposure, psf, measured, found), noise_ratio, config)
+    records = _records(exposure, measured, flags, config)
     _fill_shapes(records, exposure, shapes)
     kept, rejected = _select(records, config)
     rejected["on rejected pixels"] = int(found.n_rejected)
     return SearchedSources(records, kept, features, rejected)
 
 
-def _near_saturated(
-    exposure: SubtractedExposure, psf: PsfGrid, measured: Measurements, found: Detections
-) -> np.ndarray:
-    """(n,) whether a pixel saturated in science or template lies within two FWHM of each source."""
-    radius_pix = round(2.0 * psf_fwhm_pix(psf.middle))
-    bits = {plane: MASK_BITS[plane] for plane in SATURATED_PLANES}
-    flags = mask_flags(exposure.mask, bits, measured.x, measured.y, found, radius_pix)
-    return np.any([flags.anywhere[plane] for plane in SATURATED_PLANES], axis=0)
-
-
 def _records(
     exposure: SubtractedExposure,
     measured: Measurements,
     flags: MaskFlags,
-    near_saturated: np.ndarray,
-    noise_ratio: float,
     config: DetectionConfig,
 ) -> np.ndarray:
     visit = exposure.visit
@@ -256,21 +250,6 @@ def _records(
         records[column] = (flags.centre if at_centre else flags.anywhere)[plane]
     records["pixelFlags"] = np.any([flags.anywhere[plane] for plane in _GENERAL_FLAG_PLANES], axis=0)
     records["pixelFlags_offimage"] = flags.off_image
-    records["reliability"] = score(
-        snr=measured.snr,
-        psf_flux=measured.psf_flux,
-        psf_flux_err=measured.psf_flux_err,
-        core_chi2=measured.core_chi2,
-        core_n_pixels=measured.core_n_pixels,
-        peak_excess=measured.peak_excess,
-        size_ratio=measured.size_ratio,
-        opposite_snr=measured.opposite_snr,
-        good_weight=measured.good_weight,
-        star_flux=measured.star_flux,
-        near_saturated=near_saturated,
-        noise_ratio=noise_ratio,
-    )
-    records["reliabilityVersion"] = RELIABILITY_VERSION.encode()
     return records
 
 
