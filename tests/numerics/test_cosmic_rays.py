@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 import numpy as np
@@ -124,6 +125,19 @@ def test_a_turned_image_has_the_turned_mask(turn: Callable[[np.ndarray], np.ndar
     turned = find_cosmic_rays(turn(difference), turn(variance), turn(image), turn(bad), turn(psf))
     assert np.count_nonzero(hits) > 100
     np.testing.assert_array_equal(turned, turn(hits))
+
+
+def test_work_grows_as_the_length_of_a_wide_track() -> None:
+    # Both pixels of a row list both of the next: listed twice each, they would be 2^25 at the end of this track.
+    n_rows = 26
+    difference, light = np.zeros((n_rows, 9)), np.zeros((n_rows, 9))
+    difference[:, 4:6], light[0, 4:6] = 30.0, 30.0  # only the first row stands out of the science image too
+    planes = (difference, np.ones_like(difference), light, np.zeros(difference.shape, dtype=bool), psf_of(4.0))
+    find_cosmic_rays(*planes)  # compiles
+    begin = time.process_time()
+    hits = find_cosmic_rays(*planes)
+    assert time.process_time() - begin < 0.1
+    np.testing.assert_array_equal(hits, difference > 0.0)
 
 
 def test_bad_pixels_are_neither_marked_nor_looked_at() -> None:

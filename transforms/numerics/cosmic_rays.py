@@ -133,6 +133,7 @@ def _mark_hits(
             is_bright = d > 0.0 and d * d > _PEAK_SIGMA**2 * v and not bad[y, x]
             if is_bright and _stands_out(difference, variance, light, bad, hits, contrasts, y, x, _EXCESS_SIGMA, True):
                 front.append((y, x))
+    listed = np.zeros_like(hits)  # a pixel has up to eight neighbours in front: listed by each, lists grow as powers
     while len(front) > 0:  # all of a pass at once, so that no direction is preferred
         for y, x in front:
             hits[y, x] = True
@@ -141,11 +142,12 @@ def _mark_hits(
             for y in range(max(y0 - 1, 0), min(y0 + 2, ny)):
                 for x in range(max(x0 - 1, 0), min(x0 + 2, nx)):
                     d, v = difference[y, x], variance[y, x]
-                    if hits[y, x] or bad[y, x] or d <= 0.0 or d * d <= _GROWTH_SIGMA**2 * v:
+                    if listed[y, x] or hits[y, x] or bad[y, x] or d <= 0.0 or d * d <= _GROWTH_SIGMA**2 * v:
                         continue
                     if _stands_out(
                         difference, variance, light, bad, hits, contrasts, y, x, _GROWTH_EXCESS_SIGMA, False
                     ):
+                        listed[y, x] = True
                         grown.append((y, x))
         front = grown
 
