@@ -4,7 +4,7 @@ A pair is subtracted and searched by the very code that produces alerts, from ra
 counts before anything looks at them. Three kinds of pair show three kinds of what is not real:
 
 - ``as_is``: science image against stacked template, what a night brings;
-- ``swapped``: the same with the roles exchanged, so that each appearance is a disappearance, trails and movers included;
+- ``swapped``: roles exchanged, so that each appearance is a disappearance, trails and movers included;
 - ``same_night``: against a template of two exposures, shallow and of nearly the same seeing.
 """
 
@@ -55,7 +55,7 @@ _MJD = 61367.0
 
 @dataclass(frozen=True)
 class TrainingPair:
-    """One pair to simulate and search.
+    """One pair to simulate and search; `part` of the data: train, calibrate or test.
 
     Plain pairs have the densities of their regime, 20 vanished sources beside them. `varied` ones have more of the rare
     classes, up to S/N 300; seeing within 15 % of the regime's, up to three times its stars and galaxies; and each with
@@ -68,6 +68,7 @@ class TrainingPair:
     kind: str
     size_pix: int
     varied: bool
+    part: str
 
     @property
     def name(self) -> str:

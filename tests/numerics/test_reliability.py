@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from transforms.numerics.detection import find_peaks, lobe_distance, significance_map
 from transforms.numerics.measurement import measure_sources
-from transforms.numerics.reliability import TreeModel, TreeModelError, check_model, raw_score, score
-from transforms.numerics.reliability_features import FEATURES, reliability_features
+from transforms.numerics.reliability import score
+from transforms.numerics.reliability_features import reliability_features
 from transforms.numerics.source_shapes import measure_shapes
 from transforms.reliability_model import (
-    LONGEST_VERSION,
-    ReliabilityModelError,
-    read_model,
     shipped_model,
-    write_model,
 )
 
 SIZE, SPACING, N_SIDE, NOISE = 41, 70, 6, 3.0
@@ -30,6 +22,7 @@ RESIDUAL_PART = 0.01  # what a good subtraction leaves
 FWHMS = (2.1, 4.7, 8.0)  # undersampled like ZTF, like LSST, a small telescope
 Stamp = NDArray[np.float64]
 Source = Callable[[float, float, float], Stamp]  # fwhm, dx, dy -> stamp in units of a flux of S/N 1
+
 
 def moffat(fwhm: float, dx: float = 0.0, dy: float = 0.0) -> Stamp:
     alpha = fwhm / (2.0 * np.sqrt(2.0 ** (1.0 / 3.5) - 1.0))
@@ -172,5 +165,3 @@ def test_residuals_of_a_bright_star_with_a_wrong_width_score_low(fwhm: float) ->
     found = scores(width_mismatch(3000.0, 1.03), fwhm, star=point(3000.0))
     assert found.size >= N_SIDE**2
     assert np.median(found) < 0.2
-
-

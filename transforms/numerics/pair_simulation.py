@@ -245,9 +245,10 @@ class SimulatedPair:
     science, template : PairImage, each on its own grid
     light : (n, n) float32, expected science counts without sky and without defects
     truth : TRUTH_DTYPE rows, what differs. Kinds: transient, mover, trail (science only), vanished (template only,
-        flux below 0), variable (flux is the change, of either sign), proper_motion (flux is the star's). x, y in science pixels, a trail's at its middle;
-        dx, dy is a trail's vector, or how far a star moved; snr is that of an optimal measurement on both images;
-        good_pixels: off edges, masks and saturated stars in both; in_host: placed on a galaxy
+        flux below 0), variable (flux is the change, of either sign), proper_motion (flux is the star's). x, y in
+        science pixels, a trail's at its middle; dx, dy is a trail's vector, or how far a star moved; snr is that of an
+        optimal measurement on both images; good_pixels: off edges, masks and saturated stars in both; in_host: placed
+        on a galaxy
     stars : STAR_DTYPE rows, all stars; x, y in science pixels; snr with the star's own photon noise; `is_steady`
         when it is not in the truth; `is_saturated` in either image
     """

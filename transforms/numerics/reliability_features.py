@@ -43,7 +43,7 @@ FEATURES = {
     "static_near": "the same between 1 and 2 FWHM",
     "static_far": "the same between 2 and 5 FWHM",
     "static_flux": "log10 of the PSF flux of the static light over the flux",
-    "expected_residual": "log10 of what subtraction may leave of the brightest static pixel within 1 FWHM, over the flux",
+    "expected_residual": "static_core and log10 of the part that subtraction may leave",
     "saturation_distance": "to the nearest pixel saturated in either image, in FWHM, at most 6",
     "saturated_area": "log10 of 1 + the saturated pixels within 6 FWHM, in FWHM^2",
     "local_noise": "mean |D| / sigma between 2 and 4 FWHM, over that of Gaussian noise of the image's level",
@@ -190,9 +190,7 @@ def _of_shapes(
     }
 
 
-def _elongation(
-    xx: NDArray[np.float64], yy: NDArray[np.float64], xy: NDArray[np.float64]
-) -> NDArray[np.float64]:
+def _elongation(xx: NDArray[np.float64], yy: NDArray[np.float64], xy: NDArray[np.float64]) -> NDArray[np.float64]:
     half_trace, half_split = 0.5 * (xx + yy), np.hypot(0.5 * (xx - yy), xy)
     ratio: NDArray[np.float64] = np.clip(np.sqrt((half_trace + half_split) / (half_trace - half_split)), 1.0, 5.0)
     return ratio
@@ -241,9 +239,9 @@ def _measure_stamps(
             continue
         fwhm = fwhms[cells[source]]
         peak_part, core_part, aperture_part = enclosed[cells[source]]
-        centre_x, centre_y = int(math.floor(x[source] + 0.5)), int(math.floor(y[source] + 0.5))
+        centre_x, centre_y = math.floor(x[source] + 0.5), math.floor(y[source] + 0.5)
         off_x, off_y = x[source] - centre_x, y[source] - centre_y
-        reach = min(int(math.ceil(_SATURATION_FWHM * fwhm)), _LARGEST_REACH_PIX)
+        reach = min(math.ceil(_SATURATION_FWHM * fwhm), _LARGEST_REACH_PIX)
         peak, core, aperture = -np.inf, 0.0, 0.0
         same, opposite, odd, even = 0.0, 0.0, 0.0, 0.0
         near0, near1, near2 = -np.inf, -np.inf, -np.inf
@@ -292,8 +290,8 @@ def _measure_stamps(
                 else:
                     absolute += abs(value) / sigma
                     ring += 1
-                mirror_x = int(math.floor(2.0 * x[source] + 0.5)) - column
-                mirror_y = int(math.floor(2.0 * y[source] + 0.5)) - row
+                mirror_x = math.floor(2.0 * x[source] + 0.5) - column
+                mirror_y = math.floor(2.0 * y[source] + 0.5) - row
                 if distance <= _APERTURE_FWHM and 0 <= mirror_x < nx and 0 <= mirror_y < ny:
                     other, other_power = difference[mirror_y, mirror_x], variance[mirror_y, mirror_x]
                     if not bad[mirror_y, mirror_x] and 0.0 < other_power < np.inf and -np.inf < other < np.inf:

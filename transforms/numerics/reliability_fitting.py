@@ -83,7 +83,10 @@ def fit_booster(features: NDArray[np.float32], class_index: NDArray[np.integer],
     except ImportError as error:
         raise TrainingError("training needs LightGBM: pip install 'nightstream[training]'") from error
     data = lightgbm.Dataset(
-        features, (class_index > 0).astype(np.float64), weight=balanced_weights(class_index), feature_name=list(FEATURES)
+        features,
+        (class_index > 0).astype(np.float64),
+        weight=balanced_weights(class_index),
+        feature_name=list(FEATURES),
     )
     return lightgbm.train({**_SETTINGS, "seed": seed}, data, _ROUNDS)
 
@@ -103,9 +106,7 @@ def calibrated(
         score = 1.0 / (1.0 + np.exp(-(slope * raw + offset)))
         error, power = weight * (score - target), weight * np.maximum(score * (1.0 - score), 1e-9)
         gradient = np.array([np.sum(error * raw), np.sum(error)])
-        hessian = np.array(
-            [[np.sum(power * raw * raw), np.sum(power * raw)], [np.sum(power * raw), np.sum(power)]]
-        )
+        hessian = np.array([[np.sum(power * raw * raw), np.sum(power * raw)], [np.sum(power * raw), np.sum(power)]])
         step = np.clip(np.linalg.solve(hessian, gradient), -1.0, 1.0)
         slope, offset = max(slope - step[0], 0.05), offset - step[1]
         if np.abs(step).max() < 1e-9:
@@ -116,7 +117,6 @@ def calibrated(
 
 
 def _as_model(trees: list[dict[str, Any]]) -> TreeModel:
-    roots: list[int] = []
     nodes: list[list[float]] = []  # feature, threshold, nan_left, left, right, value
 
     def add(node: dict[str, Any]) -> int:
@@ -125,14 +125,13 @@ def _as_model(trees: list[dict[str, Any]]) -> TreeModel:
             nodes.append([-1, 0.0, False, 0, 0, node["leaf_value"]])
             return row
         # Without a NaN in training LightGBM takes one for 0.
-        nan_left = node["default_left"] if node["missing_type"] == "NaN" else 0.0 <= node["threshold"]
+        nan_left = node["default_left"] if node["missing_type"] == "NaN" else node["threshold"] >= 0.0
         nodes.append([node["split_feature"], node["threshold"], nan_left, 0, 0, 0.0])
         nodes[row][3] = add(node["left_child"])
         nodes[row][4] = add(node["right_child"])
         return row
 
-    for tree in trees:
-        roots.append(add(tree["tree_structure"]))
+    roots = [add(tree["tree_structure"]) for tree in trees]
     feature, threshold, nan_left, left, right, value = zip(*nodes, strict=True)
     whole = [np.array(column, dtype=np.int64) for column in (roots, feature, left, right)]
     real = [np.array(column, dtype=np.float64) for column in (threshold, value)]
