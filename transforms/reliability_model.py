@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from transforms.numerics.reliability import TreeModel, TreeModelError, check_model
+from transforms.numerics.reliability import TreeModel, check_model
 from transforms.numerics.reliability_features import FEATURES
 
 LONGEST_VERSION = 7  # characters that the alert schema has for it
@@ -49,17 +49,20 @@ def read_model(path: Path) -> ReliabilityModel:
         known = json.loads(path.read_text(encoding="utf-8"))
         if known["features"] != list(FEATURES):
             raise ReliabilityModelError(f"{path}: a model of other features than this release has; train it anew")
-        columns = {name: np.array(known[name], dtype=np.int64) for name in _WHOLE}
-        columns |= {name: np.array(known[name], dtype=np.float64) for name in _REAL}
+        roots, feature, left, right = (np.array(known[name], dtype=np.int64) for name in _WHOLE)
+        threshold, value = (np.array(known[name], dtype=np.float64) for name in _REAL)
         nan_left = np.array(known["nan_left"], dtype=np.int64) != 0
-        trees = TreeModel(**columns, nan_left=nan_left, slope=float(known["slope"]), offset=float(known["offset"]))
+        calibration = float(known["slope"]), float(known["offset"])
+        trees = TreeModel(roots, feature, threshold, nan_left, left, right, value, *calibration)
         check_model(trees)
-        version, threshold = str(known["version"]), float(known["reliable_from"])
-    except (OSError, KeyError, TypeError, json.JSONDecodeError, TreeModelError) as error:
+        version, reliable_from = str(known["version"]), float(known["reliable_from"])
+    except ReliabilityModelError:
+        raise
+    except (OSError, KeyError, TypeError, ValueError) as error:
         raise ReliabilityModelError(f"{path}: no reliability model: {type(error).__name__}: {error}") from error
     if not 0 < len(version) <= LONGEST_VERSION:
         raise ReliabilityModelError(f"{path}: version {version!r} must have 1 to {LONGEST_VERSION} characters")
-    return ReliabilityModel(version, threshold, trees)
+    return ReliabilityModel(version, reliable_from, trees)
 
 
 def write_model(path: Path, model: ReliabilityModel) -> None:

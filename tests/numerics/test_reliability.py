@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from transforms.numerics.detection import find_peaks, lobe_distance, significance_map
 from transforms.numerics.measurement import measure_sources
-from transforms.numerics.reliability import score
-from transforms.numerics.reliability_features import reliability_features
+from transforms.numerics.reliability import TreeModel, TreeModelError, check_model, raw_score, score
+from transforms.numerics.reliability_features import FEATURES, reliability_features
 from transforms.numerics.source_shapes import measure_shapes
-from transforms.reliability_model import (
-    shipped_model,
-)
+from transforms.reliability_model import LONGEST_VERSION, ReliabilityModelError, read_model, shipped_model, write_model
 
 SIZE, SPACING, N_SIDE, NOISE = 41, 70, 6, 3.0
 RESIDUAL_PART = 0.01  # what a good subtraction leaves
@@ -165,3 +167,112 @@ def test_residuals_of_a_bright_star_with_a_wrong_width_score_low(fwhm: float) ->
     found = scores(width_mismatch(3000.0, 1.03), fwhm, star=point(3000.0))
     assert found.size >= N_SIDE**2
     assert np.median(found) < 0.2
+def test_units_change_no_feature_beyond_rounding() -> None:
+    as_it_is, scaled = (features_of(point(20.0), 4.7, point(50.0), scale=scale) for scale in (1.0, 1024.0))
+    # 1024 scales every float without rounding; only the aperture sums of `sep` and log10 may round anew.
+    np.testing.assert_allclose(scaled, as_it_is, rtol=1e-5, atol=1e-6)
+
+
+def test_features_do_not_know_the_sign() -> None:
+    as_it_is, negated = (features_of(point(20.0), 4.7, point(50.0), negated=negated) for negated in (False, True))
+    np.testing.assert_allclose(negated, as_it_is, rtol=1e-5, atol=1e-6)
+
+
+def test_features_do_not_know_left_from_right() -> None:
+    as_it_is, mirrored = (features_of(dipole(40.0, 1.0), 4.7, mirrored=mirrored) for mirrored in (False, True))
+    # The order of sources differs; centroids settle to 1e-4 pixels, which moves few pixels over a radius.
+    assert mirrored.shape == as_it_is.shape
+    off = np.abs(np.nan_to_num(np.sort(mirrored, axis=0)) - np.nan_to_num(np.sort(as_it_is, axis=0)))
+    assert np.median(off, axis=0).max() <= 1e-3
+
+
+def test_a_source_without_a_psf_flux_scores_zero() -> None:
+    features = features_of(point(30.0), 4.7)
+    features[0, list(FEATURES).index("fit_over_peak")] = np.nan
+    found = score(features, shipped_model().trees)
+    assert found[0] == 0.0 and found[1:].min() > 0.5
+
+
+@pytest.mark.parametrize("name", ["core_misfit", "peak_excess", "opposite_part", "negative_part", "asymmetry"])
+def test_a_growing_defect_never_raises_the_score(name: str) -> None:
+    features = np.repeat(features_of(point(20.0), 4.7)[:4], 40, axis=0)
+    column = list(FEATURES).index(name)
+    features[:, column] = np.tile(np.linspace(0.0, 3.0, 40, dtype=np.float32), 4)
+    found = score(features, shipped_model().trees).reshape(4, 40)
+    assert np.all(np.diff(found, axis=1) <= 0.0)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.floats(width=32), min_size=len(FEATURES), max_size=len(FEATURES)))
+def test_any_features_give_a_score_between_zero_and_one(values: list[float]) -> None:
+    found = score(np.array([values], dtype=np.float32), shipped_model().trees)
+    assert found.dtype == np.float32
+    assert 0.0 <= found[0] <= 1.0
+
+
+def test_features_of_another_shape_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"must have shape \(n, "):
+        score(np.zeros((2, len(FEATURES) + 1)), shipped_model().trees)
+
+
+def stump() -> TreeModel:
+    """One tree: the first feature up to 1 or unknown gives 2, more gives -1."""
+    whole = [np.array(column, dtype=np.int64) for column in ([0], [0, -1, -1], [1, 0, 0], [2, 0, 0])]
+    roots, feature, left, right = whole
+    threshold, value = np.array([1.0, 0.0, 0.0]), np.array([0.0, 2.0, -1.0])
+    return TreeModel(roots, feature, threshold, np.array([True, False, False]), left, right, value, 1.0, 0.0)
+
+
+def test_a_tree_is_walked_as_written() -> None:
+    table = np.zeros((4, len(FEATURES)), dtype=np.float32)
+    table[:, 0] = [1.0, np.nextafter(np.float32(1.0), np.float32(2.0)), np.nan, -np.inf]
+    assert raw_score(table, stump()).tolist() == [2.0, -1.0, 2.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"roots": np.array([3])}, "roots"),
+        ({"feature": np.array([len(FEATURES), -1, -1])}, "beyond"),
+        ({"left": np.array([0, 0, 0])}, "before its children"),
+        ({"right": np.array([3, 0, 0])}, "before its children"),
+        ({"value": np.array([0.0, np.nan, 0.0])}, "finite"),
+        ({"value": np.array([0.0, 1.0])}, "length"),
+        ({"slope": -1.0}, "slope"),
+    ],
+)
+def test_trees_that_cannot_be_walked_are_refused(changes: dict[str, object], message: str) -> None:
+    check_model(stump())
+    with pytest.raises(TreeModelError, match=message):
+        check_model(stump()._replace(**changes))
+
+
+def test_a_model_that_was_written_is_read_to_the_bit(tmp_path: Path) -> None:
+    shipped = shipped_model()
+    write_model(tmp_path / "model.json", shipped)
+    again = read_model(tmp_path / "model.json")
+    assert again[:2] == shipped[:2]
+    for mine, theirs in zip(again.trees, shipped.trees, strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("features", ["snr"], "other features"),
+        ("version", "too-long", "1 to 7"),
+        ("left", [0], "no reliability model"),
+        ("slope", "steep", "no reliability model"),
+    ],
+)
+def test_a_file_that_is_no_model_is_refused(tmp_path: Path, key: str, value: object, message: str) -> None:
+    path = tmp_path / "model.json"
+    write_model(path, shipped_model())
+    known = json.loads(path.read_text())
+    path.write_text(json.dumps(known | {key: value}))
+    with pytest.raises(ReliabilityModelError, match=message):
+        read_model(path)
+
+
+def test_the_shipped_version_fits_the_schema() -> None:
+    assert 0 < len(shipped_model().version) <= LONGEST_VERSION

@@ -51,7 +51,7 @@ def balanced_weights(class_index: NDArray[np.integer]) -> NDArray[np.float64]:
     for one in real_classes:
         weight[class_index == one] = 0.5 / (np.count_nonzero(class_index == one) * len(real_classes))
     bogus = class_index == 0
-    weight[bogus] = 0.5 / max(np.count_nonzero(bogus), 1)
+    weight[bogus] = 0.5 / max(int(np.count_nonzero(bogus)), 1)
     return weight * class_index.size
 
 
