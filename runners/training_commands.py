@@ -18,7 +18,7 @@ FIRST_SEED = 1000
 
 @click.command("train-reliability")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for pairs, model and card.")
-@click.option("--seeds", default=50, show_default=True, type=click.IntRange(min=5), help="How many; 12 pairs each.")
+@click.option("--seeds", default=30, show_default=True, type=click.IntRange(min=5), help="How many; 12 pairs each.")
 @click.option("--seed", "first_seed", default=FIRST_SEED, show_default=True, type=click.IntRange(min=0), help="First.")
 @click.option("--regime", "regimes", multiple=True, metavar="NAME", help="Only this one; may be repeated.")
 @click.option("--version", "version", default="gbm-1", show_default=True, help="The model's name in alerts.")
