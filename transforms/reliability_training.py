@@ -13,6 +13,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import apache_beam as beam
@@ -31,6 +32,10 @@ from transforms.numerics.warping import CoordinateGrid, coordinate_grid
 from transforms.subtraction import SubtractionConfig, subtract_exposures
 
 KINDS = ("as_is", "swapped", "same_night")
+# Beside the regimes that differencing is judged by, seeing that is wide in pixels, as small telescopes have it.
+TRAINING_REGIMES = MappingProxyType(
+    {**REGIMES, "wide": replace(REGIMES["lsst"], fwhm_science_pix=8.0, fwhm_template_pix=7.0, stars=400.0)}
+)
 CLASSES = ("bogus", "transient", "in_host", "variable", "mover", "trail", "negative")
 AMBIGUOUS = -1
 LABELLED_DTYPE = np.dtype(
@@ -191,7 +196,7 @@ def _distance(source: np.void, x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 def _regime(wanted: TrainingPair) -> Regime:
     """The regime as it is, but for what is missing in it, or varied around it: see `TrainingPair`."""
-    regime = REGIMES[wanted.regime]
+    regime = TRAINING_REGIMES[wanted.regime]
     stream = _stream(wanted, 0)
     if wanted.varied:
         seeing_science, seeing_template = np.exp(stream.uniform(-0.15, 0.15, 2))
