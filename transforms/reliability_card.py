@@ -9,7 +9,7 @@ import numpy as np
 
 from transforms.numerics.reliability_fitting import WORSE_WITH_MORE
 from transforms.reliability_model import ReliabilityModel
-from transforms.reliability_training import CLASSES
+from transforms.reliability_training import CLASSES, TRAINING_REGIMES
 
 LEAST_SNR = 6.0
 _SNR_BINS = ((5.0, 6.0), (6.0, 8.0), (8.0, 12.0), (12.0, 25.0), (25.0, np.inf))
@@ -23,12 +23,13 @@ Written by `nightstream train-reliability`. How it is made: `pipelines/reliabili
 
 The score is the part that is real among sources that look like this one, were there as many bogus as real ones, and as
 many of each class of real ones. **Published threshold: {threshold:g}.** The file has {trees} trees, {nodes} nodes.
-With more of {worse} the score never rises.
+With more of these the score never rises: {worse}.
 
 ## Data
 Simulated pairs (`transforms/numerics/pair_simulation.py`), injected into raw counts, then subtracted and searched by
-the chain itself. Four regimes; pairs as they are, with roles exchanged, and of the same night. Split by seed, which is
-field and night: trees are fitted on one part, the score is calibrated on a second, all below is measured on a third.
+the chain itself. {regimes} regimes; pairs as they are, with roles exchanged, and of the same night. Split by seed,
+which is field and night: trees are fitted on one part, the score is calibrated on a second, all below is measured on a
+third.
 *Plain* pairs have the densities of their regime; *varied* ones have more of the rare classes and more that goes wrong:
 `TrainingPair` says what. The model is fitted on varied pairs only. A source is real if a change of its sign lies within
 0.8 FWHM and explains its S/N; what is near a change and is not explained by it is left out (ambiguous).
@@ -41,6 +42,7 @@ _LIMITS = """
 - Purity depends on how many real sources there are. The share of bogus that passes does not: multiply it with the
   bogus of your own images.
 - Completeness is that of the score among sources that were detected, not that of the detection.
+- Sources of S/N above 300 and a FWHM outside of 1.7 to 9.3 pixels were not trained on.
 - Stars that moved are ambiguous, as are wrong-signed neighbours of a change.
 """
 
@@ -63,6 +65,7 @@ def card(
     lines = [
         _HEAD.format(
             version=model.version,
+            regimes=len(TRAINING_REGIMES),
             threshold=model.threshold,
             trees=len(model.trees.roots),
             nodes=len(model.trees.feature),
@@ -77,7 +80,7 @@ def card(
         ),
     )
     lines += ["", f"## Regimes and seeds never seen in training, S/N >= {LEAST_SNR:g}"]
-    lines += ["Each regime is judged by a model fitted on the other three; errors are binomial.", ""]
+    lines += ["Each regime is judged by a model fitted on the others; errors are binomial.", ""]
     lines += _judged_table(held_out, model.threshold)
     lines += ["", f"## The shipped model, seeds never seen in training, S/N >= {LEAST_SNR:g}", ""]
     lines += _judged_table(judged, model.threshold)

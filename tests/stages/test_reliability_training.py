@@ -8,7 +8,7 @@ from pathlib import Path
 import apache_beam as beam
 import numpy as np
 import pytest
-from apache_beam.testing.test_pipeline import TestPipeline
+from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 from apache_beam.testing.util import assert_that, equal_to
 
 from pipelines.reliability_training import training_pairs
@@ -27,7 +27,7 @@ from transforms.reliability_training import (
 )
 
 FWHM_PIX = 5.0
-SMALL = TrainingPair("lsst", 7, "as_is", 512, varied=True, part="train")
+SMALL = TrainingPair("lsst", 8, "as_is", 512, varied=True, part="train")
 
 
 def truth(kind: str, *, flux: float = 100.0, dx: float = 0.0, in_host: bool = False) -> np.ndarray:
@@ -102,18 +102,18 @@ def test_exchanged_roles_exchange_signs() -> None:
 
 
 def test_a_pair_that_cannot_be_simulated_is_listed_and_stops_nothing() -> None:
-    with TestPipeline() as flow:
+    with beam.Pipeline(runner=FnApiRunner()) as flow:
         labelled = flow | beam.Create([replace(SMALL, size_pix=100)]) | LabelPairs()
         lost = labelled[FAILED] | beam.Map(lambda record: (record.error, record.lost))
         assert_that(labelled.good, equal_to([]), label="Good")
-        assert_that(lost, equal_to([("SimulationError", "pair lsst_7_as_is_100_varied")]), label="Failed")
+        assert_that(lost, equal_to([("SimulationError", "pair lsst_8_as_is_100_varied")]), label="Failed")
 
 
 def test_a_stored_pair_is_known_until_features_change(tmp_path: Path) -> None:
     assert not is_stored(tmp_path, SMALL)
     rows = label(np.zeros(1), np.zeros(1), np.ones(1), np.ones(1), truth("mover"), FWHM_PIX)
     store_labelled(tmp_path, SMALL, LabelledSources(rows, np.zeros((1, len(FEATURES)), dtype=np.float32)))
-    assert is_stored(tmp_path, SMALL) and not is_stored(tmp_path, replace(SMALL, seed=8))
+    assert is_stored(tmp_path, SMALL) and not is_stored(tmp_path, replace(SMALL, seed=9))
     assert [path.name for path in stored_path(tmp_path, SMALL).parent.iterdir()] == [f"{SMALL.name}.npz"]
     with stored_path(tmp_path, SMALL).open("wb") as file:
         np.savez(file, rows=rows, features=np.zeros((1, 1)), names=np.array(["snr"]))
