@@ -54,7 +54,7 @@ class ReliabilityTraining:
             | "CreatePairs" >> beam.Create(missing, reshuffle=spread).with_output_types(TrainingPair)
             | "LabelPairs" >> LabelPairs()
         )
-        made = labelled.good | "StorePair" >> beam.MapTuple(_store, folder=self.folder).with_output_types(str)
+        made = labelled.good | "StorePair" >> beam.Map(_store, self.folder).with_output_types(str)
         known = flow | "CreateStored" >> beam.Create(sorted(stored)).with_output_types(str)
         _ = (
             (made, known)
@@ -69,8 +69,8 @@ class ReliabilityTraining:
         )
 
 
-def _store(pair: TrainingPair, labelled: LabelledSources, folder: str) -> str:
-    return store_labelled(Path(folder), pair, labelled)
+def _store(labelled: tuple[TrainingPair, LabelledSources], folder: str) -> str:
+    return store_labelled(Path(folder), *labelled)
 
 
 def _write_sorted(lines: Iterable[bytes], path: str) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,7 +23,6 @@ RELIABLE_FROM = 0.5
 _FIT_SEED = 1
 
 
-@dataclass(frozen=True)
 class FitReliability(beam.PTransform):
     """Fit, calibrate and judge the model of all pairs, once all are stored.
 
@@ -32,9 +30,11 @@ class FitReliability(beam.PTransform):
     so the order in which they come does not matter. No state.
     """
 
-    folder: str
-    version: str
-    pairs: tuple[TrainingPair, ...]
+    def __init__(self, folder: str, version: str, pairs: tuple[TrainingPair, ...]) -> None:
+        super().__init__()
+        self.folder = folder
+        self.version = version
+        self.pairs = pairs
 
     def expand(self, names: beam.PCollection) -> beam.PCollection:
         return (
