@@ -124,7 +124,7 @@ def reliability_features(
         np.ascontiguousarray(bad),
         np.ascontiguousarray(saturated),
         fwhms,
-        _enclosed(grid.of_cells, fwhms),
+        _enclosed(grid.of_cells, fwhms, cells),
         cells,
         measured.x,
         measured.y,
@@ -202,13 +202,14 @@ def _log_ratio(light: NDArray[np.float64], flux: NDArray[np.float64]) -> NDArray
     return np.asarray(np.log10(ratio))
 
 
-def _enclosed(psfs: NDArray[np.floating], fwhms: NDArray[np.float64]) -> NDArray[np.float64]:
-    """(n, 3): of each PSF its middle pixel, and its sums within the radii of core and aperture."""
+def _enclosed(psfs: NDArray[np.floating], fwhms: NDArray[np.float64], used: NDArray[np.int64]) -> NDArray[np.float64]:
+    """(n, 3): of each PSF that is used its middle pixel, and its sums within the radii of core and aperture."""
     half = psfs.shape[1] // 2
     distance = np.hypot(*np.mgrid[-half : half + 1, -half : half + 1])
-    enclosed = np.empty((len(psfs), 3))
-    for row, (psf, fwhm) in enumerate(zip(psfs.astype(np.float64), fwhms, strict=True)):
-        within = [psf[distance <= radius * fwhm].sum() for radius in (_CORE_FWHM, _APERTURE_FWHM)]
+    enclosed = np.full((len(psfs), 3), np.nan)
+    for row in np.unique(used):
+        psf = psfs[row].astype(np.float64)
+        within = [psf[distance <= radius * fwhms[row]].sum() for radius in (_CORE_FWHM, _APERTURE_FWHM)]
         enclosed[row] = psf[half, half], *within
     return enclosed
 
@@ -241,28 +242,31 @@ def _measure_stamps(
         peak_part, core_part, aperture_part = enclosed[cells[source]]
         centre_x, centre_y = math.floor(x[source] + 0.5), math.floor(y[source] + 0.5)
         off_x, off_y = x[source] - centre_x, y[source] - centre_y
+        twice_x, twice_y = math.floor(2.0 * x[source] + 0.5), math.floor(2.0 * y[source] + 0.5)
         reach = min(math.ceil(_SATURATION_FWHM * fwhm), _LARGEST_REACH_PIX)
         peak, core, aperture = -np.inf, 0.0, 0.0
         same, opposite, odd, even = 0.0, 0.0, 0.0, 0.0
         near0, near1, near2 = -np.inf, -np.inf, -np.inf
         nearest, area = _SATURATION_FWHM, 0
         absolute, ring = 0.0, 0
-        for v in range(-reach, reach + 1):
+        static_plane = template if sign[source] > 0.0 else science
+        static_far2 = (_STATIC_FWHM[2] * fwhm) ** 2
+        for v in range(max(-reach, -centre_y), min(reach + 1, ny - centre_y)):
             row = centre_y + v
-            if not 0 <= row < ny:
-                continue
-            for u in range(-reach, reach + 1):
+            for u in range(max(-reach, -centre_x), min(reach + 1, nx - centre_x)):
                 column = centre_x + u
-                if not 0 <= column < nx:
+                distance2 = (u - off_x) ** 2 + (v - off_y) ** 2
+                is_saturated = saturated[row, column]
+                if distance2 > static_far2 and not is_saturated:
                     continue
-                distance = math.sqrt((u - off_x) ** 2 + (v - off_y) ** 2) / fwhm
-                if saturated[row, column] and distance < _SATURATION_FWHM:
+                distance = math.sqrt(distance2) / fwhm
+                if is_saturated and distance < _SATURATION_FWHM:
                     area += 1
                     nearest = min(nearest, distance)
-                if distance > _STATIC_FWHM[2]:
+                if bad[row, column] or distance > _STATIC_FWHM[2]:
                     continue
-                static = np.float64(template[row, column] if sign[source] > 0.0 else science[row, column])
-                if not bad[row, column] and static < np.inf:
+                static = np.float64(static_plane[row, column])
+                if static < np.inf:
                     if distance <= _STATIC_FWHM[0]:
                         near0 = max(near0, static)
                     elif distance <= _STATIC_FWHM[1]:
@@ -272,7 +276,7 @@ def _measure_stamps(
                 if distance > _NOISE_FWHM[1]:
                     continue
                 value, power = np.float64(difference[row, column]), np.float64(variance[row, column])
-                if bad[row, column] or not (0.0 < power < np.inf) or not (-np.inf < value < np.inf):
+                if not (0.0 < power < np.inf) or not (-np.inf < value < np.inf):
                     continue
                 value *= sign[source]
                 sigma = math.sqrt(power) * noise
@@ -290,9 +294,10 @@ def _measure_stamps(
                 else:
                     absolute += abs(value) / sigma
                     ring += 1
-                mirror_x = math.floor(2.0 * x[source] + 0.5) - column
-                mirror_y = math.floor(2.0 * y[source] + 0.5) - row
-                if distance <= _APERTURE_FWHM and 0 <= mirror_x < nx and 0 <= mirror_y < ny:
+                if distance > _APERTURE_FWHM:
+                    continue
+                mirror_x, mirror_y = twice_x - column, twice_y - row
+                if 0 <= mirror_x < nx and 0 <= mirror_y < ny:
                     other, other_power = difference[mirror_y, mirror_x], variance[mirror_y, mirror_x]
                     if not bad[mirror_y, mirror_x] and 0.0 < other_power < np.inf and -np.inf < other < np.inf:
                         odd += (value - sign[source] * other) ** 2 - (power + other_power) * noise**2
