@@ -250,7 +250,13 @@ def _measure_stamps(
         nearest, area = _SATURATION_FWHM, 0
         absolute, ring = 0.0, 0
         static_plane = template if sign[source] > 0.0 else science
-        static_far2 = (_STATIC_FWHM[2] * fwhm) ** 2
+        static_core2, static_near2, static_far2 = (
+            (_STATIC_FWHM[0] * fwhm) ** 2,
+            (_STATIC_FWHM[1] * fwhm) ** 2,
+            (_STATIC_FWHM[2] * fwhm) ** 2,
+        )
+        noise2, core2 = (_NOISE_FWHM[1] * fwhm) ** 2, (_CORE_FWHM * fwhm) ** 2
+        aperture2, negative2 = (_APERTURE_FWHM * fwhm) ** 2, (_NEGATIVE_FWHM * fwhm) ** 2
         for v in range(max(-reach, -centre_y), min(reach + 1, ny - centre_y)):
             row = centre_y + v
             for u in range(max(-reach, -centre_x), min(reach + 1, nx - centre_x)):
@@ -259,43 +265,43 @@ def _measure_stamps(
                 is_saturated = saturated[row, column]
                 if distance2 > static_far2 and not is_saturated:
                     continue
-                distance = math.sqrt(distance2) / fwhm
-                if is_saturated and distance < _SATURATION_FWHM:
-                    area += 1
-                    nearest = min(nearest, distance)
-                if bad[row, column] or distance > _STATIC_FWHM[2]:
+                if is_saturated:
+                    distance = math.sqrt(distance2) / fwhm
+                    if distance < _SATURATION_FWHM:
+                        area += 1
+                        nearest = min(nearest, distance)
+                if bad[row, column] or distance2 > static_far2:
                     continue
                 static = np.float64(static_plane[row, column])
                 if static < np.inf:
-                    if distance <= _STATIC_FWHM[0]:
+                    if distance2 <= static_core2:
                         near0 = max(near0, static)
-                    elif distance <= _STATIC_FWHM[1]:
+                    elif distance2 <= static_near2:
                         near1 = max(near1, static)
                     else:
                         near2 = max(near2, static)
-                if distance > _NOISE_FWHM[1]:
+                if distance2 > noise2:
                     continue
                 value, power = np.float64(difference[row, column]), np.float64(variance[row, column])
                 if not (0.0 < power < np.inf) or not (-np.inf < value < np.inf):
                     continue
                 value *= sign[source]
+                if distance2 > negative2:
+                    absolute += math.sqrt(value * value / power)
+                    ring += 1
+                    continue
                 sigma = math.sqrt(power) * noise
                 if abs(u) <= 1 and abs(v) <= 1:
                     peak = max(peak, value)
-                if distance <= _CORE_FWHM:
+                if distance2 <= core2:
                     core += value
-                if distance <= _APERTURE_FWHM:
-                    aperture += value
-                if distance <= _NEGATIVE_FWHM:
-                    if value > _SURE_SIGMA * sigma:
-                        same += value
-                    elif value < -_SURE_SIGMA * sigma:
-                        opposite -= value
-                else:
-                    absolute += abs(value) / sigma
-                    ring += 1
-                if distance > _APERTURE_FWHM:
+                if value > _SURE_SIGMA * sigma:
+                    same += value
+                elif value < -_SURE_SIGMA * sigma:
+                    opposite -= value
+                if distance2 > aperture2:
                     continue
+                aperture += value
                 mirror_x, mirror_y = twice_x - column, twice_y - row
                 if 0 <= mirror_x < nx and 0 <= mirror_y < ny:
                     other, other_power = difference[mirror_y, mirror_x], variance[mirror_y, mirror_x]
@@ -313,7 +319,7 @@ def _measure_stamps(
         columns[8, source] = _log_of(near2, size * peak_part)
         columns[9, source] = nearest
         columns[10, source] = math.log10(1.0 + area / fwhm**2)
-        columns[11, source] = min(absolute / (ring * _MEAN_ABSOLUTE), 10.0) if ring > 0 else np.nan
+        columns[11, source] = min(absolute / (ring * _MEAN_ABSOLUTE * noise), 10.0) if ring > 0 else np.nan
 
 
 @njit(cache=True)
