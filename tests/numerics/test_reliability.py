@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -169,6 +170,8 @@ def test_residuals_of_a_bright_star_with_a_wrong_width_score_low(fwhm: float) ->
     found = scores(width_mismatch(3000.0, 1.03), fwhm, star=point(3000.0))
     assert found.size >= N_SIDE**2
     assert np.median(found) < 0.2
+
+
 def test_units_change_no_feature_beyond_rounding() -> None:
     as_it_is, scaled = (features_of(point(20.0), 4.7, point(50.0), scale=scale) for scale in (1.0, 1024.0))
     # 1024 scales every float without rounding; only the aperture sums of `sep` and log10 may round anew.
@@ -243,7 +246,7 @@ def test_a_tree_is_walked_as_written() -> None:
         ({"slope": -1.0}, "slope"),
     ],
 )
-def test_trees_that_cannot_be_walked_are_refused(changes: dict[str, object], message: str) -> None:
+def test_trees_that_cannot_be_walked_are_refused(changes: dict[str, Any], message: str) -> None:
     check_model(stump())
     with pytest.raises(TreeModelError, match=message):
         check_model(stump()._replace(**changes))
