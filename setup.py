@@ -15,6 +15,7 @@ setup(
         "runners.ingest",
     ],
     package_data={
+        "transforms": ["models/*.json"],
         "schemas.avro": ["definitions/*.csv", "definitions/archived/*.csv"],
         "runners": ["templates/*.html"],
         "runners.config": ["*.yaml", "filters/*.yaml", "flink/*", "ingest/*.yaml"],

@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from runners.ingest.commands import ingest
 from runners.run_commands import BadUsage, Failure, associate, produce, replay
 from runners.template_commands import templates
+from runners.training_commands import train_reliability
 
 PROGRAM = "nightstream"
 DEFAULT_SEED = 20261122
@@ -152,5 +153,5 @@ def _decoded(messages: Iterator[bytes], decode: Any) -> Iterator[dict[str, Any]]
             yield {}
 
 
-for command in (produce, associate, replay, ingest, templates):
+for command in (produce, associate, replay, ingest, templates, train_reliability):
     main.add_command(command)

@@ -16,14 +16,15 @@ from schemas.exposures import MASK_BITS, mask_bits
 from schemas.identifiers import MAX_COUNTER, dia_source_ids
 from schemas.records import BOOLEAN_NULL, DIA_SOURCE, SS_SOURCE, empty_records, take_records
 from transforms.failures import FAILED, StageFn, failed_in, failure_of
-from transforms.numerics.detection import Detections, find_peaks, lobe_distance, significance_map
+from transforms.numerics.detection import find_peaks, lobe_distance, significance_map
 from transforms.numerics.dipole_fitting import Dipoles
 from transforms.numerics.measurement import MaskFlags, Measurements, mask_flags, measure_sources
 from transforms.numerics.psf_grid import PsfGrid
-from transforms.numerics.psf_modelling import psf_fwhm_pix
-from transforms.numerics.reliability import RELIABILITY_VERSION, score
+from transforms.numerics.reliability import score
+from transforms.numerics.reliability_features import reliability_features
 from transforms.numerics.source_shapes import Shapes, lines_on_sky, measure_shapes
 from transforms.numerics.trail_fitting import Trails
+from transforms.reliability_model import shipped_model
 from transforms.subtraction import UNUSABLE_PLANES
 
 STAGE = "detection"
@@ -81,6 +82,15 @@ _MEASURED_COLUMNS = {
 }
 
 
+class SearchedSources(NamedTuple):
+    """What a search found: records of all sources, which of them are kept, and what the reliability is to see."""
+
+    records: np.ndarray
+    kept: np.ndarray
+    features: np.ndarray
+    rejected: dict[str, int]
+
+
 class SourceStormError(ValueError):
     """More sources than a sane difference image can hold."""
 
@@ -126,6 +136,9 @@ class _DetectFn(StageFn):
     def __init__(self, config: DetectionConfig) -> None:
         self.config = config
 
+    def setup(self) -> None:
+        shipped_model()
+
     def work(self, exposure: SubtractedExposure) -> Iterator[Any]:
         started = time.perf_counter()
         try:
@@ -143,7 +156,29 @@ def _failure(error: Exception, exposure: SubtractedExposure) -> FailureRecord:
 
 
 def detect_sources(exposure: SubtractedExposure, config: DetectionConfig) -> DetectedSources:
-    """The diaSources of one exposure.
+    """The diaSources of one exposure, those that are kept.
+
+    Raises
+    ------
+    SourceStormError
+        More than `max_sources` detections.
+    """
+    searched = search(exposure, config)
+    model = shipped_model()
+    searched.records["reliability"] = score(searched.features, model.trees)
+    searched.records["reliabilityVersion"] = model.version.encode()
+    return DetectedSources(
+        exposure=exposure,
+        dia_sources=take_records(searched.records, searched.kept),
+        ss_sources=empty_records(SS_SOURCE, 0),
+        n_detected=len(searched.records) + searched.rejected["on rejected pixels"],
+        rejected=searched.rejected,
+        seconds=dict(exposure.seconds),
+    )
+
+
+def search(exposure: SubtractedExposure, config: DetectionConfig) -> SearchedSources:
+    """Find and measure all sources of one exposure; their reliability is not set.
 
     Raises
     ------
@@ -172,36 +207,31 @@ def detect_sources(exposure: SubtractedExposure, config: DetectionConfig) -> Det
     measured = measure_sources(*planes, psf, found, science_psf)
     shapes = measure_shapes(*planes, psf, science_psf, found, measured)
     flags = mask_flags(exposure.mask, MASK_BITS, measured.x, measured.y, found)
-    records = _records(exposure, measured, flags, _near_saturated(exposure, psf, measured, found), noise_ratio, config)
+    features = reliability_features(
+        exposure.difference,
+        exposure.difference_variance,
+        exposure.science,
+        exposure.matched_template,
+        bad,
+        (exposure.mask & mask_bits(*SATURATED_PLANES)) != 0,
+        psf,
+        found,
+        measured,
+        shapes,
+        noise_ratio,
+        exposure.residual_part,
+    )
+    records = _records(exposure, measured, flags, config)
     _fill_shapes(records, exposure, shapes)
     kept, rejected = _select(records, config)
     rejected["on rejected pixels"] = int(found.n_rejected)
-    return DetectedSources(
-        exposure=exposure,
-        dia_sources=take_records(records, kept),
-        ss_sources=empty_records(SS_SOURCE, 0),
-        n_detected=len(records) + int(found.n_rejected),
-        rejected=rejected,
-        seconds=dict(exposure.seconds),
-    )
-
-
-def _near_saturated(
-    exposure: SubtractedExposure, psf: PsfGrid, measured: Measurements, found: Detections
-) -> np.ndarray:
-    """(n,) whether a pixel saturated in science or template lies within two FWHM of each source."""
-    radius_pix = round(2.0 * psf_fwhm_pix(psf.middle))
-    bits = {plane: MASK_BITS[plane] for plane in SATURATED_PLANES}
-    flags = mask_flags(exposure.mask, bits, measured.x, measured.y, found, radius_pix)
-    return np.any([flags.anywhere[plane] for plane in SATURATED_PLANES], axis=0)
+    return SearchedSources(records, kept, features, rejected)
 
 
 def _records(
     exposure: SubtractedExposure,
     measured: Measurements,
     flags: MaskFlags,
-    near_saturated: np.ndarray,
-    noise_ratio: float,
     config: DetectionConfig,
 ) -> np.ndarray:
     visit = exposure.visit
@@ -220,21 +250,6 @@ def _records(
         records[column] = (flags.centre if at_centre else flags.anywhere)[plane]
     records["pixelFlags"] = np.any([flags.anywhere[plane] for plane in _GENERAL_FLAG_PLANES], axis=0)
     records["pixelFlags_offimage"] = flags.off_image
-    records["reliability"] = score(
-        snr=measured.snr,
-        psf_flux=measured.psf_flux,
-        psf_flux_err=measured.psf_flux_err,
-        core_chi2=measured.core_chi2,
-        core_n_pixels=measured.core_n_pixels,
-        peak_excess=measured.peak_excess,
-        size_ratio=measured.size_ratio,
-        opposite_snr=measured.opposite_snr,
-        good_weight=measured.good_weight,
-        star_flux=measured.star_flux,
-        near_saturated=near_saturated,
-        noise_ratio=noise_ratio,
-    )
-    records["reliabilityVersion"] = RELIABILITY_VERSION.encode()
     return records
 
 

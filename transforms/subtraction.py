@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import apache_beam as beam
@@ -15,12 +16,13 @@ from threadpoolctl import threadpool_limits
 from schemas.claim_check import ImageStore
 from schemas.elements import DetectorVisit, StageElement, SubtractedExposure
 from schemas.exposures import MASK_BITS, Exposure, mask_bits, read_exposure
+from schemas.manifests import Visit
 from transforms.failures import FAILED, StageFn, failed_in, failure_of
 from transforms.numerics.decorrelation import interpolation_count
 from transforms.numerics.differencing import DifferenceResult, ImagePlanes, SubtractionParameters, subtract
 from transforms.numerics.kernel_matching import POOR_VALIDATION_CHI2, KernelSolution
 from transforms.numerics.subtraction_quality import SubtractionQuality
-from transforms.numerics.warping import warp_exposure, wcs_coordinate_grid
+from transforms.numerics.warping import CoordinateGrid, warp_exposure, wcs_coordinate_grid
 
 STAGE = "subtraction"
 UNUSABLE_PLANES = ("BAD", "SAT", "CR", "NO_DATA", "SPIKE", "SAT_TEMPLATE", "BAD_TEMPLATE")
@@ -127,6 +129,20 @@ def subtract_detector(element: DetectorVisit, config: SubtractionConfig, started
     template = read_exposure(element.images.template)
     read_seconds = time.perf_counter() - begin
     grid = wcs_coordinate_grid(science.wcs, template.wcs, science.image.shape)
+    exposure = subtract_exposures(element.visit, element.detector, science, template, grid, config)
+    return replace(exposure, seconds={"reading": read_seconds}, started_at=started_at)
+
+
+def subtract_exposures(
+    visit: Visit, detector: int, science: Exposure, template: Exposure, grid: CoordinateGrid, config: SubtractionConfig
+) -> SubtractedExposure:
+    """Subtract a template from a science image, both in memory; `grid` says where science pixels lie in the template.
+
+    Raises
+    ------
+    ValueError
+        The reason why it cannot be subtracted.
+    """
     warped = warp_exposure(
         template.image, template.variance, template.mask, grid, science.image.shape, mask_bits("NO_DATA")
     )
@@ -153,8 +169,8 @@ def subtract_detector(element: DetectorVisit, config: SubtractionConfig, started
     )
     mask = _joined_mask(science, warped.mask, result)
     return SubtractedExposure(
-        visit=element.visit,
-        detector=element.detector,
+        visit=visit,
+        detector=detector,
         science=result.science,
         science_variance=science.variance,
         difference=result.difference,
@@ -165,8 +181,8 @@ def subtract_detector(element: DetectorVisit, config: SubtractionConfig, started
         psf=result.psf.images,
         science_psf=result.science_psf.images,
         wcs=science.wcs,
-        seconds={"reading": read_seconds},
-        started_at=started_at,
+        seconds={},
+        started_at=0.0,
         notes=(
             *science.notes,
             *(f"template: {note}" for note in template.notes),

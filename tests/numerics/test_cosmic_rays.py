@@ -126,6 +126,15 @@ def test_a_turned_image_has_the_turned_mask(turn: Callable[[np.ndarray], np.ndar
     np.testing.assert_array_equal(turned, turn(hits))
 
 
+def test_a_long_wide_track_is_marked_whole() -> None:
+    # both pixels of a row reach both of the next: listed twice each, there would be 2^999 at the end of this track
+    n_rows = 1000
+    difference, light = np.zeros((n_rows, 9)), np.zeros((n_rows, 9))
+    difference[:, 4:6], light[0, 4:6] = 30.0, 30.0  # only the first row stands out of the science image too
+    planes = (difference, np.ones_like(difference), light, np.zeros(difference.shape, dtype=bool), psf_of(4.0))
+    np.testing.assert_array_equal(find_cosmic_rays(*planes), difference > 0.0)
+
+
 def test_bad_pixels_are_neither_marked_nor_looked_at() -> None:
     rng = np.random.default_rng(4)
     image, variance = noisy(rng, np.zeros((100, 100)))
@@ -135,15 +144,6 @@ def test_bad_pixels_are_neither_marked_nor_looked_at() -> None:
     hits = find_cosmic_rays(image, variance, image, bad, psf_of(3.0))
     assert hits[50, 50]
     assert np.count_nonzero(hits) == 1
-
-
-def test_a_hot_pair_of_columns_is_marked_once_and_at_once() -> None:
-    """Each pixel is reached from both columns: taken twice a pass, their number would double 1,000 times."""
-    image = np.random.default_rng(11).normal(size=(1000, 40)).astype(np.float32)
-    image[:, 20:22] += 30.0
-    variance, bad = np.ones(image.shape, dtype=np.float32), np.zeros(image.shape, dtype=bool)
-    hits = find_cosmic_rays(image, variance, image, bad, psf_of(4.0))
-    assert np.count_nonzero(hits) <= 2 * len(image) + 20
 
 
 def test_contrasts_are_those_of_a_gaussian_a_tenth_narrower() -> None:

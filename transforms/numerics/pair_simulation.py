@@ -53,6 +53,7 @@ TRUTH_DTYPE = np.dtype(
         ("flux", "f8"),
         ("snr", "f8"),
         ("good_pixels", "?"),
+        ("in_host", "?"),
     ]
 )
 STAR_DTYPE = np.dtype(
@@ -81,7 +82,9 @@ class Regime:
     n_stacked : exposures in the template, half of them of better and half of worse seeing than its mean
     template_scale : template counts of one science electron
     stars, galaxies : how many; stars count N(>F) ~ F^-0.6 from S/N 3 to `brightest_star_e`
-    transients, variables, movers, trails, fast_stars : how many are injected at most (they keep 24 pixels apart)
+    transients, variables, movers, trails, fast_stars, vanished : how many are injected at most (they keep 24 pixels
+        apart); vanished ones are in the template only
+    most_snr : injected S/N are even in log S/N from 3 to this
     psf_slope, psf_curvature : relative change of the FWHM from the centre to an edge
     psf_ripple, shape_ripple : rms of the small-scale change of the FWHM (relative), and of e1 and e2
     jitter_pix : rms of the small-scale astrometric error, each axis
@@ -104,6 +107,8 @@ class Regime:
     movers: float = 8.0
     trails: float = 4.0
     fast_stars: float = 4.0
+    vanished: float = 0.0
+    most_snr: float = 50.0
     psf_slope: float = 0.04
     psf_curvature: float = 0.03
     psf_ripple: float = 0.01
@@ -239,10 +244,11 @@ class SimulatedPair:
     regime : Regime
     science, template : PairImage, each on its own grid
     light : (n, n) float32, expected science counts without sky and without defects
-    truth : TRUTH_DTYPE rows, what differs. Kinds: transient, mover, trail (science only), variable (flux is the
-        change, of either sign), proper_motion (flux is the star's). x, y in science pixels, a trail's at its middle;
-        dx, dy is a trail's vector, or how far a star moved; snr is that of an optimal measurement on both images;
-        good_pixels: off edges, masks and saturated stars in both
+    truth : TRUTH_DTYPE rows, what differs. Kinds: transient, mover, trail (science only), vanished (template only,
+        flux below 0), variable (flux is the change, of either sign), proper_motion (flux is the star's). x, y in
+        science pixels, a trail's at its middle; dx, dy is a trail's vector, or how far a star moved; snr is that of an
+        optimal measurement on both images; good_pixels: off edges, masks and saturated stars in both; in_host: placed
+        on a galaxy
     stars : STAR_DTYPE rows, all stars; x, y in science pixels; snr with the star's own photon noise; `is_steady`
         when it is not in the truth; `is_saturated` in either image
     """
@@ -289,6 +295,7 @@ class _Changes:
     du: np.ndarray
     dv: np.ndarray
     wanted_snr: np.ndarray  # with the sign of the flux; of a fast star what its flux makes it
+    in_host: np.ndarray
 
 
 @dataclass(frozen=True, eq=False)
@@ -336,6 +343,7 @@ def simulate_pair(seed: int, regime: Regime, size_pix: int) -> SimulatedPair:
     steady_variance = (light + sky + regime.read_noise_e**2).astype(np.float32)
     flux, snr = _fluxes(changes, scene, science_epoch, template_epoch, steady_variance, template, regime)
     _add_changes(light, changes, flux, science_epoch)
+    template = _with_vanished(template, seed, regime, changes, flux, template_epoch)
     science = _science_image(seed, regime, light + sky, science_epoch)
     stars = _star_rows(scene, changes, science_epoch, template_epoch, regime)
     truth = _truth_rows(changes, flux, snr, science, template, stars)
@@ -389,6 +397,7 @@ def _draw_changes(stream: np.random.Generator, regime: Regime, scene: _Scene, si
             ("transient", regime.transients),
             ("mover", regime.movers),
             ("trail", regime.trails),
+            ("vanished", regime.vanished),
         )
     }
     star_snr = scene.star_flux / np.sqrt(scene.star_flux + _flux_error_e(regime, regime.fwhm_science_pix) ** 2)
@@ -398,13 +407,13 @@ def _draw_changes(stream: np.random.Generator, regime: Regime, scene: _Scene, si
     star = suited[: count["proper_motion"] + count["variable"]]
     is_fast = np.arange(star.size) < count["proper_motion"]
 
-    n_free = count["transient"] + count["mover"] + count["trail"]
+    free_kinds = ("transient", "mover", "trail", "vanished")
+    n_free = sum(count[name] for name in free_kinds)
     free_u, free_v = stream.uniform(-size_pix / 2, size_pix / 2, (2, n_free))
-    free_kind = np.repeat(["transient", "mover", "trail"], [count["transient"], count["mover"], count["trail"]])
+    free_kind = np.repeat(free_kinds, [count[name] for name in free_kinds])
     hosts = np.flatnonzero(np.maximum(np.abs(scene.galaxy_u), np.abs(scene.galaxy_v)) < size_pix / 2)
-    hosted = (
-        np.flatnonzero((free_kind == "transient") & (np.arange(n_free) % 3 == 0)) if hosts.size else np.zeros(0, int)
-    )
+    may_have_host = np.isin(free_kind, ("transient", "vanished")) & (np.arange(n_free) % 3 == 0)
+    hosted = np.flatnonzero(may_have_host) if hosts.size else np.zeros(0, int)
     host = hosts[stream.integers(hosts.size, size=hosted.size)] if hosts.size else hosted
     angle, radius = stream.uniform(0.0, 2 * np.pi, hosted.size), stream.uniform(0.0, 2.5, hosted.size)
     root_xx = np.sqrt(scene.galaxy_covariance[host, 0])  # an ellipse by its Cholesky factor
@@ -417,16 +426,18 @@ def _draw_changes(stream: np.random.Generator, regime: Regime, scene: _Scene, si
     heading = stream.uniform(0.0, 2 * np.pi, star.size + n_free)
     shift = np.where(is_fast, np.exp(stream.uniform(np.log(0.15), np.log(2.0), star.size)), 0.0)
     reach = np.concatenate([shift, length])
-    least, most = np.log([3.0, 50.0])
+    least, most = np.log([_FAINTEST_SNR, regime.most_snr])
     snr = np.exp(stream.uniform(least, most, reach.size))
     kind = np.concatenate([np.where(is_fast, "proper_motion", "variable"), free_kind])
     brighter = stream.uniform(size=reach.size) < 0.5
-    snr = np.where((kind == "variable") & ~brighter, -snr, snr)
+    snr = np.where(((kind == "variable") & ~brighter) | (kind == "vanished"), -snr, snr)
     u, v = np.concatenate([scene.star_u[star], free_u]), np.concatenate([scene.star_v[star], free_v])
     index = np.concatenate([star, np.full(n_free, -1)])
+    in_host = np.zeros(reach.size, dtype=bool)
+    in_host[star.size + hosted] = True
     keep = far_apart(u, v, _LEAST_SEPARATION_PIX)
     du, dv = reach * np.cos(heading), reach * np.sin(heading)
-    return _Changes(kind[keep], index[keep], u[keep], v[keep], du[keep], dv[keep], snr[keep])
+    return _Changes(kind[keep], index[keep], u[keep], v[keep], du[keep], dv[keep], snr[keep], in_host[keep])
 
 
 def _as_in_template(scene: _Scene, changes: _Changes) -> _Scene:
@@ -653,7 +664,7 @@ def _add_changes(light: np.ndarray, changes: _Changes, flux: np.ndarray, epoch: 
     """Add to the science image what is not in the static scene: fast stars are."""
     x, y = epoch.mapping.to_true_pixels(changes.u, changes.v)
     (psf,) = epoch.psfs
-    for row in np.flatnonzero(changes.kind != "proper_motion"):
+    for row in np.flatnonzero(~np.isin(changes.kind, ("proper_motion", "vanished"))):
         is_trail = changes.kind[row] == "trail"
         dx, dy = (changes.du[row], changes.dv[row]) if is_trail else (0.0, 0.0)
         track_x, track_y = _trail_points(x[row], y[row], dx, dy)
@@ -661,6 +672,29 @@ def _add_changes(light: np.ndarray, changes: _Changes, flux: np.ndarray, epoch: 
         # along a track the PSF of its middle: what the truth's S/N is computed with
         local = (np.repeat(value, track_x.size) for value in psf.at(x[row : row + 1], y[row : row + 1]))
         add_point_sources(light, track_x, track_y, share, *local, STAMP_FLOOR_E)
+
+
+def _with_vanished(
+    image: PairImage, seed: int, regime: Regime, changes: _Changes, flux: np.ndarray, epoch: _Epoch
+) -> PairImage:
+    """The template with what is gone from the science image, and its photon noise."""
+    gone = changes.kind == "vanished"
+    if not gone.any():
+        return image
+    light = np.zeros(image.image.shape)
+    x, y = epoch.mapping.to_true_pixels(changes.u[gone], changes.v[gone])
+    for psf in epoch.psfs:
+        add_point_sources(light, x, y, -flux[gone] / len(epoch.psfs), *psf.at(x, y), STAMP_FLOOR_E)
+    variance = light / regime.n_stacked
+    noise = random_stream(seed, Purpose.TEMPLATE_NOISE, 1).standard_normal(light.shape)
+    scale = regime.template_scale
+    counts = np.minimum(image.image + scale * (light + np.sqrt(variance) * noise), image.saturation)
+    return replace(
+        image,
+        image=counts.astype(np.float32),
+        variance=(image.variance + scale**2 * variance).astype(np.float32),
+        saturated=image.saturated | (counts >= image.saturation),
+    )
 
 
 def _star_rows(scene: _Scene, changes: _Changes, science: _Epoch, template: _Epoch, regime: Regime) -> np.ndarray:
@@ -683,7 +717,7 @@ def _truth_rows(
     rows = np.zeros(changes.kind.size, dtype=TRUTH_DTYPE)
     rows["kind"], rows["dx"], rows["dy"] = changes.kind, changes.du, changes.dv
     rows["x"], rows["y"] = science.mapping.to_true_pixels(changes.u, changes.v)
-    rows["flux"], rows["snr"] = flux, snr
+    rows["flux"], rows["snr"], rows["in_host"] = flux, snr, changes.in_host
     saturated = stars[stars["is_saturated"]]
     cores = np.stack([saturated["x"], saturated["y"]], axis=1)
     science_masked, template_masked = science.masked, template.masked

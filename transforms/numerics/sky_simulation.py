@@ -47,6 +47,7 @@ class Purpose(IntEnum):
     POINTING = 10
     INJECTIONS = 11
     ASTROMETRY = 12
+    TRAINING = 13
 
 
 def random_stream(seed: int, purpose: Purpose, *key: int) -> np.random.Generator:

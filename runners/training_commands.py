@@ -1,0 +1,87 @@
+"""The command `nightstream train-reliability`."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+from rich.console import Console
+
+from runners.run_commands import Failure
+
+FIRST_SEED = 1000
+
+
+@click.command("train-reliability")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for pairs, model and card.")
+@click.option(
+    "--seeds", default=25, show_default=True, type=click.IntRange(min=5), help="How many; 15 to 30 pairs each."
+)
+@click.option("--seed", "first_seed", default=FIRST_SEED, show_default=True, type=click.IntRange(min=0), help="First.")
+@click.option("--regime", "regimes", multiple=True, metavar="NAME", help="Only this one; may be repeated.")
+@click.option("--version", "version", default="gbm-1", show_default=True, help="The model's name in alerts.")
+@click.option("--quiet", is_flag=True, help="No progress, no summary.")
+def train_reliability(
+    out: Path, seeds: int, first_seed: int, regimes: tuple[str, ...], version: str, quiet: bool
+) -> None:
+    """Train the reliability of detected sources on simulated pairs.
+
+    Each seed gives 15 pairs, each for the test 30. Of five seeds three are for fitting, one for calibration, one for
+    the test. Writes OUT/reliability.json, the model,
+    and OUT/reliability.md, its card. A second or two for each pair; run again into the same OUT, pairs that are there
+    are not made anew. Needs LightGBM: pip install 'nightstream[training]'.
+    """
+    from pipelines.reliability_training import FAILURES, ReliabilityTraining, training_pairs
+    from runners.local import local_engine
+    from transforms.reliability_fitting import CARD, MODEL
+    from transforms.reliability_model import LONGEST_VERSION
+    from transforms.reliability_training import TRAINING_REGIMES
+
+    for name in regimes:
+        if name not in TRAINING_REGIMES:
+            raise click.BadParameter(f"{name!r} is none of {', '.join(TRAINING_REGIMES)}", param_hint="--regime")
+    if not 0 < len(version) <= LONGEST_VERSION:
+        raise click.BadParameter(f"must have 1 to {LONGEST_VERSION} characters", param_hint="--version")
+    try:
+        import lightgbm  # noqa: F401
+    except (ImportError, OSError) as error:  # OSError: its OpenMP library is missing
+        raise Failure(f"training needs LightGBM (pip install 'nightstream[training]'): {error}") from error
+    pairs = tuple(training_pairs(tuple(dict.fromkeys(regimes)) or tuple(TRAINING_REGIMES), first_seed, seeds))
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with _progress(out, len(pairs), quiet), local_engine(()) as run:
+            run(ReliabilityTraining(str(out), version, pairs))
+    except (RuntimeError, OSError, ValueError) as error:
+        raise Failure(str(error)) from error
+    if not quiet:
+        n_failed = len((out / FAILURES).read_text(encoding="utf-8").splitlines())
+        click.echo(f"{out / MODEL}, {out / CARD}: of {len(pairs)} pairs, {n_failed} could not be searched")
+
+
+@contextlib.contextmanager
+def _progress(out: Path, n_pairs: int, silent: bool) -> Iterator[None]:
+    """Counts pairs as they are stored: stages cannot call back."""
+    console = Console(stderr=True)
+    if silent or not console.is_terminal:
+        yield
+        return
+    finished = threading.Event()
+    started = time.monotonic()
+    with console.status(f"0 of {n_pairs} pairs") as status:
+
+        def watch() -> None:
+            while not finished.wait(1.0):
+                n_stored = sum(1 for _ in (out / "pairs").glob("[!.]*.npz"))
+                status.update(f"{n_stored} of {n_pairs} pairs, {time.monotonic() - started:.0f} s")
+
+        watcher = threading.Thread(target=watch, name="training-progress", daemon=True)
+        watcher.start()
+        try:
+            yield
+        finally:
+            finished.set()
+            watcher.join()
