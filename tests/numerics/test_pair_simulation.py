@@ -54,6 +54,16 @@ def _is_alone(x: np.ndarray, y: np.ndarray, separation: float = 60.0) -> np.ndar
 # --- flux and positions
 
 
+def test_what_vanished_is_in_the_template_alone_and_negative() -> None:
+    pair = simulate_pair(3, replace(DEEP, vanished=60.0, jitter_pix=0.0, template_scale=1.0), SIDE)
+    assert set(pair.truth["kind"]) == {"vanished"} and (pair.truth["flux"] < 0.0).all()
+    assert pair.light.max() == 0.0
+    rows = pair.truth[_is_alone(pair.truth["x"], pair.truth["y"])]
+    assert rows.size >= 3
+    x, y = pair.template_position(rows["x"], rows["y"])
+    assert _worst_residual(pair.template.image, pair.template, x, y, -rows["flux"]) < SHAPE_TOLERANCE
+
+
 def test_transients_are_where_and_as_bright_as_the_truth_says() -> None:
     pair = simulate_pair(3, replace(EMPTY, transients=60.0), SIDE)
     rows = pair.truth[_is_alone(pair.truth["x"], pair.truth["y"])]
