@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -118,3 +120,26 @@ class VisitProgress:
             except FileNotFoundError:
                 continue
         return found
+
+
+@contextlib.contextmanager
+def status_line(told: Callable[[], str], silent: bool) -> Iterator[None]:
+    """Shows on a terminal what `told` says twice a second, for work whose stages cannot call back."""
+    console = Console(stderr=True)
+    if silent or not console.is_terminal:
+        yield
+        return
+    finished = threading.Event()
+    with console.status(told()) as status:
+
+        def watch() -> None:
+            while not finished.wait(0.5):
+                status.update(told())
+
+        watcher = threading.Thread(target=watch, name="status line", daemon=True)
+        watcher.start()
+        try:
+            yield
+        finally:
+            finished.set()
+            watcher.join()

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +10,6 @@ from typing import Any
 
 import click
 from pydantic import ValidationError
-from rich.console import Console
 
 from runners.run_commands import BadUsage, Failure
 from schemas.manifests import BANDS, ManifestError
@@ -72,6 +69,7 @@ def build(
     """
     from pipelines.template_building import FAILURES, TemplateBuilding
     from runners.local import local_engine
+    from runners.progress import status_line
     from runners.template_folder import TemplateFolderError, claim_template_folder, list_exposures, read_index
     from transforms.templates import TemplateConfig
 
@@ -90,7 +88,7 @@ def build(
             of_bands = f" of band {', '.join(bands)}" if bands else ""
             raise Failure(f"there is no exposure{of_bands} in {', '.join(map(str, nights))}")
         claim_template_folder(out)
-        with _progress(out, len(exposures), quiet or as_json), local_engine(()) as run:
+        with status_line(lambda: _progress(out, len(exposures)), quiet or as_json), local_engine(()) as run:
             run(TemplateBuilding(exposures, str(out), config, problems))
         built = read_index(out)
         failures = [json.loads(line) for line in (out / FAILURES).read_text(encoding="utf-8").splitlines()]
@@ -156,25 +154,6 @@ def _told(out: Path, built: list[dict[str, Any]], failures: list[dict[str, Any]]
         yield f"  failed: {failure['lost']}: {failure['error']}: {failure['reason']}"
 
 
-@contextlib.contextmanager
-def _progress(out: Path, n_exposures: int, silent: bool) -> Iterator[None]:
-    """Counts templates on a terminal as they appear: stages cannot call back."""
-    console = Console(stderr=True)
-    if silent or not console.is_terminal:
-        yield
-        return
-    finished = threading.Event()
-    with console.status(f"measuring {n_exposures} exposures") as status:
-
-        def watch() -> None:
-            while not finished.wait(0.5):
-                if n_built := sum(1 for _ in out.glob("[!.]*.fits")):
-                    status.update(f"{n_exposures} exposures, {n_built} templates")
-
-        watcher = threading.Thread(target=watch, name="templates-progress", daemon=True)
-        watcher.start()
-        try:
-            yield
-        finally:
-            finished.set()
-            watcher.join()
+def _progress(out: Path, n_exposures: int) -> str:
+    n_built = sum(1 for _ in out.glob("[!.]*.fits"))
+    return f"{n_exposures} exposures, {n_built} templates" if n_built else f"measuring {n_exposures} exposures"

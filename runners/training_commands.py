@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import click
-from rich.console import Console
 
 from runners.run_commands import Failure
 
@@ -37,6 +33,7 @@ def train_reliability(
     """
     from pipelines.reliability_training import FAILURES, ReliabilityTraining, training_pairs
     from runners.local import local_engine
+    from runners.progress import status_line
     from transforms.reliability_fitting import CARD, MODEL
     from transforms.reliability_model import LONGEST_VERSION
     from transforms.reliability_training import TRAINING_REGIMES
@@ -53,7 +50,8 @@ def train_reliability(
     pairs = tuple(training_pairs(tuple(dict.fromkeys(regimes)) or tuple(TRAINING_REGIMES), first_seed, seeds))
     try:
         out.mkdir(parents=True, exist_ok=True)
-        with _progress(out, len(pairs), quiet), local_engine(()) as run:
+        started = time.monotonic()
+        with status_line(lambda: _progress(out, len(pairs), started), quiet), local_engine(()) as run:
             run(ReliabilityTraining(str(out), version, pairs))
     except (RuntimeError, OSError, ValueError) as error:
         raise Failure(str(error)) from error
@@ -62,26 +60,6 @@ def train_reliability(
         click.echo(f"{out / MODEL}, {out / CARD}: of {len(pairs)} pairs, {n_failed} could not be searched")
 
 
-@contextlib.contextmanager
-def _progress(out: Path, n_pairs: int, silent: bool) -> Iterator[None]:
-    """Counts pairs as they are stored: stages cannot call back."""
-    console = Console(stderr=True)
-    if silent or not console.is_terminal:
-        yield
-        return
-    finished = threading.Event()
-    started = time.monotonic()
-    with console.status(f"0 of {n_pairs} pairs") as status:
-
-        def watch() -> None:
-            while not finished.wait(1.0):
-                n_stored = sum(1 for _ in (out / "pairs").glob("[!.]*.npz"))
-                status.update(f"{n_stored} of {n_pairs} pairs, {time.monotonic() - started:.0f} s")
-
-        watcher = threading.Thread(target=watch, name="training-progress", daemon=True)
-        watcher.start()
-        try:
-            yield
-        finally:
-            finished.set()
-            watcher.join()
+def _progress(out: Path, n_pairs: int, started: float) -> str:
+    n_stored = sum(1 for _ in (out / "pairs").glob("[!.]*.npz"))
+    return f"{n_stored} of {n_pairs} pairs, {time.monotonic() - started:.0f} s"
