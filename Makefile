@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 NIGHTS := nights
 
 .DEFAULT_GOAL := help
-.PHONY: help setup night test test-real test-oracles check format bench bench-differencing lock clean flink-setup flink-test
+.PHONY: help setup night test test-real test-oracles check format bench bench-differencing study-detection lock clean flink-setup flink-test
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-18s %s\n", $$1, $$2}'
@@ -56,6 +56,9 @@ bench: setup ## seconds per stage and detector, alerts per second
 
 bench-differencing: setup ## differencing on simulated pairs; HOTPANTS=path runs that beside it
 	$(BIN)/python tests/benchmarks/bench_differencing.py --seeds 8 $(if $(HOTPANTS),--hotpants $(HOTPANTS))
+
+study-detection: setup ## completeness, biases, errors and pulls of detection on simulated pairs
+	$(BIN)/python tests/benchmarks/study_detection.py --seeds 8
 
 flink-setup: $(VENV)/.installed ## fetch and assemble what --runner flink needs (Maven, Java 17)
 	$(BIN)/python -m runners.flink_setup
