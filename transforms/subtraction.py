@@ -19,7 +19,13 @@ from schemas.exposures import MASK_BITS, Exposure, mask_bits, read_exposure
 from schemas.manifests import Visit
 from transforms.failures import FAILED, StageFn, failed_in, failure_of
 from transforms.numerics.decorrelation import interpolation_count
-from transforms.numerics.differencing import DifferenceResult, ImagePlanes, SubtractionParameters, subtract
+from transforms.numerics.differencing import (
+    DECORRELATION_CELL_PIX,
+    DifferenceResult,
+    ImagePlanes,
+    SubtractionParameters,
+    subtract,
+)
 from transforms.numerics.kernel_matching import POOR_VALIDATION_CHI2, KernelSolution
 from transforms.numerics.subtraction_quality import SubtractionQuality
 from transforms.numerics.warping import CoordinateGrid, warp_exposure, wcs_coordinate_grid
@@ -194,10 +200,17 @@ def subtract_exposures(
 
 
 def _template_variance(result: DifferenceResult, science_variance: np.ndarray) -> np.ndarray:
-    """What the template adds to the variance, infinite where there is no difference."""
+    """Variance of the matched template, infinite where there is no difference.
+
+    Its noise is not white: this is the variance of the white noise that gives PSF fluxes the error they have.
+    """
     variance = np.full(science_variance.shape, np.inf, dtype=np.float32)
     np.subtract(result.variance, science_variance, out=variance, where=~result.invalid)
-    return np.maximum(variance, 0.0, dtype=np.float32)
+    np.maximum(variance, 0.0, out=variance)
+    side = DECORRELATION_CELL_PIX
+    for (row, column), part in np.ndenumerate(result.template_noise_part):
+        variance[row * side : (row + 1) * side, column * side : (column + 1) * side] *= np.float32(part)
+    return variance
 
 
 def _quality_notes(kernel: KernelSolution, quality: SubtractionQuality) -> Iterator[str]:

@@ -116,6 +116,8 @@ class DifferenceResult:
     high_variance : (ny, nx) bool, where that outweighs the noise
     trails : (ny, nx) bool, along bleeds, rows and columns of saturated stars; they kept their values
     cosmic_rays, template_cosmic_rays : (ny, nx) bool, hits that no mask knew; they kept their values
+    template_noise_part : (cells_y, cells_x) float64, in cells of 256 pixels: the variance of sums of the matched template
+        over the science PSF, by what the template's part of `variance` says; 1 for white noise
     psf : PSFs of the difference, float32: those of the science image but for the decorrelation
     science_psf : PSFs of the science image, float32
     decorrelation : (cells_y, cells_x, m, m) float64, sums 1: what the difference was convolved with in each cell of 256
@@ -137,6 +139,7 @@ class DifferenceResult:
     trails: NDArray[np.bool_]
     cosmic_rays: NDArray[np.bool_]
     template_cosmic_rays: NDArray[np.bool_]
+    template_noise_part: NDArray[np.float64]
     psf: PsfGrid
     science_psf: PsfGrid
     decorrelation: NDArray[np.float64]
@@ -284,6 +287,7 @@ def subtract(
         trails=trails,
         cosmic_rays=cosmic_rays,
         template_cosmic_rays=template_cosmic_rays,
+        template_noise_part=_noise_in_psf_sums(kernel, science_psf),
         psf=_decorrelated_psf(science_psf, decorrelation, kernel.shape),
         science_psf=science_psf,
         decorrelation=decorrelation,
@@ -506,6 +510,22 @@ def _decorrelated_psf(psf: PsfGrid, kernels: NDArray[np.float64], shape: tuple[i
         found = fftconvolve(images.astype(np.float64), white, mode="same", axes=(1, 2))
         convolved[row] = found / found.sum(axis=(1, 2), keepdims=True)
     return PsfGrid(convolved)
+
+
+def _noise_in_psf_sums(kernel: KernelSolution, psf: PsfGrid) -> NDArray[np.float64]:
+    """Variance of PSF sums over the matched template by that of white noise, in cells of the decorrelation.
+
+    A sum of template noise over a PSF P after the kernel K is one over their correlation: sum((P * K)^2), where white
+    noise of the variance that the template adds to the difference has r^2 sum(P^2), r the sum of the kernel.
+    """
+    x, y = block_centres(kernel.shape, DECORRELATION_CELL_PIX)
+    kernels = _kernels_of_blocks(kernel, DECORRELATION_CELL_PIX)
+    part = np.empty(x.shape)
+    for cell in np.ndindex(x.shape):
+        image = psf.at(x[cell], y[cell]).astype(np.float64)
+        seen = fftconvolve(image, kernels[cell][::-1, ::-1])
+        part[cell] = np.sum(np.square(seen)) / (kernel.kernel_sum**2 * np.sum(np.square(image)))
+    return part
 
 
 def _core_radius_pix(kernels: NDArray[np.float64], part: float) -> int:
