@@ -87,7 +87,8 @@ class SubtractedExposure(FusedElement):
     ----------
     visit, detector : which exposure
     science, science_variance, difference, difference_variance, matched_template,
-    template_variance : (ny, nx) float32, nJy or nJy^2; science without its background; the difference's noise white
+    template_variance : (ny, nx) float32, nJy or nJy^2; science without its background; the difference's noise white,
+        the template's variance that of white noise which gives PSF fluxes their errors
     mask : (ny, nx) int32, science planes and the template's as `_TEMPLATE`
     psf : (cells_y, cells_x, k, k) float32, sums 1, the PSFs of the difference in its cells (`numerics.psf_grid`)
     science_psf : the same of the science image and the matched template

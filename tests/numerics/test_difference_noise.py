@@ -67,6 +67,21 @@ def test_psf_fluxes_on_empty_sky_scatter_as_the_variance_says(fwhm_science: floa
     assert np.std(flux[empty]) == pytest.approx(expected, rel=5.0 / np.sqrt(2.0 * n))
 
 
+@pytest.mark.parametrize(("fwhm_science", "fwhm_template"), [(5.0, 3.5), (3.8, 4.6)])
+def test_template_fluxes_on_empty_sky_scatter_as_their_own_part_says(fwhm_science: float, fwhm_template: float) -> None:
+    result, stars = pair(3, fwhm_science, fwhm_template)
+    psf = result.science_psf.middle.astype(np.float64)
+    norm = np.sum(psf**2)
+    flux = convolve(result.matched_template, psf)[INNER] / norm
+    empty = away_from(stars, 24.0)[INNER]
+    white = np.median(result.variance[INNER][empty]) - 400.0
+    part = result.template_noise_part[0, 0]
+    # a kernel that widens passes less noise to sums over a PSF than white noise would have, one that sharpens more
+    assert part < 0.85 if fwhm_science > fwhm_template else part > 1.15
+    n = np.count_nonzero(empty) * norm
+    assert np.std(flux[empty]) == pytest.approx(np.sqrt(part * white / norm), rel=5.0 / np.sqrt(2.0 * n))
+
+
 def test_white_variance_of_a_warped_image_is_what_sums_over_a_psf_find() -> None:
     random = np.random.default_rng(5)
     x, y = coordinate_grid((300, 300))

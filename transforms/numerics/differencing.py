@@ -116,8 +116,8 @@ class DifferenceResult:
     high_variance : (ny, nx) bool, where that outweighs the noise
     trails : (ny, nx) bool, along bleeds, rows and columns of saturated stars; they kept their values
     cosmic_rays, template_cosmic_rays : (ny, nx) bool, hits that no mask knew; they kept their values
-    template_noise_part : (cells_y, cells_x) float64, in cells of 256 pixels: the variance of sums of the matched template
-        over the science PSF, by what the template's part of `variance` says; 1 for white noise
+    template_noise_part : (cells_y, cells_x) float64, in cells of 256 pixels: the variance of sums of the matched
+        template over the science PSF, by what the template's part of `variance` says; 1 for white noise
     psf : PSFs of the difference, float32: those of the science image but for the decorrelation
     science_psf : PSFs of the science image, float32
     decorrelation : (cells_y, cells_x, m, m) float64, sums 1: what the difference was convolved with in each cell of 256
@@ -522,7 +522,7 @@ def _noise_in_psf_sums(kernel: KernelSolution, psf: PsfGrid) -> NDArray[np.float
     kernels = _kernels_of_blocks(kernel, DECORRELATION_CELL_PIX)
     part = np.empty(x.shape)
     for cell in np.ndindex(x.shape):
-        image = psf.at(x[cell], y[cell]).astype(np.float64)
+        image = psf.at(float(x[cell]), float(y[cell])).astype(np.float64)
         seen = fftconvolve(image, kernels[cell][::-1, ::-1])
         part[cell] = np.sum(np.square(seen)) / (kernel.kernel_sum**2 * np.sum(np.square(image)))
     return part
