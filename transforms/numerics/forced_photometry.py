@@ -108,9 +108,14 @@ def linear_psf_fit(
 ) -> LinearPsfFit:
     """Fit the flux of a PSF at fixed positions, all sources in one compiled loop.
 
-    flux = sum(P D / V) / sum(P^2 / V), flux_err = sum(P^2 / V)^(-1/2), the sums over the usable pixels of a stamp of
+    flux = sum(P D) / sum(P^2), flux_err = sqrt(sum(P^2 V)) / sum(P^2), the sums over the usable pixels of a stamp of
     at most 21 x 21 pixels around the pixel nearest to (x, y); P is the PSF at the sub-pixel position. A pixel is
     usable when it is inside the image, its value is finite, its variance finite and positive, and it is not `bad`.
+
+    All pixels weigh the same, as LSST has it: a variance that was counted from the pixels themselves, weighting them,
+    takes 0.2 sigma from every positive flux and adds it to every negative one, and where a PSF is not quite right, the
+    error it makes would change with the brightness. In white noise nothing is lost; where the photons of the source
+    itself are all the noise, the error is 15 % above the least possible one.
 
     Parameters
     ----------
@@ -300,21 +305,21 @@ def _fit_fluxes(
         dx, dy = x[source] - centre_x, y[source] - centre_y
         evaluate_psf(coefficients[of_source[source]], half_width, dx, dy, model, slope_x, slope_y)
         energy_all = (model * model).sum()
-        signal, information, energy = 0.0, 0.0, 0.0
+        signal, noise, energy = 0.0, 0.0, 0.0
         for j in range(j0, j1):
             for i in range(i0, i1):
                 value = np.float64(image[y0 + j, x0 + i])
                 weight = pixel_weight(value, variance[y0 + j, x0 + i], bad[y0 + j, x0 + i])
                 if weight > 0.0:
                     p = model[j, i]
-                    signal += p * weight * value
-                    information += p * p * weight
+                    signal += p * value
+                    noise += p * p / weight
                     energy += p * p
                     n_pixels[source] += 1
         real[4, source] = energy / energy_all
-        if not (energy >= GOOD_WEIGHT_MIN * energy_all and information > 0.0):
+        if not (energy >= GOOD_WEIGHT_MIN * energy_all and noise > 0.0):
             continue
-        flux = signal / information
+        flux = signal / energy
         chi2, ln_norm = 0.0, 0.0
         for j in range(j0, j1):
             for i in range(i0, i1):
@@ -325,6 +330,6 @@ def _fit_fluxes(
                     chi2 += residual * residual * weight
                     ln_norm += math.log(2.0 * math.pi / weight)
         real[0, source] = flux
-        real[1, source] = 1.0 / math.sqrt(information)
+        real[1, source] = math.sqrt(noise) / energy
         real[2, source] = chi2
         real[3, source] = -0.5 * (chi2 + ln_norm)
