@@ -254,7 +254,10 @@ def _records(
 
 
 def _fill_sky(records: np.ndarray, exposure: SubtractedExposure, measured: Measurements) -> None:
-    """Positions, their errors on the sky (raErr includes cos dec) and shapes in arcsec^2, by the local WCS."""
+    """Positions and their errors on the sky (raErr includes cos dec), and moments, by the local WCS.
+
+    Moments stay along x and y, in arcsec^2 by the area of the pixel, as in LSST's packets.
+    """
     if len(records) == 0:
         return
     ra, dec = exposure.wcs.all_pix2world(measured.x, measured.y, 0)
@@ -267,15 +270,10 @@ def _fill_sky(records: np.ndarray, exposure: SubtractedExposure, measured: Measu
     with np.errstate(invalid="ignore"):
         records["raErr"], records["decErr"] = np.sqrt(on_sky[:, 0, 0]), np.sqrt(on_sky[:, 1, 1])
     records["ra_dec_Cov"] = on_sky[:, 0, 1]
-    for suffix, (xx, yy, xy) in {
-        "": (measured.ixx, measured.iyy, measured.ixy),
-        "PSF": (measured.ixx_psf, measured.iyy_psf, measured.ixy_psf),
-    }.items():
-        moments = np.stack([np.stack([xx, xy], axis=-1), np.stack([xy, yy], axis=-1)], axis=-2)
-        sky_moments = 3600.0**2 * (jacobian @ moments @ jacobian.transpose(0, 2, 1))
-        records[f"ixx{suffix}"] = sky_moments[:, 0, 0]
-        records[f"iyy{suffix}"] = sky_moments[:, 1, 1]
-        records[f"ixy{suffix}"] = sky_moments[:, 0, 1]
+    pixel_arcsec2 = 3600.0**2 * np.abs(np.linalg.det(jacobian))
+    for name in ("ixx", "iyy", "ixy"):
+        records[name] = pixel_arcsec2 * getattr(measured, name)
+        records[f"{name}PSF"] = pixel_arcsec2 * getattr(measured, f"{name}_psf")
 
 
 def _fill_shapes(records: np.ndarray, exposure: SubtractedExposure, shapes: Shapes) -> None:
