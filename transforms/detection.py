@@ -187,7 +187,9 @@ def search(exposure: SubtractedExposure, config: DetectionConfig) -> SearchedSou
     """
     bad = (exposure.mask & mask_bits(*UNUSABLE_PLANES)) != 0
     psf, science_psf = PsfGrid(exposure.psf), PsfGrid(exposure.science_psf)
-    expected = exposure.difference_variance + np.square(np.float32(exposure.residual_part) * exposure.matched_template)
+    with np.errstate(over="ignore"):  # an infinite variance masks the pixel
+        residual = np.square(np.float32(exposure.residual_part) * exposure.matched_template)
+        expected = exposure.difference_variance + residual
     snr_map, noise_ratio = significance_map(exposure.difference, expected, bad, psf)
     reject = (exposure.mask & mask_bits(*REJECTED_PLANES)) != 0
     found = find_peaks(snr_map, reject, config.threshold_snr, lobe_distance(psf))
@@ -221,8 +223,10 @@ def search(exposure: SubtractedExposure, config: DetectionConfig) -> SearchedSou
         noise_ratio,
         exposure.residual_part,
     )
-    records = _records(exposure, measured, flags, config)
-    _fill_shapes(records, exposure, shapes)
+    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, then null
+        records = _records(exposure, measured, flags, config)
+        _fill_shapes(records, exposure, shapes)
+    _null_infinite(records)
     kept, rejected = _select(records, config)
     rejected["on rejected pixels"] = int(found.n_rejected)
     return SearchedSources(records, kept, features, rejected)
@@ -251,6 +255,12 @@ def _records(
     records["pixelFlags"] = np.any([flags.anywhere[plane] for plane in _GENERAL_FLAG_PLANES], axis=0)
     records["pixelFlags_offimage"] = flags.off_image
     return records
+
+
+def _null_infinite(records: np.ndarray) -> None:
+    for name, (kind, *_) in records.dtype.fields.items():
+        if kind.kind == "f":
+            records[name][np.isinf(records[name])] = np.nan
 
 
 def _fill_sky(records: np.ndarray, exposure: SubtractedExposure, measured: Measurements) -> None:

@@ -784,7 +784,7 @@ def _measure_cores(
         real[0, source] = chi2
         scale = abs(flux[source]) * central
         real[1, source] = excess / scale if scale > 0.0 else np.nan
-        real[2, source] = star / central
+        real[2, source] = star / central if central > 0.0 else np.nan
 
 
 @njit(cache=True)
