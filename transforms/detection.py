@@ -258,9 +258,10 @@ def _records(
 
 
 def _null_infinite(records: np.ndarray) -> None:
-    for name, (kind, *_) in records.dtype.fields.items():
-        if kind.kind == "f":
-            records[name][np.isinf(records[name])] = np.nan
+    for name in records.dtype.names or ():
+        column = records[name]
+        if column.dtype.kind == "f":
+            column[np.isinf(column)] = np.nan
 
 
 def _fill_sky(records: np.ndarray, exposure: SubtractedExposure, measured: Measurements) -> None:

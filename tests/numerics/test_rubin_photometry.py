@@ -70,8 +70,8 @@ def found_again(source: RubinSource) -> dict[str, float]:
     """What detection and measurement of the cutout alone make of the source; NaN where there is nothing in 3 pixels."""
     names = ("peak", "x", "y", "trace", "ixx", "ixy")
     bad = np.isnan(source.difference)
-    snr_map, noise_ratio = significance_map(source.difference, source.variance, bad, source.psf)
-    found = find_peaks(snr_map * np.float32(noise_ratio), bad, 4.0)
+    snr_map, _ = significance_map(source.difference, source.variance, bad, source.psf)
+    found = find_peaks(snr_map, bad, 4.0)
     distance = np.hypot(found.peak_x - source.x, found.peak_y - source.y)
     if not (distance < 3.0).any():
         return dict.fromkeys(names, np.nan)
