@@ -187,7 +187,9 @@ def search(exposure: SubtractedExposure, config: DetectionConfig) -> SearchedSou
     """
     bad = (exposure.mask & mask_bits(*UNUSABLE_PLANES)) != 0
     psf, science_psf = PsfGrid(exposure.psf), PsfGrid(exposure.science_psf)
-    expected = exposure.difference_variance + np.square(np.float32(exposure.residual_part) * exposure.matched_template)
+    with np.errstate(over="ignore"):  # an infinite variance masks the pixel
+        residual = np.square(np.float32(exposure.residual_part) * exposure.matched_template)
+        expected = exposure.difference_variance + residual
     snr_map, noise_ratio = significance_map(exposure.difference, expected, bad, psf)
     reject = (exposure.mask & mask_bits(*REJECTED_PLANES)) != 0
     found = find_peaks(snr_map, reject, config.threshold_snr, lobe_distance(psf))
@@ -221,8 +223,10 @@ def search(exposure: SubtractedExposure, config: DetectionConfig) -> SearchedSou
         noise_ratio,
         exposure.residual_part,
     )
-    records = _records(exposure, measured, flags, config)
-    _fill_shapes(records, exposure, shapes)
+    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, then null
+        records = _records(exposure, measured, flags, config)
+        _fill_shapes(records, exposure, shapes)
+    _null_infinite(records)
     kept, rejected = _select(records, config)
     rejected["on rejected pixels"] = int(found.n_rejected)
     return SearchedSources(records, kept, features, rejected)
@@ -253,8 +257,18 @@ def _records(
     return records
 
 
+def _null_infinite(records: np.ndarray) -> None:
+    for name in records.dtype.names or ():
+        column = records[name]
+        if column.dtype.kind == "f":
+            column[np.isinf(column)] = np.nan
+
+
 def _fill_sky(records: np.ndarray, exposure: SubtractedExposure, measured: Measurements) -> None:
-    """Positions, their errors on the sky (raErr includes cos dec) and shapes in arcsec^2, by the local WCS."""
+    """Positions and their errors on the sky (raErr includes cos dec), and moments, by the local WCS.
+
+    Moments stay along x and y, in arcsec^2 by the area of the pixel, as in LSST's packets.
+    """
     if len(records) == 0:
         return
     ra, dec = exposure.wcs.all_pix2world(measured.x, measured.y, 0)
@@ -267,15 +281,10 @@ def _fill_sky(records: np.ndarray, exposure: SubtractedExposure, measured: Measu
     with np.errstate(invalid="ignore"):
         records["raErr"], records["decErr"] = np.sqrt(on_sky[:, 0, 0]), np.sqrt(on_sky[:, 1, 1])
     records["ra_dec_Cov"] = on_sky[:, 0, 1]
-    for suffix, (xx, yy, xy) in {
-        "": (measured.ixx, measured.iyy, measured.ixy),
-        "PSF": (measured.ixx_psf, measured.iyy_psf, measured.ixy_psf),
-    }.items():
-        moments = np.stack([np.stack([xx, xy], axis=-1), np.stack([xy, yy], axis=-1)], axis=-2)
-        sky_moments = 3600.0**2 * (jacobian @ moments @ jacobian.transpose(0, 2, 1))
-        records[f"ixx{suffix}"] = sky_moments[:, 0, 0]
-        records[f"iyy{suffix}"] = sky_moments[:, 1, 1]
-        records[f"ixy{suffix}"] = sky_moments[:, 0, 1]
+    pixel_arcsec2 = 3600.0**2 * np.abs(np.linalg.det(jacobian))
+    for name in ("ixx", "iyy", "ixy"):
+        records[name] = pixel_arcsec2 * getattr(measured, name)
+        records[f"{name}PSF"] = pixel_arcsec2 * getattr(measured, f"{name}_psf")
 
 
 def _fill_shapes(records: np.ndarray, exposure: SubtractedExposure, shapes: Shapes) -> None:

@@ -1,4 +1,4 @@
-"""Shapes of diaSources: dipoles and trails on simulated fields, how well and how fast, beside scipy's least squares.
+"""Measurement of diaSources: what each step costs beside other libraries; dipoles and trails, how well and how fast.
 
 Every field is drawn from analytic profiles on white noise, detected and measured by our own chain (`find_peaks`,
 `measure_sources`), then given to `measure_shapes`. The peer solves the same models for some of the sources with
@@ -8,6 +8,8 @@ the truth. Times are CPU microseconds a source, best of three.
     python tests/benchmarks/bench_detection.py --fwhm 4
 
 Tables
+  costs     2,025 points on 2048^2 pixels with 256 PSFs: CPU s of each step, microseconds a source of each measurement
+            beside sep, photutils and GalSim where they are installed
   mix       2,000 sources: 93 % points, 5 % dipoles, 2 % trails: CPU s of each step
   dipoles   by separation and S/N of one lobe on the difference (were it alone): detected, classified, `lobes` the
             median S/N of what is left of them in the difference; errors in units of the claimed ones
@@ -34,7 +36,9 @@ from scipy.spatial import cKDTree
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "numerics"))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+from measurement_costs import costs
 from shape_scenes import NOISE, flux_of_snr, profile, psf_image, trail
 
 from transforms.numerics.detection import Detections, find_peaks, lobe_distance, significance_map
@@ -67,11 +71,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fwhm", type=float, default=4.0, help="of the Moffat PSF, pixels")
     parser.add_argument("--side", type=int, default=10, help="sources along each side of a field")
+    parser.add_argument("--costs-only", action="store_true", help="the first table alone")
     parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args()
     print(f"Python {platform.python_version()}, numpy {np.__version__}, {platform.machine()}, {arguments}")
     look(draw_field("point", arguments.fwhm, 2, 50.0, 0.0, 0), arguments.fwhm)  # compiles
-    for table in (mix, dipoles, singles, trails):
+    for table in (costs,) if arguments.costs_only else (costs, mix, dipoles, singles, trails):
         print()
         table(arguments.fwhm, arguments.side, arguments.seed)
 

@@ -147,13 +147,22 @@ def test_shifting_by_whole_pixels_shifts_map_and_peaks() -> None:
 
 
 def test_a_constant_difference_and_a_masked_image_are_left_as_they_are() -> None:
-    zero = np.zeros((30, 30))
+    zero = np.zeros((60, 60))
     snr_map, noise_ratio = significance_map(zero, zero + 1.0, zero.astype(bool), moffat_psf(3.0))
     assert noise_ratio == 0.0
     assert not snr_map.any()
     snr_map, noise_ratio = significance_map(zero, zero + 1.0, ~zero.astype(bool), moffat_psf(3.0))
     assert np.isnan(noise_ratio)
     assert not snr_map.any()
+
+
+def test_an_image_of_few_psfs_is_not_calibrated_by_the_source_that_fills_it() -> None:
+    psf = moffat_psf(4.0)
+    source = 100.0 * psf[psf.shape[0] // 2 - 4 : psf.shape[0] // 2 + 5, psf.shape[0] // 2 - 4 : psf.shape[0] // 2 + 5]
+    snr_map, noise_ratio = significance_map(source, np.ones((9, 9)), source > np.inf, psf)
+    assert np.isnan(noise_ratio)
+    # 9 of 41 pixels' width hold all but a part of the light whose square is below 1 % of the whole.
+    assert snr_map[4, 4] == pytest.approx(100.0 * np.sqrt((psf**2).sum()), rel=0.01)
 
 
 def test_a_footprint_gives_one_source_at_its_most_significant_pixel() -> None:

@@ -147,6 +147,20 @@ def test_the_psf_of_a_cutout_and_of_the_moments_is_that_of_the_source_s_cell() -
     assert len(cells) == 3
 
 
+def test_moments_lie_along_the_axes_of_the_detector_however_it_is_turned() -> None:
+    exposure = _exposure()
+    axis = np.arange(-12, 13)
+    psf = np.exp(-(axis[None, :] ** 2) / (2 * 2.2**2) - axis[:, None] ** 2 / (2 * 1.5**2))
+    object.__setattr__(exposure, "psf", (psf / psf.sum())[None, None].astype(np.float32))
+    turned = 0.2 / 3600.0 * np.array([[0.0, 1.0], [1.0, 0.0]])
+    exposure.wcs.wcs.cd = turned
+    for source in detect_sources(exposure, DetectionConfig()).dia_sources:
+        # Settled to 1e-4 of the trace.
+        assert source["ixxPSF"] == pytest.approx((0.2 * 2.2) ** 2, rel=1e-3)
+        assert source["iyyPSF"] == pytest.approx((0.2 * 1.5) ** 2, rel=1e-3)
+        assert abs(source["ixyPSF"]) < 1e-3 * source["ixxPSF"]
+
+
 def test_source_storm_is_refused_with_its_numbers() -> None:
     with pytest.raises(SourceStormError, match="3 sources in one detector, more than max_sources 2"):
         detect_sources(_exposure(), DetectionConfig(max_sources=2))

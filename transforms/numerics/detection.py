@@ -18,6 +18,7 @@ _LOBE_DISTANCE_FWHM = (
 )
 _FILTER_ENERGY_KEPT = 0.999  # the wings beyond this part of sum(P^2) cost time and hold 0.05 % of the significance
 _NOISE_SAMPLE_MAX = 1 << 20  # 1e6 pixels give the robust sigma to 0.2 %
+_NOISE_PSF_AREAS_MIN = 100.0  # a bright source covers 10; in fewer the sources themselves would be the noise
 _STRIP_ROWS = 32  # strips and tiles divide the cells of a PSF
 _TILE_COLUMNS = 64
 _MAD_TO_SIGMA = 1.4826022185056018
@@ -84,7 +85,7 @@ def significance_map(
     -------
     snr_map : (ny, nx) float32, finite; 0 where no usable pixel lies under the PSF
     noise_ratio : the robust sigma of S before calibration: 1 when the variance plane is right and the noise white.
-        0 when S is constant, NaN when there is no good pixel: then S is left as it is
+        0 when S is constant, NaN when the good pixels are fewer than 100 PSFs cover: then S is left as it is
 
     Raises
     ------
@@ -99,10 +100,12 @@ def significance_map(
     pixels for a FWHM of 2.1, 4.7 and 8 pixels. The robust sigma comes from a regular grid of at most 1e6 pixels.
     """
     pixels, pixel_variance, masked = checked_planes(difference, variance, bad)
-    filters = _compact_filters(as_psf_grid(psf).images)
+    grid = as_psf_grid(psf)
+    filters = _compact_filters(grid.images)
     snr_map = np.empty(pixels.shape, dtype=np.float32)
     _filter_image(pixels, pixel_variance, masked, filters, snr_map)
-    noise_ratio = _robust_sigma(snr_map, pixels, pixel_variance, masked)
+    psf_area_pix = 4.0 * math.pi * float(np.median(gaussian_variances(grid.of_cells)))
+    noise_ratio = _robust_sigma(snr_map, pixels, pixel_variance, masked, _NOISE_PSF_AREAS_MIN * psf_area_pix)
     if math.isfinite(noise_ratio) and noise_ratio > 0.0:
         _divide(snr_map, noise_ratio)
     return snr_map, noise_ratio
@@ -208,12 +211,13 @@ def _robust_sigma(
     pixels: NDArray[np.float32],
     variance: NDArray[np.float32],
     masked: NDArray[np.bool_],
+    n_pixels_min: float,
 ) -> float:
     step = max(1, math.ceil(math.sqrt(snr_map.size / _NOISE_SAMPLE_MAX)))
     grid = (slice(None, None, step), slice(None, None, step))
     usable = ~masked[grid] & np.isfinite(pixels[grid]) & np.isfinite(variance[grid]) & (variance[grid] > 0.0)
     sample = snr_map[grid][usable].astype(np.float64)
-    if sample.size == 0:
+    if sample.size == 0 or sample.size * step * step < n_pixels_min:
         return math.nan
     return float(_MAD_TO_SIGMA * np.median(np.abs(sample - np.median(sample))))
 

@@ -338,22 +338,23 @@ def psf_moments(psf: ArrayLike) -> tuple[float, float, float]:
     PsfError
         As `as_psf_grid`.
     """
-    image = as_psf_grid(psf).middle
-    centre = np.array([image.shape[0] // 2], dtype=np.float64)
-    pixels = (image / image.sum(dtype=np.float64)).astype(np.float32)
-    sigma2 = gaussian_variances(image[np.newaxis])[0]
-    moments = np.full((4, 1), np.nan)
-    unmasked = np.zeros(pixels.shape, dtype=np.bool_)
-    start = np.array([[sigma2], [sigma2], [0.0]])
-    _adaptive_moments(pixels, np.ones_like(pixels), unmasked, centre, centre, np.ones(1), start, moments)
+    moments = _moments_of_stack(as_psf_grid(psf).middle[np.newaxis])
     return float(moments[0, 0]), float(moments[1, 0]), float(moments[2, 0])
 
 
 def _moments_of_psfs(psf: PsfGrid, detections: Detections) -> NDArray[np.float64]:
     """(3, n) moments of the PSF of each source."""
     cells, of_source = np.unique(psf.cells_at(detections.peak_x, detections.peak_y), return_inverse=True)
-    moments = np.array([psf_moments(psf.of_cells[cell]) for cell in cells]).reshape(-1, 3)
-    return np.ascontiguousarray(moments[of_source].T)
+    return np.ascontiguousarray(_moments_of_stack(psf.of_cells[cells])[:, of_source])
+
+
+def _moments_of_stack(psfs: NDArray[np.floating]) -> NDArray[np.float64]:
+    """(3, n) adaptive moments of (n, k, k) PSF images."""
+    images = np.ascontiguousarray(psfs, dtype=np.float64)
+    moments = np.full((3, len(images)), np.nan)
+    sums = np.array([image.sum() for image in images]).reshape(-1, 1, 1)
+    _moments_of_images((images / sums).astype(np.float32), gaussian_variances(images), moments)
+    return moments
 
 
 def mask_flags(
@@ -416,9 +417,7 @@ def _aperture_fluxes(
     y: NDArray[np.float64],
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.bool_]]:
     """Circular aperture sums by sep, on planes where unusable pixels are masked and hold nothing odd."""
-    unusable = masked | ~np.isfinite(pixels) | ~np.isfinite(variance) | ~(variance > 0.0)
-    data = np.where(unusable, np.float32(0.0), pixels)
-    data_variance = np.where(unusable, np.float32(0.0), variance)
+    data, data_variance, unusable = _without_unusable(pixels, variance, masked)
     flux, flux_err, sep_flag = sep.sum_circle(
         data, x, y, APERTURE_RADIUS_PIX, var=data_variance, mask=unusable, subpix=0
     )
@@ -473,6 +472,19 @@ def _core_features(
         n_pixels,
     )
     return real, n_pixels
+
+
+@njit(cache=True)
+def _without_unusable(
+    pixels: NDArray[np.float32], variance: NDArray[np.float32], masked: NDArray[np.bool_]
+) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.bool_]]:
+    """Pixels and variance with 0 where they are unusable, and where that is, in one pass."""
+    data, data_variance, unusable = np.zeros_like(pixels), np.zeros_like(variance), np.ones_like(masked)
+    for y in range(pixels.shape[0]):
+        for x in range(pixels.shape[1]):
+            if pixel_weight(pixels[y, x], variance[y, x], masked[y, x]) > 0.0:
+                data[y, x], data_variance[y, x], unusable[y, x] = pixels[y, x], variance[y, x], False
+    return data, data_variance, unusable
 
 
 @njit(cache=True)
@@ -674,6 +686,19 @@ def _adaptive_moments(
 
 
 @njit(cache=True)
+def _moments_of_images(images: NDArray[np.float32], start: NDArray[np.float64], moments: NDArray[np.float64]) -> None:
+    """Fill `moments` (3, n): ixx, iyy, ixy about the middle of each of (n, k, k) images, from round starts (n,)."""
+    side = images.shape[1]
+    even, unmasked = np.ones((side, side), dtype=np.float32), np.zeros((side, side), dtype=np.bool_)
+    centre, positive, weight, found = np.full(1, float(side // 2)), np.ones(1), np.zeros((3, 1)), np.empty((4, 1))
+    for number in range(len(images)):
+        weight[0, 0] = weight[1, 0] = start[number]
+        found[:] = np.nan
+        _adaptive_moments(images[number], even, unmasked, centre, centre, positive, weight, found)
+        moments[:, number] = found[:3, 0]
+
+
+@njit(cache=True)
 def _is_weight(xx: float, yy: float, xy: float, half_width: float) -> bool:
     """Whether a covariance is that of a weight wider than a point and narrower than the window."""
     return bool(xx * yy - xy * xy > 1e-4 and xx > 0.0 and xx + yy < half_width * half_width)
@@ -747,10 +772,9 @@ def _measure_cores(
     ny, nx = image.shape
     width = 2 * half_width + 1
     model = np.empty((width, width))
-    slope_x, slope_y = np.empty((width, width)), np.empty((width, width))
     centrals, radii = np.empty(len(coefficients)), np.empty(len(coefficients))
     for index in range(len(coefficients)):
-        evaluate_psf(coefficients[index], half_width, 0.0, 0.0, model, slope_x, slope_y)
+        evaluate_psf(coefficients[index], half_width, 0.0, 0.0, model, None, None)
         sigma = math.sqrt(1.0 / (4.0 * math.pi * (model * model).sum()))
         centrals[index] = model[half_width, half_width]
         radii[index] = min(max(2.0, 2.5 * sigma), float(half_width))
@@ -760,7 +784,7 @@ def _measure_cores(
         centre_x, centre_y = math.floor(x[source] + 0.5), math.floor(y[source] + 0.5)
         dx, dy = x[source] - centre_x, y[source] - centre_y
         central, radius = centrals[of_source[source]], radii[of_source[source]]
-        evaluate_psf(coefficients[of_source[source]], half_width, dx, dy, model, slope_x, slope_y)
+        evaluate_psf(coefficients[of_source[source]], half_width, dx, dy, model, None, None)
         chi2, excess, star = 0.0, 0.0, 0.0
         for j in range(width):
             for i in range(width):
@@ -784,7 +808,7 @@ def _measure_cores(
         real[0, source] = chi2
         scale = abs(flux[source]) * central
         real[1, source] = excess / scale if scale > 0.0 else np.nan
-        real[2, source] = star / central
+        real[2, source] = star / central if central > 0.0 else np.nan
 
 
 @njit(cache=True)

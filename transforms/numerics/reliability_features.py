@@ -214,7 +214,7 @@ def _enclosed(psfs: NDArray[np.floating], fwhms: NDArray[np.float64], used: NDAr
     return enclosed
 
 
-@njit(cache=True)
+@njit(cache=True, error_model="numpy")  # a PSF may have no light in its middle
 def _measure_stamps(
     difference: NDArray[np.float32],
     variance: NDArray[np.float32],
@@ -330,7 +330,7 @@ def _masked_part(bad: NDArray[np.bool_], centre_x: int, centre_y: int) -> float:
     return 1.0 - good / (2.0 * _MASK_HALF_WIDTH_PIX + 1.0) ** 2
 
 
-@njit(cache=True)
+@njit(cache=True, error_model="numpy")
 def _log_of(light: float, unit: float) -> float:
     """log10 of light / unit, from -2 (nothing there) to 4; NaN where there was no pixel."""
     if light == -np.inf:
