@@ -10,6 +10,7 @@ from numba import njit
 from numpy.typing import ArrayLike, NDArray
 
 from transforms.numerics.forced_photometry import checked_planes, pixel_weight
+from transforms.numerics.mask_growth import grown
 from transforms.numerics.psf_grid import PSF_CELL_PIX, PsfGrid, as_psf_grid
 
 LOBE_DISTANCE_MIN_PIX = 3  # lobes of opposite sign, each grown by one pixel, then touch
@@ -17,6 +18,7 @@ _LOBE_DISTANCE_FWHM = (
     1.2  # the peaks of an unresolved dipole are 2 sqrt(2) sigma = 1.2 FWHM apart in the filtered image
 )
 _FILTER_ENERGY_KEPT = 0.999  # the wings beyond this part of sum(P^2) cost time and hold 0.05 % of the significance
+_SOURCE_SIGMA = 5.0  # noise reaches it on 1e-6 of the pixels
 _NOISE_SAMPLE_MAX = 1 << 20  # 1e6 pixels give the robust sigma to 0.2 %
 _NOISE_PSF_AREAS_MIN = 100.0  # a bright source covers 10; in fewer the sources themselves would be the noise
 _STRIP_ROWS = 32  # strips and tiles divide the cells of a PSF
@@ -71,8 +73,8 @@ def significance_map(
     """Compute the calibrated significance of a point source at each pixel.
 
     S = sum(P D / V) / sqrt(sum(P^2 / V)) over the usable pixels around each pixel, P the PSF of the cell it lies in,
-    then divided by its own robust sigma 1.4826 MAD(S) over good pixels, so that a threshold means the same whatever
-    correlation the noise has.
+    then divided by its own robust sigma 1.4826 MAD(S) over good pixels away from sources, so that a threshold means the
+    same whatever correlation the noise has.
 
     Parameters
     ----------
@@ -105,7 +107,8 @@ def significance_map(
     snr_map = np.empty(pixels.shape, dtype=np.float32)
     _filter_image(pixels, pixel_variance, masked, filters, snr_map)
     psf_area_pix = 4.0 * math.pi * float(np.median(gaussian_variances(grid.of_cells)))
-    noise_ratio = _robust_sigma(snr_map, pixels, pixel_variance, masked, _NOISE_PSF_AREAS_MIN * psf_area_pix)
+    reach, n_pixels_min = filters.shape[2] // 2, _NOISE_PSF_AREAS_MIN * psf_area_pix
+    noise_ratio = _noise_beside_sources(snr_map, pixels, pixel_variance, masked, reach, n_pixels_min)
     if math.isfinite(noise_ratio) and noise_ratio > 0.0:
         _divide(snr_map, noise_ratio)
     return snr_map, noise_ratio
@@ -204,6 +207,27 @@ def _compact_filters(psfs: NDArray[np.floating]) -> NDArray[np.float64]:
         if (energy[core].sum(axis=(2, 3)) >= needed).all():
             return np.ascontiguousarray(images[core])
     return np.ascontiguousarray(images)
+
+
+def _noise_beside_sources(
+    snr_map: NDArray[np.float32],
+    pixels: NDArray[np.float32],
+    variance: NDArray[np.float32],
+    masked: NDArray[np.bool_],
+    reach: int,
+    n_pixels_min: float,
+) -> float:
+    """Robust sigma without what lies within `reach` of a significant pixel; with it where nothing else is left.
+
+    Sources on a part e of the pixels make a median of absolute values 1.2 e too large: 3.5 % for 110 sources and a
+    FWHM of 4.75 on 1024 x 1024 pixels, which were that many faint sources lost.
+    """
+    with_sources = _robust_sigma(snr_map, pixels, variance, masked, n_pixels_min)
+    if not (math.isfinite(with_sources) and with_sources > 0.0):
+        return with_sources
+    near_source = grown(np.abs(snr_map) > np.float32(min(_SOURCE_SIGMA * with_sources, _FLOAT32_MAX)), reach)
+    alone = _robust_sigma(snr_map, pixels, variance, masked | near_source, n_pixels_min)
+    return alone if math.isfinite(alone) and alone > 0.0 else with_sources
 
 
 def _robust_sigma(
