@@ -47,8 +47,8 @@ FEATURES = {
     "saturation_distance": "to the nearest pixel saturated in either image, in FWHM, at most 6",
     "saturated_area": "log10 of 1 + the saturated pixels within 6 FWHM, in FWHM^2",
     "local_noise": (
-        "mean |D| / sigma between 2 and 4 FWHM, in rows up to 0.8 FWHM apart, over that of Gaussian noise of the image's "
-        "level"
+        "mean |D| / sigma between 2 and 4 FWHM, in rows up to 0.8 FWHM apart, over that of Gaussian noise of the "
+        "image's level"
     ),
     "centroid_shift": "from the peak to the fitted position, in FWHM",
     "lobe_share": "of a fitted dipole, the larger lobe's part of its light",
@@ -335,7 +335,7 @@ def _chord(x: float, y: float, row: int, radius: float, nx: int) -> tuple[int, i
 
 @njit(cache=True)
 def _ring(x: float, y: float, row: int, inner: float, outer: float, nx: int) -> tuple[int, int, int, int]:
-    """First column and the one behind the last of both parts of a row that lie in a ring; inner 0 is all of a circle."""
+    """First column and the one behind the last of both parts of a row in a ring; inner 0 is all of a circle."""
     first, last = _chord(x, y, row, outer, nx)
     hole_first, hole_last = _chord(x, y, row, inner, nx) if inner > 0.0 else (0, -1)
     if hole_last < hole_first:
