@@ -15,6 +15,7 @@ What is real and seen once (an asteroid, a flare) is called bogus by mistake.
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -51,7 +52,7 @@ from transforms.numerics.source_injection import (
     with_light,
 )
 from transforms.numerics.warping import wcs_coordinate_grid
-from transforms.reliability_training import AMBIGUOUS, KINDS, LABELLED_DTYPE, LabelledSources, label
+from transforms.reliability_training import AMBIGUOUS, LABELLED_DTYPE, LabelledSources, label
 from transforms.subtraction import SubtractionConfig, subtract_exposures
 
 LEAST_VISITS = 3  # of a place, or nothing can be said of what repeats there
@@ -315,7 +316,10 @@ def inject(first: Exposure, second: Exposure, seed: int) -> InjectedPair:
     """
     stream = random_stream(seed, Purpose.INJECTIONS)
     bad = [(one.mask & mask_bits(*_UNUSABLE)) != 0 for one in (first, second)]
-    sky = [subtract_background(one.image, mask, _BACKGROUND_BOX_PIX).image for one, mask in zip((first, second), bad)]
+    sky = [
+        subtract_background(one.image, mask, _BACKGROUND_BOX_PIX).image
+        for one, mask in zip((first, second), bad, strict=True)
+    ]
     sources = detect_sources(*_finite(sky[0], first.variance, bad[0]))
     psfs = [
         _psf_of(one, *_finite(image, one.variance, mask))
@@ -375,14 +379,14 @@ def _psf_of(exposure: Exposure, image: np.ndarray, variance: np.ndarray, bad: np
 def _places(
     stream: np.random.Generator, first: Exposure, sources: DetectedSources, psf: PsfModel, fwhm_pix: float
 ) -> np.ndarray:
-    """Rows of the truth that are wished for, in random order; `snr` has the sign, `flux` of a variable is the star's."""
+    """Rows of the truth that are wished for, in random order; `snr` has the sign, a variable's `flux` is the star's."""
     ny, nx = first.image.shape
     n_wanted = min(round(ny * nx / (_SPACING_FWHM * fwhm_pix) ** 2), _MOST_INJECTED)
     kinds = stream.choice(list(_CLASS_SHARES), size=n_wanted, p=list(_CLASS_SHARES.values()))
     rows = np.zeros(n_wanted, dtype=TRUTH_DTYPE)
     rows["kind"], rows["good_pixels"] = kinds, True
     rows["x"], rows["y"] = stream.uniform(0.0, nx - 1.0, n_wanted), stream.uniform(0.0, ny - 1.0, n_wanted)
-    rows["snr"] = np.exp(stream.uniform(*np.log(_SNR_RANGE), n_wanted))
+    rows["snr"] = _log_uniform(stream, _SNR_RANGE, n_wanted)
     rows["snr"][kinds == "vanished"] *= -1.0
     size = sources.half_light_radius_pix / _half_light_radius(psf.at_centre())
     good = sources.clean & (sources.snr > _LEAST_STAR_SNR)
@@ -390,7 +394,7 @@ def _places(
     hosts = np.flatnonzero(good & (size > _LEAST_HOST_SIZE))
     is_trail, varies, is_hosted = (np.flatnonzero(kinds == kind) for kind in ("trail", "variable", "in_host"))
     angle = stream.uniform(0.0, np.pi, is_trail.size)
-    length = fwhm_pix * np.exp(stream.uniform(*np.log(_TRAIL_FWHM), is_trail.size))
+    length = fwhm_pix * _log_uniform(stream, _TRAIL_FWHM, is_trail.size)
     rows["dx"][is_trail], rows["dy"][is_trail] = length * np.cos(angle), length * np.sin(angle)
     rows["kind"][is_hosted] = "transient"
     if hosts.size:
@@ -407,6 +411,10 @@ def _places(
     else:
         rows["kind"][varies] = "transient"
     return rows
+
+
+def _log_uniform(stream: np.random.Generator, interval: tuple[float, float], n: int) -> np.ndarray:
+    return np.exp(stream.uniform(math.log(interval[0]), math.log(interval[1]), n))
 
 
 def _half_light_radius(psf: np.ndarray) -> float:

@@ -43,8 +43,7 @@ def unit_source(psf: PsfModel, x: float, y: float, dx: float = 0.0, dy: float = 
     half_x, half_y = (kernel.shape[0] // 2 + 1 + math.ceil(abs(step) / 2.0) for step in (dx, dy))
     column, row = round(x) - half_x, round(y) - half_y
     pixels = np.zeros((2 * half_y + 1, 2 * half_x + 1))
-    margin = 1
-    framed = np.pad(kernel, margin)
+    framed = np.pad(kernel, 1)
     for part in along:
         at_x, at_y = x + part * dx, y + part * dy
         left, low = round(at_x) - column - framed.shape[1] // 2, round(at_y) - row - framed.shape[0] // 2
@@ -83,7 +82,10 @@ def add_source(light: NDArray[np.float64], source: Stamp, flux: float) -> None:
     """Add a source to a plane in place; what lies off the plane is lost."""
     ny, nx = light.shape
     first_row, first_column = max(0, -source.row), max(0, -source.column)
-    last_row, last_column = min(source.pixels.shape[0], ny - source.row), min(source.pixels.shape[1], nx - source.column)
+    last_row, last_column = (
+        min(source.pixels.shape[0], ny - source.row),
+        min(source.pixels.shape[1], nx - source.column),
+    )
     if last_row <= first_row or last_column <= first_column:
         return
     light[
