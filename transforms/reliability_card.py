@@ -26,17 +26,16 @@ many of each class of real ones. **Published threshold: {threshold:g}.** The fil
 With more of these the score never rises: {worse}.
 
 ## Data
-{source} (`transforms/numerics/pair_simulation.py`), injected into raw counts, then subtracted and searched by
-the chain itself. {regimes} regimes; pairs as they are, with roles exchanged, and of the same night. Split by seed,
-which is field and night: trees are fitted on one part, the score is calibrated on a second, all below is measured on a
-third.
+{source} (`transforms/numerics/pair_simulation.py`), injected into raw counts,
+then subtracted and searched by the chain itself. {regimes} regimes; pairs as they are, with roles exchanged, and of
+the same night. Split by seed, which is field and night: trees are fitted on one part, the score is calibrated on a
+second, all below is measured on a third.
 *Plain* pairs have the densities of their regime; *varied* ones have more of the rare classes and more that goes wrong:
 `TrainingPair` says what. The model is fitted on varied pairs only. A source is real if a change of its sign lies within
 0.8 FWHM and explains its S/N; what is near a change and is not explained by it is left out (ambiguous).
 """
 
-_NIGHTS = """
-*Nights* are real: {nights}. Whole nights of an instrument are in one part each. Real is what was injected into the
+_NIGHTS = """*Nights* are real: {nights}. Whole nights of an instrument are in one part each. Real is what was injected into the
 pixels of science image and template; bogus what was found without that and does not repeat at its place in another
 visit (`transforms/reliability_nights.py`). In the table: night folder, part: its nights.
 """
@@ -54,9 +53,9 @@ _LIMITS = """
 
 _NO_NIGHTS = " Real nights are not part of the training."
 _OF_NIGHTS = """
-- At night, stars that subtract badly in every visit are ambiguous but for same-night pairs; what is real and seen once
-  counts as bogus; a field that was seen in several nights is in several parts; injected sources have the PSF that the
-  chain itself measures."""
+- At night, stars that subtract badly in every visit are ambiguous; what is real and seen once counts as bogus; a
+  field that was seen in several nights is in several parts; injected sources have the PSF that the chain itself
+  measures."""
 
 
 class Part(NamedTuple):

@@ -7,8 +7,7 @@ badly; those are ambiguous. Three kinds of pair:
 
 - ``as_is``: science image against its template;
 - ``swapped``: roles exchanged;
-- ``same_night``: against another exposure of the same night, band and field. Little changes within a night, so all
-  that is found is bogus, stars that subtract badly among it.
+- ``same_night``: against another exposure of the same night, band and field.
 
 What is real and seen once (an asteroid, a flare) is called bogus by mistake.
 """
@@ -451,8 +450,9 @@ def without_repeated(
 ) -> Iterator[tuple[TrainingExposure, np.ndarray]]:
     """Rows of exposures, what repeats being ambiguous.
 
-    What was found in a science image against its template, or the other way round, repeats if another visit of the
-    same night folder shows something at its place, of either sign.
+    What was found without injection repeats if another visit of the same night folder, against its template, shows
+    something at its place, of either sign. Pairs of the same night are no exception: most of what they show with a
+    high score is at the places of stars that vary within hours.
     """
     found = list(found)
     for night in dict.fromkeys(exposure.night for exposure, _ in found):
@@ -461,7 +461,7 @@ def without_repeated(
         visits = np.repeat([exposure.visit.visit for _, exposure in seen], [len(rows) for rows, _ in seen])
         tree = cKDTree(np.concatenate([_directions(rows) for rows, _ in seen])) if visits.size else None
         for exposure, rows in group:
-            if tree is not None and exposure.kind != "same_night":
+            if tree is not None:
                 rows = rows.copy()
                 for index in np.flatnonzero(_is_found(rows)):
                     near = tree.query_ball_point(
