@@ -35,9 +35,9 @@ second, all below is measured on a third.
 0.8 FWHM and explains its S/N; what is near a change and is not explained by it is left out (ambiguous).
 """
 
-_NIGHTS = """*Nights* are real: {nights}. Whole nights of an instrument are in one part each. Real is what was injected into the
-pixels of science image and template; bogus what was found without that and does not repeat at its place in another
-visit (`transforms/reliability_nights.py`). In the table: night folder, part: its nights.
+_NIGHTS = """*Nights* are real: {nights}. Whole nights of an instrument are in one part each. Real is what was injected
+into the pixels of science image and template; bogus what was found without that and does not repeat at its place in
+another visit (`transforms/reliability_nights.py`). In the table: night folder, part: its nights.
 """
 
 _LIMITS = """
