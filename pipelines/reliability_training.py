@@ -1,8 +1,9 @@
-"""Reliability training: a model and its card from simulated pairs.
+"""Reliability training: a model and its card from simulated pairs and real nights.
 
-    CreatePairs -> LabelPairs -> StorePair -> FitReliability, WriteFailures
+    CreatePairs     -> LabelPairs     -> StorePair     -> FitReliability, WriteFailures
+    CreateExposures -> LabelExposures -> StoreExposure ->
 
-A pair that is stored already is not made again, so a run that was stopped goes on where it was.
+A pair or exposure that is stored already is not made again, so a run that was stopped goes on where it was.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ from pathlib import Path
 
 import apache_beam as beam
 
+from schemas.elements import FailureRecord
 from transforms.failures import failure_line, write_lines
 from transforms.reliability_fitting import FitReliability, is_stored, store_labelled
+from transforms.reliability_nights import LabelExposures, TrainingExposure, TrainingNights
 from transforms.reliability_training import KINDS, LabelledSources, LabelPairs, TrainingPair
 
 FAILURES = "failures.jsonl"
@@ -44,32 +47,46 @@ class ReliabilityTraining:
     folder: str
     version: str
     pairs: tuple[TrainingPair, ...]
+    nights: TrainingNights
 
     def build(self, flow: beam.Pipeline, *, spread: bool = False) -> None:
         folder = Path(self.folder)
-        stored = {pair.name for pair in self.pairs if is_stored(folder, pair)}
+        exposures = self.nights.exposures
+        everything: list[TrainingPair | TrainingExposure] = [*self.pairs, *exposures]
+        stored = {one.name for one in everything if is_stored(folder, one)}
         missing = [pair for pair in self.pairs if pair.name not in stored]
         labelled = (
             flow
             | "CreatePairs" >> beam.Create(missing, reshuffle=spread).with_output_types(TrainingPair)
             | "LabelPairs" >> LabelPairs()
         )
+        at_night = (
+            flow
+            | "CreateExposures"
+            >> beam.Create([one for one in exposures if one.name not in stored], reshuffle=spread).with_output_types(
+                TrainingExposure
+            )
+            | "LabelExposures" >> LabelExposures()
+        )
         made = labelled.good | "StorePair" >> beam.Map(_store, self.folder).with_output_types(str)
+        seen = at_night.good | "StoreExposure" >> beam.Map(_store, self.folder).with_output_types(str)
         known = flow | "CreateStored" >> beam.Create(sorted(stored)).with_output_types(str)
         _ = (
-            (made, known)
+            (made, seen, known)
             | "JoinPairs" >> beam.Flatten()
-            | "FitReliability" >> FitReliability(self.folder, self.version, self.pairs)
+            | "FitReliability" >> FitReliability(self.folder, self.version, self.pairs, exposures)
         )
+        problems = flow | "CreateProblems" >> beam.Create(self.nights.problems).with_output_types(FailureRecord)
         _ = (
-            labelled.failed
+            (labelled.failed, at_night.failed, problems)
+            | "JoinFailures" >> beam.Flatten()
             | "EncodeFailures" >> beam.Map(failure_line).with_output_types(bytes)
             | "GatherFailures" >> beam.combiners.ToList()
             | "WriteFailures" >> beam.Map(_write_sorted, str(folder / FAILURES)).with_output_types(str)
         )
 
 
-def _store(labelled: tuple[TrainingPair, LabelledSources], folder: str) -> str:
+def _store(labelled: tuple[TrainingPair | TrainingExposure, LabelledSources], folder: str) -> str:
     return store_labelled(Path(folder), *labelled)
 
 

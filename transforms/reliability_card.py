@@ -26,25 +26,45 @@ many of each class of real ones. **Published threshold: {threshold:g}.** The fil
 With more of these the score never rises: {worse}.
 
 ## Data
-Simulated pairs (`transforms/numerics/pair_simulation.py`), injected into raw counts, then subtracted and searched by
-the chain itself. {regimes} regimes; pairs as they are, with roles exchanged, and of the same night. Split by seed,
-which is field and night: trees are fitted on one part, the score is calibrated on a second, all below is measured on a
-third.
+{source} (`transforms/numerics/pair_simulation.py`), injected into raw counts,
+then subtracted and searched by the chain itself. {regimes} regimes; pairs as they are, with roles exchanged, and of
+the same night. Split by seed, which is field and night: trees are fitted on one part, the score is calibrated on a
+second, all below is measured on a third.
 *Plain* pairs have the densities of their regime; *varied* ones have more of the rare classes and more that goes wrong:
 `TrainingPair` says what. The model is fitted on varied pairs only. A source is real if a change of its sign lies within
 0.8 FWHM and explains its S/N; what is near a change and is not explained by it is left out (ambiguous).
 """
 
+_NIGHTS = """*Nights* are real: {nights}. Whole nights of an instrument are in one part each. Real is what was injected
+into the pixels of science image and template; bogus what was found without that and does not repeat at its place in
+another visit (`transforms/reliability_nights.py`). In the table: night folder, part: its nights.
+"""
+
 _LIMITS = """
 ## Known limits
 - One simulator made all of it: no diffraction spikes, ghosts, halos, differential refraction, satellite trails or
-  correlated noise in templates, so what it says of those is not tested here. Real nights are not part of the training.
+  correlated noise in templates, so what it says of those is not tested here.{of_nights}
 - Purity depends on how many real sources there are. The share of bogus that passes does not: multiply it with the
   bogus of your own images.
 - Completeness is that of the score among sources that were detected, not that of the detection.
 - Sources of S/N above 300 and a FWHM outside of 1.7 to 9.3 pixels were not trained on.
 - Stars that moved are ambiguous, as are wrong-signed neighbours of a change.
 """
+
+_NO_NIGHTS = " Real nights are not part of the training."
+_OF_NIGHTS = """
+- At night, stars that subtract badly in every visit are ambiguous; what is real and seen once counts as bogus; a
+  field that was seen in several nights is in several parts; injected sources have the PSF that the chain itself
+  measures."""
+
+
+class Part(NamedTuple):
+    """Some of the data: how many pairs, their LABELLED_DTYPE rows with a class, and how many have none."""
+
+    name: str
+    n_pairs: int
+    rows: np.ndarray
+    n_ambiguous: int
 
 
 class Judged(NamedTuple):
@@ -57,11 +77,23 @@ class Judged(NamedTuple):
 
 def card(
     model: ReliabilityModel,
-    counts: dict[str, tuple[int, np.ndarray, int]],
+    counts: Sequence[Part],
     judged: Sequence[Judged],
     held_out: Sequence[Judged],
+    at_night: Sequence[Judged] = (),
+    without_nights: Sequence[Judged] = (),
 ) -> str:
-    """The model card as Markdown. `counts`: of each part the number of pairs, the labelled rows, how many ambiguous."""
+    """The model card as Markdown.
+
+    Parameters
+    ----------
+    model : as it is shipped
+    counts : the parts of the data
+    judged : its test sets of simulated pairs
+    held_out : the same, each judged by a model of other regimes
+    at_night, without_nights : test sets of real nights, judged by the model, and by one trained on simulated pairs only
+    """
+    nights = sorted({one.name.split(",")[0] for one in at_night} | _nights_of(counts))
     lines = [
         _HEAD.format(
             version=model.version,
@@ -70,13 +102,21 @@ def card(
             trees=len(model.trees.roots),
             nodes=len(model.trees.feature),
             worse=", ".join(f"`{name}`" for name in WORSE_WITH_MORE),
+            source="Simulated pairs and real nights. Simulated ones" if nights else "Simulated pairs",
         )
     ]
+    if nights:
+        lines += [_NIGHTS.format(nights=", ".join(nights))]
     lines += _table(
         ("part", "pairs", *CLASSES, "ambiguous"),
         (
-            (part, n_pairs, *(int(np.count_nonzero(rows["class_index"] == one)) for one in range(len(CLASSES))), doubt)
-            for part, (n_pairs, rows, doubt) in counts.items()
+            (
+                part.name,
+                part.n_pairs,
+                *(int(np.count_nonzero(part.rows["class_index"] == one)) for one in range(len(CLASSES))),
+                part.n_ambiguous,
+            )
+            for part in counts
         ),
     )
     lines += ["", f"## Regimes and seeds never seen in training, S/N >= {LEAST_SNR:g}"]
@@ -84,6 +124,13 @@ def card(
     lines += _judged_table(held_out, model.threshold)
     lines += ["", f"## The shipped model, seeds never seen in training, S/N >= {LEAST_SNR:g}", ""]
     lines += _judged_table(judged, model.threshold)
+    for title, sets in (("the shipped model", at_night), ("a model of simulated pairs only", without_nights)):
+        if sets:
+            lines += ["", f"## Real nights never seen in training, {title}, S/N >= {LEAST_SNR:g}", ""]
+            lines += _judged_table(sets, model.threshold)
+            lines += ["", f"By S/N, {title}:", ""]
+            rows, scores = (np.concatenate([one[column] for one in sets]) for column in (1, 2))
+            lines += _table(("S/N", *_REAL, "bogus that pass"), _by_snr(rows, scores, model.threshold))
     rows = np.concatenate([one.rows for one in judged])
     scores = np.concatenate([one.scores for one in judged])
     lines += ["", "## By S/N, the shipped model, all test pairs", ""]
@@ -94,7 +141,11 @@ def card(
         ("from", *_REAL, "bogus that pass"),
         ((f"{limit:g}", *_parts(rows[bright], scores[bright], limit)) for limit in _THRESHOLDS),
     )
-    return "\n".join(lines) + "\n" + _LIMITS
+    return "\n".join(lines) + "\n" + _LIMITS.format(of_nights=_OF_NIGHTS if nights else _NO_NIGHTS)
+
+
+def _nights_of(counts: Sequence[Part]) -> set[str]:
+    return {part.name.split(",")[0] for part in counts if "," in part.name}
 
 
 def _judged_table(sets: Sequence[Judged], threshold: float) -> list[str]:

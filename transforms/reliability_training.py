@@ -46,6 +46,9 @@ LABELLED_DTYPE = np.dtype(
         ("good_pixels", "?"),  # of the truth; true for bogus
         ("x", "f4"),
         ("y", "f4"),
+        ("ra", "f8"),  # degrees; NaN for what is on no real sky
+        ("dec", "f8"),
+        ("near_deg", "f8"),  # nearer than this, two visits have found the same
     ]
 )
 
@@ -154,7 +157,9 @@ def label(
     """
     rows = np.zeros(x.size, dtype=LABELLED_DTYPE)
     rows["snr"], rows["x"], rows["y"] = snr, x, y
-    rows["true_snr"], rows["good_pixels"] = np.nan, True
+    for name in ("true_snr", "ra", "dec", "near_deg"):
+        rows[name] = np.nan
+    rows["good_pixels"] = True
     match_pix = max(_LEAST_MATCH_PIX, _MATCH_FWHM * fwhm_pix)
     doubt_pix = max(_LEAST_DOUBT_PIX, _DOUBT_FWHM * fwhm_pix)
     for source in truth:

@@ -41,12 +41,15 @@ FEATURES = {
     "masked_part": "part of the 15 x 15 pixels around that is masked",
     "static_core": "log10 of the brightest static pixel within 1 FWHM, as the flux of a star, over the flux",
     "static_near": "the same between 1 and 2 FWHM",
-    "static_far": "the same between 2 and 5 FWHM",
+    "static_far": "the same between 2 and 5 FWHM, in rows up to 0.4 FWHM apart",
     "static_flux": "log10 of the PSF flux of the static light over the flux",
     "expected_residual": "static_core and log10 of the part that subtraction may leave",
     "saturation_distance": "to the nearest pixel saturated in either image, in FWHM, at most 6",
     "saturated_area": "log10 of 1 + the saturated pixels within 6 FWHM, in FWHM^2",
-    "local_noise": "mean |D| / sigma between 2 and 4 FWHM, over that of Gaussian noise of the image's level",
+    "local_noise": (
+        "mean |D| / sigma between 2 and 4 FWHM, in rows up to 0.8 FWHM apart, over that of Gaussian noise of the "
+        "image's level"
+    ),
     "centroid_shift": "from the peak to the fitted position, in FWHM",
     "lobe_share": "of a fitted dipole, the larger lobe's part of its light",
     "dipole_length": "of a fitted dipole, in FWHM",
@@ -59,6 +62,9 @@ _HIGHEST_SNR = 30.0
 _HIGHEST_LOG = 4.0
 _OPPOSITE_NOISE_SNR = 2.5  # the other sign seldom exceeds this by noise alone
 _CORE_FWHM, _APERTURE_FWHM, _NEGATIVE_FWHM = 0.7, 1.5, 2.0
+# Of the wide rings not all rows are looked at: the brightest pixel of a star is missed by at most 0.2 FWHM, and the
+# noise has 47 pixels for each pixel of the FWHM.
+_STATIC_ROWS_FWHM, _NOISE_ROWS_FWHM = 0.4, 0.8
 _STATIC_FWHM = (1.0, 2.0, 5.0)
 _NOISE_FWHM = (2.0, 4.0)
 _SATURATION_FWHM = 6.0
@@ -107,7 +113,7 @@ def reliability_features(
     Notes
     -----
     All columns stay the same when all planes are scaled, when the difference and the roles of science and template are
-    negated, and when the planes are mirrored (tested). 15 to 75 us a source for a FWHM of 2 to 8 pixels.
+    negated, and when the planes are mirrored (tested). 8 to 45 us a source for a FWHM of 2 to 10 pixels.
     """
     grid = as_psf_grid(psf)
     n = measured.x.size
@@ -123,6 +129,7 @@ def reliability_features(
         np.ascontiguousarray(matched_template, dtype=np.float32),
         np.ascontiguousarray(bad),
         np.ascontiguousarray(saturated),
+        saturated.any(axis=1),
         fwhms,
         _enclosed(grid.of_cells, fwhms, cells),
         cells,
@@ -202,15 +209,24 @@ def _log_ratio(light: NDArray[np.float64], flux: NDArray[np.float64]) -> NDArray
     return np.asarray(np.log10(ratio))
 
 
-def _enclosed(psfs: NDArray[np.floating], fwhms: NDArray[np.float64], used: NDArray[np.int64]) -> NDArray[np.float64]:
-    """(n, 3): of each PSF that is used its middle pixel, and its sums within the radii of core and aperture."""
+@njit(cache=True)
+def _enclosed(psfs: NDArray[np.floating], fwhms: NDArray[np.float64], cells: NDArray[np.int64]) -> NDArray[np.float64]:
+    """(n, 3): of each PSF in `cells` its middle pixel, and its sums within the radii of core and aperture; else NaN."""
     half = psfs.shape[1] // 2
-    distance = np.hypot(*np.mgrid[-half : half + 1, -half : half + 1])
     enclosed = np.full((len(psfs), 3), np.nan)
-    for row in np.unique(used):
-        psf = psfs[row].astype(np.float64)
-        within = [psf[distance <= radius * fwhms[row]].sum() for radius in (_CORE_FWHM, _APERTURE_FWHM)]
-        enclosed[row] = psf[half, half], *within
+    for cell in cells:
+        if not np.isnan(enclosed[cell, 0]):
+            continue
+        core2, aperture2 = (_CORE_FWHM * fwhms[cell]) ** 2, (_APERTURE_FWHM * fwhms[cell]) ** 2
+        reach = min(half, math.floor(_APERTURE_FWHM * fwhms[cell]))
+        core, aperture = 0.0, 0.0
+        for v in range(-reach, reach + 1):
+            for u in range(-reach, reach + 1):
+                if u * u + v * v <= aperture2:
+                    aperture += psfs[cell, half + v, half + u]
+                    if u * u + v * v <= core2:
+                        core += psfs[cell, half + v, half + u]
+        enclosed[cell, 0], enclosed[cell, 1], enclosed[cell, 2] = psfs[cell, half, half], core, aperture
     return enclosed
 
 
@@ -222,6 +238,7 @@ def _measure_stamps(
     template: NDArray[np.float32],
     bad: NDArray[np.bool_],
     saturated: NDArray[np.bool_],
+    saturated_in_row: NDArray[np.bool_],
     fwhms: NDArray[np.float64],
     enclosed: NDArray[np.float64],
     cells: NDArray[np.int64],
@@ -240,71 +257,47 @@ def _measure_stamps(
             continue
         fwhm = fwhms[cells[source]]
         peak_part, core_part, aperture_part = enclosed[cells[source]]
-        centre_x, centre_y = math.floor(x[source] + 0.5), math.floor(y[source] + 0.5)
-        off_x, off_y = x[source] - centre_x, y[source] - centre_y
-        twice_x, twice_y = math.floor(2.0 * x[source] + 0.5), math.floor(2.0 * y[source] + 0.5)
-        reach = min(math.ceil(_SATURATION_FWHM * fwhm), _LARGEST_REACH_PIX)
+        at_x, at_y = x[source], y[source]
+        centre_x, centre_y = math.floor(at_x + 0.5), math.floor(at_y + 0.5)
+        twice_x, twice_y = math.floor(2.0 * at_x + 0.5), math.floor(2.0 * at_y + 0.5)
         peak, core, aperture = -np.inf, 0.0, 0.0
         same, opposite, odd, even = 0.0, 0.0, 0.0, 0.0
-        near0, near1, near2 = -np.inf, -np.inf, -np.inf
-        nearest, area = _SATURATION_FWHM, 0
-        absolute, ring = 0.0, 0
-        static_plane = template if sign[source] > 0.0 else science
-        static_core2, static_near2 = (_STATIC_FWHM[0] * fwhm) ** 2, (_STATIC_FWHM[1] * fwhm) ** 2
-        static_far2 = (_STATIC_FWHM[2] * fwhm) ** 2
-        noise2, core2 = (_NOISE_FWHM[1] * fwhm) ** 2, (_CORE_FWHM * fwhm) ** 2
-        aperture2, negative2 = (_APERTURE_FWHM * fwhm) ** 2, (_NEGATIVE_FWHM * fwhm) ** 2
-        for v in range(max(-reach, -centre_y), min(reach + 1, ny - centre_y)):
-            row = centre_y + v
-            for u in range(max(-reach, -centre_x), min(reach + 1, nx - centre_x)):
-                column = centre_x + u
-                distance2 = (u - off_x) ** 2 + (v - off_y) ** 2
-                is_saturated = saturated[row, column]
-                if distance2 > static_far2 and not is_saturated:
-                    continue
-                if is_saturated:
-                    distance = math.sqrt(distance2) / fwhm
-                    if distance < _SATURATION_FWHM:
-                        area += 1
-                        nearest = min(nearest, distance)
-                if bad[row, column] or distance2 > static_far2:
-                    continue
-                static = np.float64(static_plane[row, column])
-                if static < np.inf:
-                    if distance2 <= static_core2:
-                        near0 = max(near0, static)
-                    elif distance2 <= static_near2:
-                        near1 = max(near1, static)
-                    else:
-                        near2 = max(near2, static)
-                if distance2 > noise2:
-                    continue
+        core2, aperture2 = (_CORE_FWHM * fwhm) ** 2, (_APERTURE_FWHM * fwhm) ** 2
+        noise2, least2 = noise * noise, (_SURE_SIGMA * noise) ** 2
+        for row in range(*_rows(at_y, _NEGATIVE_FWHM * fwhm, 1, ny)):
+            first, last = _chord(at_x, at_y, row, _NEGATIVE_FWHM * fwhm, nx)
+            for column in range(first, last + 1):
                 value, power = np.float64(difference[row, column]), np.float64(variance[row, column])
-                if not (0.0 < power < np.inf) or not (-np.inf < value < np.inf):
+                if bad[row, column] or not (0.0 < power < np.inf) or not (-np.inf < value < np.inf):
                     continue
                 value *= sign[source]
-                if distance2 > negative2:
-                    absolute += math.sqrt(value * value / power)
-                    ring += 1
-                    continue
-                sigma = math.sqrt(power) * noise
-                if abs(u) <= 1 and abs(v) <= 1:
+                if abs(column - centre_x) <= 1 and abs(row - centre_y) <= 1:
                     peak = max(peak, value)
-                if distance2 <= core2:
-                    core += value
-                if value > _SURE_SIGMA * sigma:
-                    same += value
-                elif value < -_SURE_SIGMA * sigma:
-                    opposite -= value
+                sure = value if value * value > least2 * power else 0.0  # no branch: noise would take either
+                same += max(sure, 0.0)
+                opposite += max(-sure, 0.0)
+                distance2 = (column - at_x) ** 2 + (row - at_y) ** 2
                 if distance2 > aperture2:
                     continue
                 aperture += value
+                if distance2 <= core2:
+                    core += value
                 mirror_x, mirror_y = twice_x - column, twice_y - row
                 if 0 <= mirror_x < nx and 0 <= mirror_y < ny:
                     other, other_power = difference[mirror_y, mirror_x], variance[mirror_y, mirror_x]
                     if not bad[mirror_y, mirror_x] and 0.0 < other_power < np.inf and -np.inf < other < np.inf:
-                        odd += (value - sign[source] * other) ** 2 - (power + other_power) * noise**2
+                        odd += (value - sign[source] * other) ** 2 - (power + other_power) * noise2
                         even += (value + sign[source] * other) ** 2
+        static = template if sign[source] > 0.0 else science
+        near0 = _brightest(static, bad, at_x, at_y, 0.0, _STATIC_FWHM[0] * fwhm, 1)
+        near1 = _brightest(static, bad, at_x, at_y, _STATIC_FWHM[0] * fwhm, _STATIC_FWHM[1] * fwhm, 1)
+        step = max(1, math.floor(_STATIC_ROWS_FWHM * fwhm))
+        near2 = _brightest(static, bad, at_x, at_y, _STATIC_FWHM[1] * fwhm, _STATIC_FWHM[2] * fwhm, step)
+        step = max(1, math.floor(_NOISE_ROWS_FWHM * fwhm))
+        nearest, area = _saturation(saturated, saturated_in_row, at_x, at_y, fwhm)
+        ring_level = _mean_deviation(
+            difference, variance, bad, at_x, at_y, _NEGATIVE_FWHM * fwhm, _NOISE_FWHM[1] * fwhm, step
+        )
         columns[0, source] = min(peak / (size * peak_part), 5.0)
         columns[1, source] = opposite / (same + opposite) if same + opposite > 0.0 else np.nan
         columns[2, source] = math.sqrt(min(max(odd / even, 0.0), 4.0)) if even > 0.0 else np.nan
@@ -316,7 +309,98 @@ def _measure_stamps(
         columns[8, source] = _log_of(near2, size * peak_part)
         columns[9, source] = nearest
         columns[10, source] = math.log10(1.0 + area / fwhm**2)
-        columns[11, source] = min(absolute / (ring * _MEAN_ABSOLUTE * noise), 10.0) if ring > 0 else np.nan
+        columns[11, source] = min(ring_level / (_MEAN_ABSOLUTE * noise), 10.0)
+
+
+@njit(cache=True)
+def _span(middle: float, radius: float, n: int) -> tuple[int, int]:
+    """First and last of n pixels that are no farther than `radius` from `middle`; none: the last before the first."""
+    radius = min(radius, _LARGEST_REACH_PIX)
+    return max(0, math.ceil(middle - radius)), min(n - 1, math.floor(middle + radius))
+
+
+@njit(cache=True)
+def _rows(y: float, radius: float, step: int, ny: int) -> tuple[int, int, int]:
+    """Range of every `step`-th row no farther than `radius`, the one nearest to y among them."""
+    first, last = _span(y, radius, ny)
+    return first + (math.floor(y + 0.5) - first) % step, last + 1, step
+
+
+@njit(cache=True)
+def _chord(x: float, y: float, row: int, radius: float, nx: int) -> tuple[int, int]:
+    """First and last column of a row inside a circle; none: the last before the first."""
+    left2 = radius * radius - (row - y) ** 2
+    return _span(x, math.sqrt(left2), nx) if left2 >= 0.0 else (0, -1)
+
+
+@njit(cache=True)
+def _ring(x: float, y: float, row: int, inner: float, outer: float, nx: int) -> tuple[int, int, int, int]:
+    """First column and the one behind the last of both parts of a row in a ring; inner 0 is all of a circle."""
+    first, last = _chord(x, y, row, outer, nx)
+    hole_first, hole_last = _chord(x, y, row, inner, nx) if inner > 0.0 else (0, -1)
+    if hole_last < hole_first:
+        return first, last + 1, 0, 0
+    return first, hole_first, hole_last + 1, last + 1
+
+
+@njit(cache=True)
+def _brightest(
+    plane: NDArray[np.float32], bad: NDArray[np.bool_], x: float, y: float, inner: float, outer: float, step: int
+) -> float:
+    """Brightest good pixel in every `step`-th row of a ring, -inf if it has none."""
+    brightest = np.float32(-np.inf)
+    for row in range(*_rows(y, outer, step, plane.shape[0])):
+        start, stop, next_start, next_stop = _ring(x, y, row, inner, outer, plane.shape[1])
+        for begin, end in ((start, stop), (next_start, next_stop)):
+            for column in range(begin, end):
+                value = plane[row, column]
+                if value > brightest and not bad[row, column] and value < np.inf:
+                    brightest = value
+    return np.float64(brightest)
+
+
+@njit(cache=True)
+def _mean_deviation(
+    difference: NDArray[np.float32],
+    variance: NDArray[np.float32],
+    bad: NDArray[np.bool_],
+    x: float,
+    y: float,
+    inner: float,
+    outer: float,
+    step: int,
+) -> float:
+    """Mean |D| / sigma of every `step`-th row of a ring, NaN if it has no good pixel."""
+    total, n_good = 0.0, 0
+    for row in range(*_rows(y, outer, step, difference.shape[0])):
+        start, stop, next_start, next_stop = _ring(x, y, row, inner, outer, difference.shape[1])
+        for begin, end in ((start, stop), (next_start, next_stop)):
+            for column in range(begin, end):
+                value, power = difference[row, column], variance[row, column]
+                if not bad[row, column] and 0.0 < power < np.inf and -np.inf < value < np.inf:
+                    total += abs(value) / np.sqrt(power)  # in float32, half the time
+                    n_good += 1
+    return total / n_good if n_good > 0 else np.nan
+
+
+@njit(cache=True)
+def _saturation(
+    saturated: NDArray[np.bool_], in_row: NDArray[np.bool_], x: float, y: float, fwhm: float
+) -> tuple[float, int]:
+    """Distance to the nearest saturated pixel, in FWHM, and how many there are; looked for within 6 FWHM.
+
+    `in_row` says which rows have any: few, so most are skipped.
+    """
+    nearest2, n_saturated = (_SATURATION_FWHM * fwhm) ** 2, 0
+    for row in range(*_rows(y, _SATURATION_FWHM * fwhm, 1, saturated.shape[0])):
+        if not in_row[row]:
+            continue
+        first, last = _chord(x, y, row, _SATURATION_FWHM * fwhm, saturated.shape[1])
+        for column in range(first, last + 1):
+            if saturated[row, column]:
+                n_saturated += 1
+                nearest2 = min(nearest2, (column - x) ** 2 + (row - y) ** 2)
+    return math.sqrt(nearest2) / fwhm, n_saturated
 
 
 @njit(cache=True)
