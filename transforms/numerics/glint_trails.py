@@ -67,7 +67,9 @@ def _between(
     length = math.hypot(x1 - x0, y1 - y0)
     along = ((x - x0) * (x1 - x0) + (y - y0) * (y1 - y0)) / length
     across = ((y - y0) * (x1 - x0) - (x - x0) * (y1 - y0)) / length
-    between: NDArray[np.bool_] = (np.abs(across) <= TOLERANCE_PIX) & (np.abs(along - 0.5 * length) < 0.5 * length + 1e-6)
+    between: NDArray[np.bool_] = (np.abs(across) <= TOLERANCE_PIX) & (
+        np.abs(along - 0.5 * length) < 0.5 * length + 1e-6
+    )
     return between
 
 
@@ -83,9 +85,7 @@ def _first_of_groups(x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[
 
 
 @njit(cache=True)
-def _find_rows(
-    x: NDArray[np.float64], y: NDArray[np.float64], ny: int, nx: int, reach: float
-) -> NDArray[np.float64]:
+def _find_rows(x: NDArray[np.float64], y: NDArray[np.float64], ny: int, nx: int, reach: float) -> NDArray[np.float64]:
     """(n_rows, 4) ends x0, y0, x1, y1 of the rows that chance does not explain."""
     n = x.size
     n_pairs = 0
