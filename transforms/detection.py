@@ -445,7 +445,7 @@ def _is_fast_trail(
     exposure: SubtractedExposure,
     config: DetectionConfig,
 ) -> np.ndarray:
-    """What moved faster than may be published, or may have: its trail is cut, or could not be fitted to a long row."""
+    """What moved faster than may be published, or may have: cut by the border, or long and fitted by no trail."""
     if len(records) == 0:
         return np.zeros(0, dtype=bool)
     least_arcsec = config.max_motion_deg_per_day * 3600.0 / 86400.0 * exposure.visit.exposure_time_s
@@ -456,4 +456,7 @@ def _is_fast_trail(
     half_trace = 0.5 * (found.spread_xx + found.spread_yy)
     half_split = np.hypot(0.5 * (found.spread_xx - found.spread_yy), found.spread_xy)
     elongated = half_trace + half_split > _ELONGATED_AXIS_RATIO2 * (half_trace - half_split)
-    return np.where(trails.good, fast, (shapes.trail_attempted | elongated) & (diagonal >= least_arcsec))
+    ny, nx = exposure.difference.shape
+    at_border = (found.x0 == 0) | (found.y0 == 0) | (found.x1 == nx) | (found.y1 == ny)
+    maybe = (shapes.trail_attempted | elongated) & (diagonal >= least_arcsec)
+    return np.where(trails.good, fast, maybe | (shapes.trail_attempted & at_border))

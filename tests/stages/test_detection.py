@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import io
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 from astropy.io import fits
 from astropy.wcs import WCS
 
+from schemas.elements import DetectedSources, FailureRecord, SubtractedExposure, VisitPart
 from schemas.exposures import MASK_BITS, mask_bits
 from schemas.identifiers import dia_source_ids
 from schemas.manifests import DetectorImages, Visit
-from transforms.cutouts import encode_cutouts
-from schemas.elements import DetectedSources, FailureRecord, SubtractedExposure, VisitPart
 from transforms import detection
+from transforms.cutouts import encode_cutouts
 from transforms.detection import DetectionConfig, SourceStormError, detect_sources
 
 SIZE = 256
@@ -196,7 +197,7 @@ def _with_trail(length: float, x: float, y: float, snr: float = 200.0, cut: int 
         axis=0,
     )
     flux = snr * NOISE / np.sqrt((trail**2).sum())
-    planes = {
+    planes: dict[str, Any] = {
         name: np.ascontiguousarray(getattr(exposure, name)[:, :cut])
         for name in ("difference_variance", "science_variance", "matched_template", "template_variance", "mask")
     }
@@ -212,6 +213,7 @@ def _with_trail(length: float, x: float, y: float, snr: float = 200.0, cut: int 
         (70, SIZE, True),  # 14.0; the limit is 12.5
         (150, SIZE, True),  # no trail of this length is fitted: by its footprint
         (40, 130, True),  # cut by the border of the image: who knows how long it is
+        (40, 118, True),
     ],
 )
 def test_what_moves_faster_than_10_degrees_a_day_is_no_source_and_counted(
@@ -220,6 +222,15 @@ def test_what_moves_faster_than_10_degrees_a_day_is_no_source_and_counted(
     found = detect_sources(_with_trail(length, 120.0, 130.0, cut=cut), DetectionConfig())
     assert found.rejected["fast trail"] == int(is_fast)
     assert len(found.dia_sources) == int(not is_fast)
+
+
+def test_a_point_source_cut_by_the_border_is_no_fast_trail() -> None:
+    exposure = _exposure(signs=(0.0, 0.0, 0.0))
+    places = ((0.0, 60.0), (128.0, 0.4), (255.0, 200.0), (60.0, 254.0), (1.5, 1.0))
+    difference = exposure.difference + 5 * FLUX * np.sum([_star(x, y) for x, y in places], axis=0, dtype=np.float32)
+    found = detect_sources(replace(exposure, difference=difference, science=difference), DetectionConfig())
+    assert found.n_detected == len(places)
+    assert found.rejected["fast trail"] == 0
 
 
 def test_the_limit_of_motion_follows_exposure_time_and_configuration() -> None:
@@ -287,13 +298,13 @@ def test_shape_flags_say_why_there_are_no_moments(monkeypatch: pytest.MonkeyPatc
 def test_glints_in_a_row_are_flagged_by_sign() -> None:
     exposure = _exposure()
     row = [(20.0 + 30.0 * number, 30.0 + 15.0 * number) for number in range(8)]
-    light = sum(FLUX * _star(x, y) for x, y in row).astype(np.float32)
+    light = FLUX * np.sum([_star(x, y) for x, y in row], axis=0, dtype=np.float32)
     found = detect_sources(replace(exposure, difference=exposure.difference + light), DetectionConfig()).dia_sources
     in_row = np.min([np.hypot(found["x"] - x, found["y"] - y) for x, y in row], axis=0) < 3.0
     assert in_row.sum() == 8
     np.testing.assert_array_equal(found["glint_trail"] == 1, in_row)
     # Every second one negative: two rows of four are none.
-    signs = sum((-1) ** number * FLUX * _star(*place) for number, place in enumerate(row)).astype(np.float32)
+    signs = FLUX * np.sum([(-1) ** i * _star(*place) for i, place in enumerate(row)], axis=0, dtype=np.float32)
     mixed = detect_sources(replace(exposure, difference=exposure.difference + signs), DetectionConfig()).dia_sources
     assert not mixed["glint_trail"].any()
 

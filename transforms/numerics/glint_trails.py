@@ -45,7 +45,7 @@ def find_glint_trails(x: ArrayLike, y: ArrayLike, shape: tuple[int, int]) -> NDA
 
     Notes
     -----
-    Exact: no row is missed for want of tries. At most 100 neighbours a source are looked at on average: O(n (n + 100^2)).
+    Exact: no row is missed for want of tries. 100 neighbours a source are looked at on average: O(n (n + 100^2)).
     """
     x_pix, y_pix = np.ascontiguousarray(x, dtype=np.float64), np.ascontiguousarray(y, dtype=np.float64)
     if x_pix.ndim != 1 or x_pix.shape != y_pix.shape:
