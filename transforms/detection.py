@@ -37,6 +37,7 @@ BEYOND_MAX_SOURCES = "beyond max_sources"
 _CENTRE = ("x", "y", "x_err", "y_err", "x_y_cov")
 _NOT_MEASURED = (ON_REJECTED_PIXELS, BEYOND_MAX_SOURCES)
 _USABLE_BIT = 16  # beside those of MASK_BITS, where pixels are looked up for the flags
+_HOLE_PART = 0.5  # of the difference's flux: more of it is a hole in the science image than light in the template
 _ELONGATED_AXIS_RATIO2 = 2.25  # of a footprint's second moments: axes 1.5 to 1
 _FLAG_PLANES = {
     "pixelFlags_bad": ("BAD", False),
@@ -428,7 +429,9 @@ def _select(
         "cosmic ray at the centre": records["pixelFlags_crCenter"] == 1,
         "fast trail": _is_fast_trail(records, found, shapes, exposure, config),
         "centroid failed": records["centroid_flag"] == 1,
-        "negative direct image": science_snr < config.min_science_snr,
+        # A source that vanished leaves its light in the template; over-subtracted sky alone makes -3 of its place.
+        "negative direct image": (science_snr < config.min_science_snr)
+        & (-records["scienceFlux"] > _HOLE_PART * np.abs(records["psfFlux"])),
     }
     kept = np.ones(len(records), dtype=bool)
     rejected = {}

@@ -132,6 +132,17 @@ def test_negative_direct_image_is_no_source_and_counted() -> None:
     assert found.dia_sources["diaSourceId"].tolist() == dia_source_ids(20261122, 123, 94, 3)[:2].tolist()
 
 
+def test_a_source_that_vanished_from_over_subtracted_sky_is_kept() -> None:
+    """A hole of 5 sigma of the forced flux, 319 nJy, is a twelfth of what left the template."""
+    exposure = _exposure()
+    hole = 5.0 * NOISE * np.sqrt(4 * np.pi) * 1.8 * _star(*PLACES[1])
+    dark = (exposure.science - hole).astype(np.float32)
+    found = detect_sources(replace(exposure, science=dark), DetectionConfig())
+    assert found.rejected["negative direct image"] == 0
+    vanished = found.dia_sources[1]
+    assert vanished["scienceFlux"] < -2.0 * vanished["scienceFluxErr"]
+
+
 def test_the_psf_of_a_cutout_and_of_the_moments_is_that_of_the_source_s_cell() -> None:
     exposure = _exposure()
     sigmas, science_sigmas = np.array([[1.7, 1.8], [1.9, 2.0]]), np.array([[1.5, 1.4], [1.3, 1.2]])

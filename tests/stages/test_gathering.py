@@ -248,7 +248,11 @@ def test_repeated_detector_with_other_clocks_makes_no_revision(bright: CheckedFi
 
 
 def test_the_ledger_adds_up_what_each_rule_dropped_and_merges_the_sky_sources(bright: CheckedFilter) -> None:
-    skies = ({"measured": 100, "pull_width": 0.9}, {"measured": 80, "pull_width": 1.3}, {})
+    skies: tuple[dict[str, float], ...] = (
+        {"measured": 100, "pull_width": 0.9},
+        {"measured": 80, "pull_width": 1.3},
+        {},
+    )
     rules = ({"fast trail": 1, "off image": 0}, {"fast trail": 2, "off image": 5}, {"beyond max_sources": 7})
     parts = {
         detector_account(detector, 20, 10, 1000.0, rejected=rejected, sky_sources=sky)
