@@ -136,7 +136,7 @@ def test_a_source_that_vanished_from_over_subtracted_sky_is_kept() -> None:
     """A hole of 5 sigma of the forced flux, 319 nJy, is a twelfth of what left the template."""
     exposure = _exposure()
     hole = 5.0 * NOISE * np.sqrt(4 * np.pi) * 1.8 * _star(*PLACES[1])
-    dark = (exposure.science - hole).astype(np.float32)
+    dark = (exposure.science - FLUX * _star(*PLACES[1]) - hole).astype(np.float32)
     found = detect_sources(replace(exposure, science=dark), DetectionConfig())
     assert found.rejected["negative direct image"] == 0
     vanished = found.dia_sources[1]
