@@ -459,7 +459,9 @@ def _is_fast_trail(
     half_trace = 0.5 * (found.spread_xx + found.spread_yy)
     half_split = np.hypot(0.5 * (found.spread_xx - found.spread_yy), found.spread_xy)
     elongated = half_trace + half_split > _ELONGATED_AXIS_RATIO2 * (half_trace - half_split)
+    # A trail of length d spreads d^2 / 12: three times as much holds more than the trail that was fitted.
+    whole = trails.good & ~(half_trace + half_split > (trails.dx**2 + trails.dy**2) / 4.0)
     ny, nx = exposure.difference.shape
     at_border = (found.x0 == 0) | (found.y0 == 0) | (found.x1 == nx) | (found.y1 == ny)
-    maybe = (shapes.trail_attempted | elongated) & (diagonal >= least_arcsec)
-    return np.where(trails.good, fast, maybe | (shapes.trail_attempted & at_border))
+    long = (shapes.trail_attempted | elongated) & (diagonal >= least_arcsec)
+    return (trails.good & fast) | (~whole & long) | (~trails.good & shapes.trail_attempted & at_border)

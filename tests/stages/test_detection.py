@@ -235,6 +235,24 @@ def test_what_moves_faster_than_10_degrees_a_day_is_no_source_and_counted(
     assert len(found.dia_sources) == int(not is_fast)
 
 
+@pytest.mark.parametrize(("part", "is_fast"), [(0.2, True), (1.0, False)])
+def test_a_fit_to_a_part_of_a_long_trail_does_not_hide_it(
+    monkeypatch: pytest.MonkeyPatch, part: float, is_fast: bool
+) -> None:
+    """A trail of 58 pixels, below the limit of 62.5, whose footprint's diagonal is beyond it."""
+    measure = detection.measure_shapes
+
+    def with_short_trails(*planes: Any) -> Any:
+        shapes = measure(*planes)
+        assert shapes.trails.good.all()
+        trails = shapes.trails._replace(dx=part * shapes.trails.dx, dy=part * shapes.trails.dy)
+        return shapes._replace(trails=trails)
+
+    monkeypatch.setattr(detection, "measure_shapes", with_short_trails)
+    found = detect_sources(_with_trail(58, 120.0, 130.0), DetectionConfig())
+    assert found.rejected["fast trail"] == int(is_fast)
+
+
 def test_a_point_source_cut_by_the_border_is_no_fast_trail() -> None:
     exposure = _exposure(signs=(0.0, 0.0, 0.0))
     places = ((0.0, 60.0), (128.0, 0.4), (255.0, 200.0), (60.0, 254.0), (1.5, 1.0))
