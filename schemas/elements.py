@@ -122,7 +122,10 @@ class SubtractedExposure(FusedElement):
 
 @dataclass(frozen=True)
 class DetectedSources(FusedElement):
-    """The diaSources of one exposure, and its pixels for the cutouts."""
+    """The diaSources of one exposure, and its pixels for the cutouts.
+
+    `sky_sources` tells what fluxes on empty sky say of the noise (docs/outputs.md); empty where none was measured.
+    """
 
     exposure: SubtractedExposure
     dia_sources: np.ndarray
@@ -130,6 +133,7 @@ class DetectedSources(FusedElement):
     n_detected: int
     rejected: dict[str, int]
     seconds: dict[str, float]
+    sky_sources: dict[str, float] = field(default_factory=dict)
 
     def nbytes(self) -> int:
         return self.exposure.nbytes() + self.dia_sources.nbytes

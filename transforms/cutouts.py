@@ -78,6 +78,7 @@ def detector_part(detected: DetectedSources) -> bytes:
         ss_matches=len(detected.ss_sources),
         seconds=detected.seconds,
         notes=exposure.notes,
+        sky_sources=detected.sky_sources,
     )
 
 
@@ -91,6 +92,7 @@ def detector_account(
     ss_matches: int = 0,
     seconds: Mapping[str, float] = MappingProxyType({}),
     notes: tuple[str, ...] = (),
+    sky_sources: Mapping[str, float] = MappingProxyType({}),
 ) -> bytes:
     """What the ledger is to know of one processed detector, as a part of its visit."""
     header = {
@@ -103,6 +105,7 @@ def detector_account(
         "seconds": dict(seconds),
         "started_at": started_at,
         "notes": list(notes),
+        "sky_sources": dict(sky_sources),
     }
     return pack(header)
 

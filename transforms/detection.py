@@ -16,12 +16,14 @@ from schemas.exposures import MASK_BITS, mask_bits
 from schemas.identifiers import MAX_COUNTER, dia_source_ids
 from schemas.records import BOOLEAN_NULL, DIA_SOURCE, SS_SOURCE, empty_records, take_records
 from transforms.failures import FAILED, StageFn, failed_in, failure_of
-from transforms.numerics.detection import find_peaks, lobe_distance, significance_map
+from transforms.numerics.detection import Detections, find_peaks, lobe_distance, significance_map, take_strongest
 from transforms.numerics.dipole_fitting import Dipoles
+from transforms.numerics.glint_trails import find_glint_trails
 from transforms.numerics.measurement import MaskFlags, Measurements, mask_flags, measure_sources
 from transforms.numerics.psf_grid import PsfGrid
 from transforms.numerics.reliability import score
 from transforms.numerics.reliability_features import reliability_features
+from transforms.numerics.sky_sources import SkyNoise, measure_sky_sources
 from transforms.numerics.source_shapes import Shapes, lines_on_sky, measure_shapes
 from transforms.numerics.trail_fitting import Trails
 from transforms.reliability_model import shipped_model
@@ -30,6 +32,13 @@ from transforms.subtraction import UNUSABLE_PLANES
 STAGE = "detection"
 REJECTED_PLANES = ("NO_DATA", "BAD", "SAT", "EDGE", "CR_TEMPLATE")
 SATURATED_PLANES = ("SAT", "SAT_TEMPLATE")
+ON_REJECTED_PIXELS = "on rejected pixels"
+BEYOND_MAX_SOURCES = "beyond max_sources"
+_CENTRE = ("x", "y", "x_err", "y_err", "x_y_cov")
+_NOT_MEASURED = (ON_REJECTED_PIXELS, BEYOND_MAX_SOURCES)
+_USABLE_BIT = 16  # beside those of MASK_BITS, where pixels are looked up for the flags
+_HOLE_PART = 0.5  # of the difference's flux: more of it is a hole in the science image than light in the template
+_ELONGATED_AXIS_RATIO2 = 2.25  # of a footprint's second moments: axes 1.5 to 1
 _FLAG_PLANES = {
     "pixelFlags_bad": ("BAD", False),
     "pixelFlags_cr": ("CR", False),
@@ -50,7 +59,6 @@ _FLAG_PLANES = {
     "pixelFlags_injected_template": ("INJECTED_TEMPLATE", False),
     "pixelFlags_injected_templateCenter": ("INJECTED_TEMPLATE", True),
 }
-_GENERAL_FLAG_PLANES = ("BAD", "SAT", "CR", "EDGE", "NO_DATA")
 _MEASURED_COLUMNS = {
     "x": "x",
     "xErr": "x_err",
@@ -89,19 +97,21 @@ class SearchedSources(NamedTuple):
     kept: np.ndarray
     features: np.ndarray
     rejected: dict[str, int]
+    sky: SkyNoise
 
 
 class SourceStormError(ValueError):
-    """More sources than a sane difference image can hold."""
+    """More sources than ids can number."""
 
 
 @dataclass(frozen=True)
 class DetectionConfig:
-    """What counts as a diaSource. Defaults are LSST's where it has one."""
+    """What counts as a diaSource. Defaults are LSST's where it has one; the rules: docs/detection.md."""
 
     threshold_snr: float = Field(default=5.0, ge=3, le=50)
     min_science_snr: float = Field(default=-2.0)
-    max_sources: int = Field(default=20_000, ge=1, le=MAX_COUNTER)
+    max_motion_deg_per_day: float = Field(default=10.0, gt=0)
+    max_sources: int = Field(default=5_000, ge=1, le=MAX_COUNTER)
     release: int = Field(default=0, ge=0, le=63)
 
 
@@ -116,8 +126,9 @@ class DetectDiaSources(beam.PTransform):
     """Find and measure what differs, of both signs.
 
     Input: SubtractedExposure. Output `good`: DetectedSources, always one per exposure, its records
-    in order of diaSourceId; `failed`: exposures that could not be searched. Ids count the sources in
-    order of (peak y, peak x, sign), before any selection. Order: as it comes; a duplicate gives the
+    in order of diaSourceId; `failed`: exposures that could not be searched, and those of which only the
+    `max_sources` most significant detections were. Ids count the detections in order of (peak y, peak x,
+    sign), before any selection. Order: as it comes; a duplicate gives the
     same records. No state.
     """
 
@@ -148,11 +159,25 @@ class _DetectFn(StageFn):
             yield from failed_in(exposure.visit, failure)
             return
         detected.seconds["detection"] = time.perf_counter() - started
+        if detected.rejected[BEYOND_MAX_SOURCES]:
+            yield from failed_in(exposure.visit, _storm(detected, self.config))
         yield detected
 
 
 def _failure(error: Exception, exposure: SubtractedExposure) -> FailureRecord:
     return failure_of(error, STAGE, exposure.visit.visit, exposure.detector, lost="all alerts of the detector")
+
+
+def _storm(detected: DetectedSources, config: DetectionConfig) -> FailureRecord:
+    exposure = detected.exposure
+    return FailureRecord(
+        exposure.visit.visit,
+        exposure.detector,
+        STAGE,
+        "SourceStorm",
+        f"more than max_sources {config.max_sources} detections: bad subtraction?",
+        f"the {detected.rejected[BEYOND_MAX_SOURCES]} least significant of {detected.n_detected} detections",
+    )
 
 
 def detect_sources(exposure: SubtractedExposure, config: DetectionConfig) -> DetectedSources:
@@ -161,7 +186,7 @@ def detect_sources(exposure: SubtractedExposure, config: DetectionConfig) -> Det
     Raises
     ------
     SourceStormError
-        More than `max_sources` detections.
+        More detections than ids can number.
     """
     searched = search(exposure, config)
     model = shipped_model()
@@ -171,19 +196,20 @@ def detect_sources(exposure: SubtractedExposure, config: DetectionConfig) -> Det
         exposure=exposure,
         dia_sources=take_records(searched.records, searched.kept),
         ss_sources=empty_records(SS_SOURCE, 0),
-        n_detected=len(searched.records) + searched.rejected["on rejected pixels"],
+        n_detected=len(searched.records) + sum(searched.rejected[name] for name in _NOT_MEASURED),
         rejected=searched.rejected,
         seconds=dict(exposure.seconds),
+        sky_sources=_sky_account(searched.sky),
     )
 
 
 def search(exposure: SubtractedExposure, config: DetectionConfig) -> SearchedSources:
-    """Find and measure all sources of one exposure; their reliability is not set.
+    """Find and measure the sources of one exposure, at most `max_sources`; their reliability is not set.
 
     Raises
     ------
     SourceStormError
-        More than `max_sources` detections.
+        More detections than ids can number.
     """
     bad = (exposure.mask & mask_bits(*UNUSABLE_PLANES)) != 0
     psf, science_psf = PsfGrid(exposure.psf), PsfGrid(exposure.science_psf)
@@ -193,10 +219,12 @@ def search(exposure: SubtractedExposure, config: DetectionConfig) -> SearchedSou
     snr_map, noise_ratio = significance_map(exposure.difference, expected, bad, psf)
     reject = (exposure.mask & mask_bits(*REJECTED_PLANES)) != 0
     found = find_peaks(snr_map, reject, config.threshold_snr, lobe_distance(psf))
-    if len(found.peak_x) > config.max_sources:
-        raise SourceStormError(
-            f"{len(found.peak_x)} sources in one detector, more than max_sources {config.max_sources}: bad subtraction?"
-        )
+    n_found = len(found.peak_x)
+    if n_found > MAX_COUNTER:
+        raise SourceStormError(f"{n_found} sources in one detector, ids number {MAX_COUNTER}: bad subtraction?")
+    found, places = take_strongest(found, config.max_sources)
+    visit = exposure.visit
+    ids = dia_source_ids(visit.day_obs, visit.seq_num, exposure.detector, n_found, config.release)[places]
     planes = (
         exposure.difference,
         exposure.difference_variance,
@@ -208,7 +236,8 @@ def search(exposure: SubtractedExposure, config: DetectionConfig) -> SearchedSou
     )
     measured = measure_sources(*planes, psf, found, science_psf)
     shapes = measure_shapes(*planes, psf, science_psf, found, measured)
-    flags = mask_flags(exposure.mask, MASK_BITS, measured.x, measured.y, found)
+    usable = np.where(bad, 0, 1 << _USABLE_BIT).astype(np.int32)
+    flags = mask_flags(exposure.mask | usable, {**MASK_BITS, "usable": _USABLE_BIT}, measured.x, measured.y, found)
     features = reliability_features(
         exposure.difference,
         exposure.difference_variance,
@@ -224,24 +253,56 @@ def search(exposure: SubtractedExposure, config: DetectionConfig) -> SearchedSou
         exposure.residual_part,
     )
     with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, then null
-        records = _records(exposure, measured, flags, config)
+        records = _records(exposure, _centred_on_trails(measured, shapes), flags, ids)
+        _fill_shape_flags(records, measured, found)
         _fill_shapes(records, exposure, shapes)
     _null_infinite(records)
-    kept, rejected = _select(records, config)
-    rejected["on rejected pixels"] = int(found.n_rejected)
-    return SearchedSources(records, kept, features, rejected)
+    records["glint_trail"] = _are_glints(measured, found, exposure.difference.shape)
+    kept, rejected = _select(records, found, shapes, ~flags.centre["usable"], exposure, config)
+    rejected[ON_REJECTED_PIXELS] = int(found.n_rejected)
+    rejected[BEYOND_MAX_SOURCES] = n_found - len(records)
+    start = tuple(np.random.default_rng((visit.visit, exposure.detector)).random(2))
+    sky = measure_sky_sources(*planes[:2], bad, psf, snr_map, config.threshold_snr, start)
+    return SearchedSources(records, kept, features, rejected, sky)
+
+
+def _sky_account(sky: SkyNoise) -> dict[str, float]:
+    """The same under the names of the ledger; empty without sky sources."""
+    if sky.n_sources == 0:
+        return {}
+    return {
+        "measured": sky.n_sources,
+        "flux_median_njy": sky.flux_median,
+        "flux_sigma_njy": sky.flux_sigma,
+        "pull_width": sky.pull_width,
+    }
+
+
+def _centred_on_trails(measured: Measurements, shapes: Shapes) -> Measurements:
+    """Sources whose centroid failed are where their trail is: a PSF does not settle on a bright one."""
+    trails = shapes.trails
+    moved = measured.centroid_flag & trails.good & ~trails.off_image
+    columns = {name: np.where(moved, getattr(trails, name), getattr(measured, name)) for name in _CENTRE}
+    return measured._replace(**columns, centroid_flag=measured.centroid_flag & ~moved)
+
+
+def _are_glints(measured: Measurements, found: Detections, shape: tuple[int, ...]) -> np.ndarray:
+    """Glints of the science image, and those of the template; whatever becomes of their sources."""
+    glints = np.zeros(len(measured.x), dtype=bool)
+    for rows in (np.flatnonzero(found.peak_snr >= 0), np.flatnonzero(found.peak_snr < 0)):
+        glints[rows] = find_glint_trails(measured.x[rows], measured.y[rows], (shape[0], shape[1]))
+    return glints
 
 
 def _records(
     exposure: SubtractedExposure,
     measured: Measurements,
     flags: MaskFlags,
-    config: DetectionConfig,
+    ids: np.ndarray,
 ) -> np.ndarray:
     visit = exposure.visit
-    n = len(measured.x)
-    records = empty_records(DIA_SOURCE, n)
-    records["diaSourceId"] = dia_source_ids(visit.day_obs, visit.seq_num, exposure.detector, n, config.release)
+    records = empty_records(DIA_SOURCE, len(ids))
+    records["diaSourceId"] = ids
     records["visit"], records["detector"] = visit.visit, exposure.detector
     records["band"] = visit.band.encode()
     records["midpointMjdTai"] = visit.midpoint_mjd_tai
@@ -252,7 +313,7 @@ def _records(
     _fill_sky(records, exposure, measured)
     for column, (plane, at_centre) in _FLAG_PLANES.items():
         records[column] = (flags.centre if at_centre else flags.anywhere)[plane]
-    records["pixelFlags"] = np.any([flags.anywhere[plane] for plane in _GENERAL_FLAG_PLANES], axis=0)
+    records["pixelFlags"] = flags.off_image  # the flags of the centre then mean nothing
     records["pixelFlags_offimage"] = flags.off_image
     return records
 
@@ -262,6 +323,16 @@ def _null_infinite(records: np.ndarray) -> None:
         column = records[name]
         if column.dtype.kind == "f":
             column[np.isinf(column)] = np.nan
+
+
+def _fill_shape_flags(records: np.ndarray, measured: Measurements, found: Detections) -> None:
+    """Why there are no moments, or none to be trusted. Nothing is deblended, so no source is a parent."""
+    contained = (measured.x > found.x0 - 0.5) & (measured.x < found.x1 - 0.5)
+    contained &= (measured.y > found.y0 - 0.5) & (measured.y < found.y1 - 0.5)
+    records["shape_flag_no_pixels"] = measured.psf_n_pixels == 0
+    records["shape_flag_not_contained"] = ~contained
+    records["shape_flag_parent_source"] = False
+    records["shape_flag"] = np.isnan(measured.ixx) | ~contained
 
 
 def _fill_sky(records: np.ndarray, exposure: SubtractedExposure, measured: Measurements) -> None:
@@ -340,8 +411,18 @@ def _local_jacobian(exposure: SubtractedExposure, x: np.ndarray, y: np.ndarray) 
     return np.stack(columns, axis=-1)
 
 
-def _select(records: np.ndarray, config: DetectionConfig) -> tuple[np.ndarray, dict[str, int]]:
-    """Which sources are kept, and how many each rule dropped. Unknown values never drop a source."""
+def _select(
+    records: np.ndarray,
+    found: Detections,
+    shapes: Shapes,
+    no_usable_centre: np.ndarray,
+    exposure: SubtractedExposure,
+    config: DetectionConfig,
+) -> tuple[np.ndarray, dict[str, int]]:
+    """Which sources are kept, and how many each rule dropped: each source counts under its first.
+
+    Unknown values never drop a source. What the rules are for stands in docs/detection.md.
+    """
     science_snr = np.divide(
         records["scienceFlux"],
         records["scienceFluxErr"],
@@ -353,7 +434,13 @@ def _select(records: np.ndarray, config: DetectionConfig) -> tuple[np.ndarray, d
         "off image": records["pixelFlags_offimage"] == 1,
         "saturated or no data at the centre": (records["pixelFlags_saturatedCenter"] == 1)
         | (records["pixelFlags_nodataCenter"] == 1),
-        "negative direct image": science_snr < config.min_science_snr,
+        "no usable pixel at the centre": no_usable_centre,
+        "cosmic ray at the centre": records["pixelFlags_crCenter"] == 1,
+        "fast trail": _is_fast_trail(records, found, shapes, exposure, config),
+        "centroid failed": records["centroid_flag"] == 1,
+        # A source that vanished leaves its light in the template; over-subtracted sky alone makes -3 of its place.
+        "negative direct image": (science_snr < config.min_science_snr)
+        & (-records["scienceFlux"] > _HOLE_PART * np.abs(records["psfFlux"])),
     }
     kept = np.ones(len(records), dtype=bool)
     rejected = {}
@@ -361,3 +448,29 @@ def _select(records: np.ndarray, config: DetectionConfig) -> tuple[np.ndarray, d
         rejected[name] = int(np.count_nonzero(kept & dropped))
         kept &= ~dropped
     return kept, rejected
+
+
+def _is_fast_trail(
+    records: np.ndarray,
+    found: Detections,
+    shapes: Shapes,
+    exposure: SubtractedExposure,
+    config: DetectionConfig,
+) -> np.ndarray:
+    """What moved faster than may be published, or may have: cut by the border, or long and fitted by no trail."""
+    if len(records) == 0:
+        return np.zeros(0, dtype=bool)
+    least_arcsec = config.max_motion_deg_per_day * 3600.0 / 86400.0 * exposure.visit.exposure_time_s
+    trails = shapes.trails
+    fast = (records["trailLength"] >= least_arcsec) | trails.off_image | (trails.suspect_long & trails.edge)
+    pixel_arcsec = 3600.0 * np.hypot(*_local_jacobian(exposure, records["x"], records["y"]).transpose(1, 0, 2)).T
+    diagonal = np.hypot(pixel_arcsec[0] * (found.x1 - found.x0), pixel_arcsec[1] * (found.y1 - found.y0))
+    half_trace = 0.5 * (found.spread_xx + found.spread_yy)
+    half_split = np.hypot(0.5 * (found.spread_xx - found.spread_yy), found.spread_xy)
+    elongated = half_trace + half_split > _ELONGATED_AXIS_RATIO2 * (half_trace - half_split)
+    # A trail of length d spreads d^2 / 12: three times as much holds more than the trail that was fitted.
+    whole = trails.good & ~(half_trace + half_split > (trails.dx**2 + trails.dy**2) / 4.0)
+    ny, nx = exposure.difference.shape
+    at_border = (found.x0 == 0) | (found.y0 == 0) | (found.x1 == nx) | (found.y1 == ny)
+    long = (shapes.trail_attempted | elongated) & (diagonal >= least_arcsec)
+    return (trails.good & fast) | (~whole & long) | (~trails.good & shapes.trail_attempted & at_border)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -213,6 +214,7 @@ def _summary(
             "selected": sum(header["selected"] for header in detectors.values()),
             "rejected": rejected,
         },
+        "sky_sources": _sky_sources([header["sky_sources"] for header in detectors.values() if header["sky_sources"]]),
         "ss_matches": sum(header["ss_matches"] for header in detectors.values()),
         "objects": {"new": counts.get("objects_new", 0), "updated": counts.get("objects_updated", 0)},
         "sources_without_object": counts.get("sources_without_object", 0),
@@ -224,6 +226,14 @@ def _summary(
         "notes": sorted({note for header in detectors.values() for note in header["notes"]}),
         "seconds": seconds,
     }
+
+
+def _sky_sources(detectors: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """How many there were in the visit, and of everything else the median over its detectors."""
+    if not detectors:
+        return None
+    merged = {name: statistics.median(one[name] for one in detectors) for name in detectors[0]}
+    return {**merged, "measured": sum(one["measured"] for one in detectors)}
 
 
 class FilterResult(NamedTuple):

@@ -47,8 +47,8 @@ def test_a_key_replaces_that_key_only(tmp_path: Path) -> None:
     [
         ("detektion: {threshold_snr: 5}", "unknown key 'detektion', expected one of association, detection, packaging"),
         ("1: 2", "unknown key 1, expected one of association"),
-        ("detection: {treshold_snr: 5}", "detection: unknown key 'treshold_snr', expected one of max_sources, min_"),
-        ("detection: {1: 5, a: 3}", "detection: unknown key 1, expected one of max_sources"),
+        ("detection: {treshold_snr: 5}", "detection: unknown key 'treshold_snr', expected one of max_motion_deg"),
+        ("detection: {1: 5, a: 3}", "detection: unknown key 1, expected one of max_motion_deg_per_day"),
         ("detection: 7", "detection: expected keys and values, got int"),
         ("[detection]", "expected keys and values, got list"),
         ("a: b: c", "cannot be read"),

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import io
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 from astropy.io import fits
 from astropy.wcs import WCS
 
-from schemas.elements import SubtractedExposure
+from schemas.elements import DetectedSources, FailureRecord, SubtractedExposure, VisitPart
 from schemas.exposures import MASK_BITS, mask_bits
 from schemas.identifiers import dia_source_ids
 from schemas.manifests import DetectorImages, Visit
+from transforms import detection
 from transforms.cutouts import encode_cutouts
 from transforms.detection import DetectionConfig, SourceStormError, detect_sources
 
@@ -130,6 +132,17 @@ def test_negative_direct_image_is_no_source_and_counted() -> None:
     assert found.dia_sources["diaSourceId"].tolist() == dia_source_ids(20261122, 123, 94, 3)[:2].tolist()
 
 
+def test_a_source_that_vanished_from_over_subtracted_sky_is_kept() -> None:
+    """A hole of 5 sigma of the forced flux, 319 nJy, is a twelfth of what left the template."""
+    exposure = _exposure()
+    hole = 5.0 * NOISE * np.sqrt(4 * np.pi) * 1.8 * _star(*PLACES[1])
+    dark = (exposure.science - FLUX * _star(*PLACES[1]) - hole).astype(np.float32)
+    found = detect_sources(replace(exposure, science=dark), DetectionConfig())
+    assert found.rejected["negative direct image"] == 0
+    vanished = found.dia_sources[1]
+    assert vanished["scienceFlux"] < -2.0 * vanished["scienceFluxErr"]
+
+
 def test_the_psf_of_a_cutout_and_of_the_moments_is_that_of_the_source_s_cell() -> None:
     exposure = _exposure()
     sigmas, science_sigmas = np.array([[1.7, 1.8], [1.9, 2.0]]), np.array([[1.5, 1.4], [1.3, 1.2]])
@@ -161,9 +174,192 @@ def test_moments_lie_along_the_axes_of_the_detector_however_it_is_turned() -> No
         assert abs(source["ixyPSF"]) < 1e-3 * source["ixxPSF"]
 
 
-def test_source_storm_is_refused_with_its_numbers() -> None:
-    with pytest.raises(SourceStormError, match="3 sources in one detector, more than max_sources 2"):
-        detect_sources(_exposure(), DetectionConfig(max_sources=2))
+def test_of_a_source_storm_the_most_significant_are_kept_with_their_ids() -> None:
+    exposure = _exposure()
+    bright = exposure.difference + FLUX * _star(*PLACES[2]).astype(np.float32)
+    everything = detect_sources(replace(exposure, difference=bright), DetectionConfig())
+    found = detect_sources(replace(exposure, difference=bright), DetectionConfig(max_sources=1))
+    assert everything.rejected["beyond max_sources"] == 0
+    assert found.rejected["beyond max_sources"] == 2
+    assert found.n_detected == everything.n_detected == 3
+    assert found.dia_sources.tobytes() == everything.dia_sources[[2]].tobytes()
+
+
+def test_equal_sources_of_a_storm_are_kept_from_the_first_row_on() -> None:
+    exposure = _exposure(signs=(0.0, 0.0, 0.0))
+    difference = np.zeros((SIZE, SIZE), dtype=np.float32)
+    for x, y in ((40, 40), (200, 40), (120, 120), (40, 200)):
+        difference += np.float32(FLUX) * _star(x, y).astype(np.float32)
+    quiet = replace(exposure, difference=difference, science=difference)
+    found = detect_sources(quiet, DetectionConfig(max_sources=2)).dia_sources
+    assert found["diaSourceId"].tolist() == dia_source_ids(20261122, 123, 94, 4)[:2].tolist()
+
+
+def test_a_source_storm_leaves_a_failure_record_and_goes_on() -> None:
+    outputs = list(detection._DetectFn(DetectionConfig(max_sources=2)).process(_exposure()))
+    failure, part, detected = outputs
+    assert failure.tag == "failed"
+    assert isinstance(part, VisitPart)
+    assert isinstance(detected, DetectedSources)
+    assert failure.value == FailureRecord(
+        2026112200123, 94, "detection", "SourceStorm",
+        "more than max_sources 2 detections: bad subtraction?", "the 1 least significant of 3 detections",
+    )  # fmt: skip
+    assert len(list(detection._DetectFn(DetectionConfig(max_sources=3)).process(_exposure()))) == 1
+
+
+def test_more_sources_than_ids_are_refused_with_their_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(detection, "MAX_COUNTER", 2)
+    with pytest.raises(SourceStormError, match="3 sources in one detector, ids number 2"):
+        detect_sources(_exposure(), DetectionConfig())
+
+
+def _with_trail(length: float, x: float, y: float, snr: float = 200.0, cut: int = SIZE) -> SubtractedExposure:
+    """A trail at 30 degrees to the rows instead of the three sources; the image ends at column `cut`."""
+    exposure = _exposure(signs=(0.0, 0.0, 0.0))
+    trail = np.mean(
+        [_star(x + t * 0.866 * length, y + t * 0.5 * length) for t in np.linspace(-0.5, 0.5, 2 * int(length) + 1)],
+        axis=0,
+    )
+    flux = snr * NOISE / np.sqrt((trail**2).sum())
+    planes: dict[str, Any] = {
+        name: np.ascontiguousarray(getattr(exposure, name)[:, :cut])
+        for name in ("difference_variance", "science_variance", "matched_template", "template_variance", "mask")
+    }
+    difference = (exposure.difference + flux * trail).astype(np.float32)[:, :cut].copy()
+    return replace(exposure, difference=difference, science=difference, **planes)
+
+
+@pytest.mark.parametrize(
+    ("length", "cut", "is_fast"),
+    [
+        (30, SIZE, False),  # 6 arcsec in 30 s
+        (56, SIZE, False),  # 11.2
+        (70, SIZE, True),  # 14.0; the limit is 12.5
+        (150, SIZE, True),  # no trail of this length is fitted: by its footprint
+        (40, 130, True),  # cut by the border of the image: who knows how long it is
+        (40, 118, True),
+    ],
+)
+def test_what_moves_faster_than_10_degrees_a_day_is_no_source_and_counted(
+    length: float, cut: int, is_fast: bool
+) -> None:
+    found = detect_sources(_with_trail(length, 120.0, 130.0, cut=cut), DetectionConfig())
+    assert found.rejected["fast trail"] == int(is_fast)
+    assert len(found.dia_sources) == int(not is_fast)
+
+
+@pytest.mark.parametrize(("part", "is_fast"), [(0.2, True), (1.0, False)])
+def test_a_fit_to_a_part_of_a_long_trail_does_not_hide_it(
+    monkeypatch: pytest.MonkeyPatch, part: float, is_fast: bool
+) -> None:
+    """A trail of 58 pixels, below the limit of 62.5, whose footprint's diagonal is beyond it."""
+    measure = detection.measure_shapes
+
+    def with_short_trails(*planes: Any) -> Any:
+        shapes = measure(*planes)
+        assert shapes.trails.good.all()
+        trails = shapes.trails._replace(dx=part * shapes.trails.dx, dy=part * shapes.trails.dy)
+        return shapes._replace(trails=trails)
+
+    monkeypatch.setattr(detection, "measure_shapes", with_short_trails)
+    found = detect_sources(_with_trail(58, 120.0, 130.0), DetectionConfig())
+    assert found.rejected["fast trail"] == int(is_fast)
+
+
+def test_a_point_source_cut_by_the_border_is_no_fast_trail() -> None:
+    exposure = _exposure(signs=(0.0, 0.0, 0.0))
+    places = ((0.0, 60.0), (128.0, 0.4), (255.0, 200.0), (60.0, 254.0), (1.5, 1.0))
+    difference = exposure.difference + 5 * FLUX * np.sum([_star(x, y) for x, y in places], axis=0, dtype=np.float32)
+    found = detect_sources(replace(exposure, difference=difference, science=difference), DetectionConfig())
+    assert found.n_detected == len(places)
+    assert found.rejected["fast trail"] == 0
+
+
+def test_the_limit_of_motion_follows_exposure_time_and_configuration() -> None:
+    exposure = _with_trail(70, 120.0, 130.0)
+    longer = replace(exposure, visit=replace(exposure.visit, exposure_time_s=40.0))
+    assert detect_sources(longer, DetectionConfig()).rejected["fast trail"] == 0
+    assert detect_sources(exposure, DetectionConfig(max_motion_deg_per_day=12.0)).rejected["fast trail"] == 0
+
+
+@pytest.mark.parametrize(
+    ("plane", "half_width", "reason"),
+    [
+        ("CR", 0, "cosmic ray at the centre"),
+        ("SPIKE", 2, "no usable pixel at the centre"),
+        ("SPIKE", 0, None),  # the pixels around it are enough
+        ("HIGH_VARIANCE", 4, None),  # a bright star may vary
+    ],
+)
+def test_planes_at_the_centre_of_a_source(plane: str, half_width: int, reason: str | None) -> None:
+    mask = np.zeros((SIZE, SIZE), dtype=np.int32)
+    mask[200 - half_width : 201 + half_width, 120 - half_width : 121 + half_width] = mask_bits(plane)
+    found = detect_sources(_exposure(mask=mask), DetectionConfig())
+    assert {name: n for name, n in found.rejected.items() if n} == ({} if reason is None else {reason: 1})
+    assert len(found.dia_sources) == (3 if reason is None else 2)
+
+
+def test_a_source_without_a_centroid_is_dropped_unless_it_has_a_trail(monkeypatch: pytest.MonkeyPatch) -> None:
+    _replace_measured(monkeypatch, centroid_flag=np.array([True]), x_err=np.array([np.nan]))
+    point = _exposure(signs=(1.0, 0.0, 0.0))
+    found = detect_sources(point, DetectionConfig())
+    assert (len(found.dia_sources), found.rejected["centroid failed"]) == (0, 1)
+    (trail,) = detect_sources(_with_trail(30, 120.0, 130.0), DetectionConfig()).dia_sources
+    assert trail["centroid_flag"] == 0
+    assert trail["xErr"] > 0
+    np.testing.assert_allclose([trail["x"], trail["y"]], [120.0, 130.0], atol=5 * trail["xErr"])
+
+
+def test_unknown_values_drop_no_source(monkeypatch: pytest.MonkeyPatch) -> None:
+    _replace_measured(monkeypatch, science_flux=np.full(3, np.nan), science_flux_err=np.full(3, np.nan))
+    assert len(detect_sources(_exposure(), DetectionConfig()).dia_sources) == 3
+
+
+def _replace_measured(monkeypatch: pytest.MonkeyPatch, **columns: np.ndarray) -> None:
+    measure = detection.measure_sources
+    monkeypatch.setattr(detection, "measure_sources", lambda *planes: measure(*planes)._replace(**columns))
+
+
+def test_shape_flags_say_why_there_are_no_moments(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = detect_sources(_exposure(), DetectionConfig()).dia_sources
+    for name in ("shape_flag", "shape_flag_no_pixels", "shape_flag_not_contained", "shape_flag_parent_source"):
+        assert found[name].tolist() == [0, 0, 0]
+    _replace_measured(
+        monkeypatch,
+        ixx=np.array([np.nan, 3.0, np.nan]),
+        psf_n_pixels=np.array([441, 441, 0]),
+        x=np.array([PLACES[0][0], PLACES[1][0] + 4.5, PLACES[2][0]]),
+        y=np.array([place[1] for place in PLACES]),
+    )
+    found = detect_sources(replace(_exposure(), psf=_psf(1.0)), DetectionConfig()).dia_sources
+    assert found["shape_flag"].tolist() == [1, 1, 1]
+    assert found["shape_flag_no_pixels"].tolist() == [0, 0, 1]
+    assert found["shape_flag_not_contained"].tolist() == [0, 1, 0]
+
+
+def test_glints_in_a_row_are_flagged_by_sign() -> None:
+    exposure = _exposure()
+    row = [(20.0 + 30.0 * number, 30.0 + 15.0 * number) for number in range(8)]
+    light = FLUX * np.sum([_star(x, y) for x, y in row], axis=0, dtype=np.float32)
+    found = detect_sources(replace(exposure, difference=exposure.difference + light), DetectionConfig()).dia_sources
+    in_row = np.min([np.hypot(found["x"] - x, found["y"] - y) for x, y in row], axis=0) < 3.0
+    assert in_row.sum() == 8
+    np.testing.assert_array_equal(found["glint_trail"] == 1, in_row)
+    # Every second one negative: two rows of four are none.
+    signs = FLUX * np.sum([(-1) ** i * _star(*place) for i, place in enumerate(row)], axis=0, dtype=np.float32)
+    mixed = detect_sources(replace(exposure, difference=exposure.difference + signs), DetectionConfig()).dia_sources
+    assert not mixed["glint_trail"].any()
+
+
+def test_sky_sources_tell_the_noise_of_a_flux_and_not_the_sources() -> None:
+    sky = detect_sources(_exposure(), DetectionConfig()).sky_sources
+    assert sky["measured"] == 100
+    # The scatter of 1.4826 MAD of 100 values is 0.12; the flux error is noise * sqrt(4 pi) sigma.
+    assert sky["pull_width"] == pytest.approx(1.0, abs=0.5)
+    assert sky["flux_sigma_njy"] == pytest.approx(NOISE * np.sqrt(4 * np.pi) * 1.8, rel=0.5)
+    again = detect_sources(_exposure(), DetectionConfig()).sky_sources
+    assert again == sky
 
 
 def test_what_is_left_of_a_star_must_be_exceeded_but_is_no_error() -> None:

@@ -247,6 +247,24 @@ def test_repeated_detector_with_other_clocks_makes_no_revision(bright: CheckedFi
         assert_that(told, equal_to([0]))
 
 
+def test_the_ledger_adds_up_what_each_rule_dropped_and_merges_the_sky_sources(bright: CheckedFilter) -> None:
+    skies: tuple[dict[str, float], ...] = (
+        {"measured": 100, "pull_width": 0.9},
+        {"measured": 80, "pull_width": 1.3},
+        {},
+    )
+    rules = ({"fast trail": 1, "off image": 0}, {"fast trail": 2, "off image": 5}, {"beyond max_sources": 7})
+    parts = {
+        detector_account(detector, 20, 10, 1000.0, rejected=rejected, sky_sources=sky)
+        for detector, (rejected, sky) in enumerate(zip(rules, skies, strict=True))
+    }
+    summary = visit_alerts(VISIT, 0, {0: parts}, bright.columns).summary
+    assert summary["dia_sources"]["rejected"] == {"fast trail": 3, "off image": 5, "beyond max_sources": 7}
+    assert summary["sky_sources"] == {"measured": 180, "pull_width": pytest.approx(1.1)}
+    without = visit_alerts(VISIT, 0, {0: {detector_account(0, 5, 4, 1000.0)}}, bright.columns).summary
+    assert without["sky_sources"] is None
+
+
 def test_topic_in_two_encodings_is_refused() -> None:
     brokers = (BrokerConfig(name="a", topic="t"), BrokerConfig(name="b", topic="t", encoding="ocf"))
     with pytest.raises(ValueError, match="a topic holds one stream in one encoding"):

@@ -193,6 +193,13 @@ def find_peaks(
     return _without_rejected(whole, rejected)
 
 
+def take_strongest(found: Detections, limit: int) -> tuple[Detections, NDArray[np.int64]]:
+    """The `limit` most significant sources in their order, and the place of each among all; of equals the first."""
+    places = np.sort(np.argsort(-np.abs(found.peak_snr), kind="stable")[:limit])
+    columns = {name: column[places] for name, column in found._asdict().items() if name != "n_rejected"}
+    return found._replace(**columns), places
+
+
 def _compact_filters(psfs: NDArray[np.floating]) -> NDArray[np.float64]:
     """The central squares of (cells_y, cells_x, k, k) PSFs, of the width in which each keeps 0.999 of its sum(P^2)."""
     images = psfs.astype(np.float64)
