@@ -223,7 +223,7 @@ def search(exposure: SubtractedExposure, config: DetectionConfig) -> SearchedSou
     )
     records = _records(exposure, measured, flags, config)
     _fill_shapes(records, exposure, shapes)
-    kept, rejected = _select(records, config)
+    kept, rejected = _select(records, config, shapes.part_of_trail)
     rejected["on rejected pixels"] = int(found.n_rejected)
     return SearchedSources(records, kept, features, rejected)
 
@@ -331,7 +331,9 @@ def _local_jacobian(exposure: SubtractedExposure, x: np.ndarray, y: np.ndarray) 
     return np.stack(columns, axis=-1)
 
 
-def _select(records: np.ndarray, config: DetectionConfig) -> tuple[np.ndarray, dict[str, int]]:
+def _select(
+    records: np.ndarray, config: DetectionConfig, part_of_trail: np.ndarray
+) -> tuple[np.ndarray, dict[str, int]]:
     """Which sources are kept, and how many each rule dropped. Unknown values never drop a source."""
     science_snr = np.divide(
         records["scienceFlux"],
@@ -345,6 +347,7 @@ def _select(records: np.ndarray, config: DetectionConfig) -> tuple[np.ndarray, d
         "saturated or no data at the centre": (records["pixelFlags_saturatedCenter"] == 1)
         | (records["pixelFlags_nodataCenter"] == 1),
         "negative direct image": science_snr < config.min_science_snr,
+        "part of a longer trail": part_of_trail,
     }
     kept = np.ones(len(records), dtype=bool)
     rejected = {}

@@ -29,6 +29,9 @@ _N_PARAMETERS = 5  # flux, x, y of the middle, and the vector from end to end
 _N_PLANES = 1 + _N_PARAMETERS  # the model and its derivatives
 _LENGTH_START_MIN_SIGMA = 1.0
 _LENGTH_SLACK = 0.15  # how far the moments may misjudge a length
+_GROWTH_SIGMA = 3.0  # of the length in one window: 2 sigma of the PSF remain beyond each end
+_WINDOWS_MAX = 12
+_ELONGATION_MIN = 3.0  # standard errors of length^2: 1 point in 500 gets there
 _PANEL_SIGMA = 2.5  # light is summed along the line in panels of at most this, 4 Gauss-Legendre points each: 2e-4
 _GAUSS_NODES = (-0.8611363115940526, -0.3399810435848563, 0.3399810435848563, 0.8611363115940526)
 _GAUSS_WEIGHTS = (0.3478548451374538, 0.6521451548625461, 0.6521451548625461, 0.3478548451374538)
@@ -192,20 +195,24 @@ def _fit_all(
         reach = FIT_REACH_SIGMA * sigma + 1.0
         settled = True
         chi2, count = 0.0, 0
-        for true_psf in range(2):
-            slack = 0.0 if true_psf else _LENGTH_SLACK * math.hypot(parameters[3], parameters[4])
-            x0, y0, values, weights = _cut_out(image, variance, bad, parameters, reach + slack)
+        true_psf = False
+        for _ in range(_WINDOWS_MAX):
+            before = math.hypot(parameters[3], parameters[4])
+            slack = 0.0 if true_psf else _LENGTH_SLACK * before
+            x0, y0, values, weights = cut_out(image, variance, bad, parameters, reach + slack)
             parameters[1] -= x0
             parameters[2] -= y0
             settled, chi2 = _fit_one(
-                values, weights, coefficients[psf], half_width, sigma, true_psf == 1, parameters, covariance
+                values, weights, coefficients[psf], half_width, sigma, true_psf, parameters, covariance
             )
             parameters[1] += x0
             parameters[2] += y0
             count = (weights > 0.0).sum()
-            if not settled:
+            if not settled or true_psf:
                 break
-        if not settled:
+            # A line that outgrew its window may be longer still.
+            true_psf = math.hypot(parameters[3], parameters[4]) < before + _GROWTH_SIGMA * sigma
+        if not (settled and true_psf and _is_longer_than_a_point(parameters, covariance)):
             continue
         if parameters[3] < 0.0:
             parameters[3:] *= -1.0  # with dx and dy, all their covariances with each other keep their sign
@@ -219,6 +226,15 @@ def _fit_all(
         real[11, source] = math.sqrt(max(covariance[0, 0], 0.0))
         real[12, source] = chi2
         n_pixels[source] = count
+
+
+@njit(cache=True)
+def _is_longer_than_a_point(parameters: NDArray[np.float64], covariance: NDArray[np.float64]) -> bool:
+    """Whether the squared length, in which short trails are linear, exceeds its error; L / (2 L_err) is its S/N."""
+    dx, dy = parameters[3], parameters[4]
+    length2 = dx * dx + dy * dy
+    along = dx * dx * covariance[3, 3] + 2.0 * dx * dy * covariance[3, 4] + dy * dy * covariance[4, 4]
+    return bool(length2 > 2.0 * _ELONGATION_MIN * math.sqrt(max(along, 0.0)))
 
 
 @njit(cache=True)
@@ -243,7 +259,7 @@ def _start_line(
 
 
 @njit(cache=True)
-def _cut_out(
+def cut_out(
     image: NDArray[np.float32],
     variance: NDArray[np.float32],
     bad: NDArray[np.bool_],
@@ -350,7 +366,7 @@ def _draw(
 ) -> None:
     """Fill the planes with the model and its derivatives by flux, x, y, dx, dy."""
     if true_psf:
-        _draw_summed(coefficients, half_width, sigma, parameters, planes)
+        draw_summed(coefficients, half_width, sigma, parameters, planes)
     else:
         _draw_gaussian(sigma, parameters, weights, planes)
 
@@ -393,7 +409,7 @@ def _draw_gaussian(
 
 
 @njit(cache=True)
-def _draw_summed(
+def draw_summed(
     coefficients: NDArray[np.float64],
     half_width: int,
     sigma: float,
