@@ -11,7 +11,6 @@ from numpy.typing import ArrayLike, NDArray
 
 from transforms.numerics.forced_photometry import checked_planes, evaluate_psf, pixel_weight
 from transforms.numerics.model_fitting import (
-    DAMPING_FREE,
     FIT_REACH_SIGMA,
     SETTLED,
     SplineStack,
@@ -31,6 +30,7 @@ _LENGTH_START_MIN_SIGMA = 1.0
 _LENGTH_SLACK = 0.15  # how far the moments may misjudge a length
 _GROWTH_SIGMA = 3.0  # of the length in one window: 2 sigma of the PSF remain beyond each end
 _WINDOWS_MAX = 12
+_LENGTH_LEAST_SIGMA = 0.5  # shorter lines broaden the PSF by 2 %
 _ELONGATION_MIN = 3.0  # standard errors of length^2: 1 point in 500 gets there
 _PANEL_SIGMA = 2.5  # light is summed along the line in panels of at most this, 4 Gauss-Legendre points each: 2e-4
 _GAUSS_NODES = (-0.8611363115940526, -0.3399810435848563, 0.3399810435848563, 0.8611363115940526)
@@ -208,10 +208,13 @@ def _fit_all(
             parameters[1] += x0
             parameters[2] += y0
             count = (weights > 0.0).sum()
-            if not settled or true_psf:
+            after = math.hypot(parameters[3], parameters[4])
+            if true_psf or not after > _LENGTH_LEAST_SIGMA * sigma:
                 break
             # A line that outgrew its window may be longer still.
-            true_psf = math.hypot(parameters[3], parameters[4]) < before + _GROWTH_SIGMA * sigma
+            true_psf = after < before + _GROWTH_SIGMA * sigma
+            if not true_psf:
+                parameters[0] = 0.0
         if not (settled and true_psf and _is_longer_than_a_point(parameters, covariance)):
             continue
         if parameters[3] < 0.0:
@@ -314,21 +317,16 @@ def _fit_one(
         if evaluation == 0 and not true_psf:
             for k in range(1, n):
                 matrix[k, k], gradient[k] = 1.0, 0.0  # without flux the line has no derivatives
-        if not factorise(matrix, damping, factor):
-            break
-        solve_factored(factor, gradient, step)
-        gain = 0.0
-        for k in range(n):
-            gain += step[k] * gradient[k]
-            tried[k] = parameters[k] + step[k]
-        if not gain < np.inf:
-            break
         settled = max(SETTLED, _ROUGHNESS * parameters[0] * parameters[0] * matrix[0, 0])
-        if (evaluation > 0 or true_psf) and damping < DAMPING_FREE and gain < settled:
-            if _is_line(tried, values.shape) and factorise(matrix, 0.0, factor):
+        if (evaluation > 0 or true_psf) and factorise(matrix, 0.0, factor):
+            # What is left to be gained is told by the free step, however short the steps must be.
+            if _gain_of_step(factor, parameters, gradient, step, tried) < settled and _is_line(tried, values.shape):
                 parameters[:] = tried
                 invert_factored(factor, covariance)
                 return True, chi2
+        if not factorise(matrix, damping, factor):
+            break
+        if not _gain_of_step(factor, parameters, gradient, step, tried) < np.inf:
             break
         new_chi2 = np.inf
         if _is_line(tried, values.shape):
@@ -343,6 +341,23 @@ def _fit_one(
         else:
             damping = max(10.0 * damping, 1e-2)
     return False, 0.0
+
+
+@njit(cache=True)
+def _gain_of_step(
+    factor: NDArray[np.float64],
+    parameters: NDArray[np.float64],
+    gradient: NDArray[np.float64],
+    step: NDArray[np.float64],
+    tried: NDArray[np.float64],
+) -> float:
+    """Fill the step and where it leads; return what the normal equations promise of it, in chi-square."""
+    solve_factored(factor, gradient, step)
+    gain = 0.0
+    for k in range(_N_PARAMETERS):
+        gain += step[k] * gradient[k]
+        tried[k] = parameters[k] + step[k]
+    return gain
 
 
 @njit(cache=True)
