@@ -338,6 +338,8 @@ def _fit_one(
             gradient[:] = new_gradient
             chi2 = new_chi2
             damping = 0.0 if damping < 1e-3 else 0.1 * damping
+            if not math.hypot(parameters[3], parameters[4]) > _LENGTH_LEAST_SIGMA * sigma:
+                break
         else:
             damping = max(10.0 * damping, 1e-2)
     return False, 0.0
