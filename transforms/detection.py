@@ -283,7 +283,7 @@ def _fill_shapes(records: np.ndarray, exposure: SubtractedExposure, shapes: Shap
     records["extendedness"] = shapes.extendedness
     records["dipoleFitAttempted"] = shapes.dipole_attempted
     records["isDipole"] = shapes.dipoles.is_dipole
-    records["trail_flag_edge"] = np.where(shapes.trail_attempted, shapes.trails.edge, BOOLEAN_NULL)
+    records["trail_flag_edge"] = np.where(shapes.trails.good, shapes.trails.edge, BOOLEAN_NULL)
     records["trail_flag"] = np.where(shapes.trail_attempted, ~shapes.trails.good, BOOLEAN_NULL)
     rows = np.flatnonzero(shapes.dipoles.good)
     if rows.size:

@@ -31,7 +31,7 @@ _LENGTH_SLACK = 0.15  # how far the moments may misjudge a length
 _GROWTH_SIGMA = 3.0  # of the length in one window: 2 sigma of the PSF remain beyond each end
 _WINDOWS_MAX = 12
 _LENGTH_LEAST_SIGMA = 0.5  # shorter lines broaden the PSF by 2 %
-_ELONGATION_MIN = 3.0  # standard errors of length^2: 1 point in 500 gets there
+_ELONGATION_MIN = 3.0  # standard errors of length^2: 1 to 6 of 1,000 point sources get there
 _PANEL_SIGMA = 2.5  # light is summed along the line in panels of at most this, 4 Gauss-Legendre points each: 2e-4
 _GAUSS_NODES = (-0.8611363115940526, -0.3399810435848563, 0.3399810435848563, 0.8611363115940526)
 _GAUSS_WEIGHTS = (0.3478548451374538, 0.6521451548625461, 0.6521451548625461, 0.3478548451374538)
@@ -42,7 +42,7 @@ class Trails(NamedTuple):
 
     Attributes
     ----------
-    good : the fit settled on a trail of at most 120 pixels
+    good : the fit settled on a trail of at most 120 pixels whose squared length exceeds 3 of its errors
     x, y : pixels, the trail's middle
     x_err, y_err, x_y_cov : standard errors and covariance of the middle, pixels and pixels^2
     dx, dy : pixels, vector from one end to the other, dx >= 0; its length is the trail's
@@ -111,7 +111,8 @@ def fit_trails(
 
     Notes
     -----
-    O(length). Trails shorter than the PSF's FWHM have no linear error in their length.
+    O(length). The window follows a line that grows. Trails shorter than the PSF's FWHM have no linear error in their
+    length; L / (2 L_err) is the S/N of L^2, by which they are told from points.
     """
     pixels, pixel_variance, masked = checked_planes(image, variance, bad)
     psf_index = np.ascontiguousarray(psf_of_source, dtype=np.int64)

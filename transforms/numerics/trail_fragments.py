@@ -15,12 +15,14 @@ from transforms.numerics.trail_fitting import TRAIL_LENGTH_MAX_PIX, Trails, cut_
 
 _NEIGHBOURS = 6  # among so many nearest sources the next piece of a trail is sought
 _GAP_END_SIGMA = 2.4  # 1 FWHM: what lies nearer to a source is its own light
-_BRIDGE_HALF_WIDTH_SIGMA = 2.0
+_LINE_HALF_WIDTH_SIGMA = 2.0
 _BRIDGE_SNR_MIN = 3.0
 _BRIDGE_PART_MIN = 0.5  # of the light a pixel of line that the fainter source would have as part of a trail
 _ACROSS_SIGMA = 2.0  # how far off the line, or beyond its ends, the centroid of a piece may lie
 _OUTSHINE = 1.5  # what is brighter than this times the trail (and 4 errors) is a source of its own
 _OUTSHINE_ERRORS = 4.0
+_STRETCH_SIGMA = 4.7  # 2 FWHM: at S/N 5 a source, a dark stretch of a trail misses 6 errors
+_UNEVENNESS_MAX = 3.0  # standard deviations of chi-square: 1 even trail in 200 gets there
 _MEMBERS_MAX = 60  # more pieces than 2 pixels of trail each
 
 
@@ -116,7 +118,8 @@ def claim_fragments(
 
     A piece lies within 2 sigma of the PSF of the line, has the trail's sign, and does not outshine it. The trail gets
     its pieces when it describes the pixels around it better, by chi-square, than point sources of free fluxes at the
-    places of the pieces. The trail of highest S/N chooses first.
+    places of the pieces, and its light is even along the line: else it may be a shorter trail and a point beyond its
+    end. The trail of highest S/N chooses first.
 
     Parameters
     ----------
@@ -176,7 +179,9 @@ def _link(
             continue
         width = sigma[one]
         fainter = min(abs(flux[one]), abs(flux[other])) / (2.0 * math.sqrt(math.pi) * width)
-        light, error = _bridge(image, variance, bad, x[one], y[one], x[other], y[other], width)
+        light, error = _line_light(
+            image, variance, bad, x[one], y[one], x[other], y[other], width, _GAP_END_SIGMA * width
+        )
         light *= 1.0 if flux[one] > 0.0 else -1.0
         if light > _BRIDGE_SNR_MIN * error and light > _BRIDGE_PART_MIN * fainter:
             mine, theirs = _root(label, one), _root(label, other)
@@ -186,7 +191,7 @@ def _link(
 
 
 @njit(cache=True)
-def _bridge(
+def _line_light(
     image: NDArray[np.float32],
     variance: NDArray[np.float32],
     bad: NDArray[np.bool_],
@@ -195,15 +200,16 @@ def _bridge(
     x1: float,
     y1: float,
     sigma: float,
+    margin: float,
 ) -> tuple[float, float]:
-    """Light a pixel of line between two places and its error; infinite where no pixel tells."""
+    """Light a pixel of line between two places, a margin off both, and its error; infinite where no pixel tells."""
     ny, nx = image.shape
     length = math.hypot(x1 - x0, y1 - y0)
-    first, last = _GAP_END_SIGMA * sigma, length - _GAP_END_SIGMA * sigma
+    first, last = margin, length - margin
     if not last > first:
         return 0.0, np.inf
     cosine, sine = (x1 - x0) / length, (y1 - y0) / length
-    reach = _BRIDGE_HALF_WIDTH_SIGMA * sigma
+    reach = _LINE_HALF_WIDTH_SIGMA * sigma
     signal, information = 0.0, 0.0
     for j in range(max(0, math.ceil(min(y0, y1) - reach)), min(ny, math.floor(max(y0, y1) + reach) + 1)):
         for i in range(max(0, math.ceil(min(x0, x1) - reach)), min(nx, math.floor(max(x0, x1) + reach) + 1)):
@@ -262,8 +268,39 @@ def _claim(
         as_trail, as_points = _both_chi2(
             image, variance, bad, coefficients[psf], half_width, sigma, lines[:, trail], points, members[:count]
         )
-        if as_trail < as_points:
+        if as_trail < as_points and _is_even(image, variance, bad, lines[:, trail], sigma):
             owner[members[:count]] = trail
+
+
+@njit(cache=True)
+def _is_even(
+    image: NDArray[np.float32],
+    variance: NDArray[np.float32],
+    bad: NDArray[np.bool_],
+    line: NDArray[np.float64],
+    sigma: float,
+) -> bool:
+    """Whether the light of stretches of 2 FWHM along the line scatters no more than its errors."""
+    _, x, y, dx, dy = line
+    length = math.hypot(dx, dy)
+    inner = length - 2.0 * sigma
+    n = math.floor(inner / (_STRETCH_SIGMA * sigma))
+    if n < 2:
+        return True
+    lights, weights = np.empty(n), np.empty(n)
+    for k in range(n):
+        first, last = (inner * (k / n - 0.5)) / length, (inner * ((k + 1) / n - 0.5)) / length
+        light, error = _line_light(
+            image, variance, bad, x + first * dx, y + first * dy, x + last * dx, y + last * dy, sigma, 0.0
+        )
+        lights[k], weights[k] = light, 1.0 / (error * error)
+    total = weights.sum()
+    if not total > 0.0:
+        return False
+    mean = (weights * lights).sum() / total
+    chi2 = (weights * (lights - mean) ** 2).sum()
+    free = (weights > 0.0).sum() - 1.0
+    return bool(chi2 <= free + _UNEVENNESS_MAX * math.sqrt(2.0 * free))
 
 
 @njit(cache=True)
