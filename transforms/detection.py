@@ -309,6 +309,11 @@ def _fill_shapes(records: np.ndarray, exposure: SubtractedExposure, shapes: Shap
         records["trailAngle"][rows], records["trailAngleErr"][rows] = line.angle_deg % 180.0, line.angle_err_deg
         records["trailFlux"][rows], records["trailFluxErr"][rows] = trails.flux, trails.flux_err
         records["trailChi2"][rows], records["trailNdata"][rows] = trails.chi2, trails.n_pixels
+        # A trail that detection cut to pieces has but one of them as footprint; its cutout is to hold all.
+        reach_x = np.abs(trails.x - records["x"][rows]) + 0.5 * np.abs(trails.dx)
+        reach_y = np.abs(trails.y - records["y"][rows]) + 0.5 * np.abs(trails.dy)
+        side = np.ceil(2.0 * np.maximum(reach_x, reach_y)).astype(np.int32)
+        records["bboxSize"][rows] = np.maximum(records["bboxSize"][rows], side)
 
 
 def _covariances(x_err: np.ndarray, y_err: np.ndarray, x_y_cov: np.ndarray) -> np.ndarray:

@@ -147,6 +147,26 @@ def test_the_psf_of_a_cutout_and_of_the_moments_is_that_of_the_source_s_cell() -
     assert len(cells) == 3
 
 
+def test_pieces_of_a_faint_trail_are_one_source_and_counted() -> None:
+    exposure = _exposure(signs=(0.0, 0.0, 0.0))
+    trail = sum(_star(128.0 + u, 100.0 + 0.3 * u) for u in np.linspace(-35.0, 35.0, 281)) / 281
+    # S/N 20: its ridge has 5.6 a source, and noise cuts it.
+    light = 20.0 * NOISE / np.sqrt((trail**2).sum()) * trail
+    object.__setattr__(exposure, "difference", (exposure.difference + light).astype(np.float32))
+    object.__setattr__(exposure, "science", (exposure.science + light).astype(np.float32))
+    found = detect_sources(exposure, DetectionConfig())
+    assert found.n_detected > 1
+    assert found.rejected["part of a longer trail"] == found.n_detected - 1
+    (source,) = found.dia_sources
+    ids = dia_source_ids(20261122, 123, 94, found.n_detected)
+    assert source["diaSourceId"] in ids
+    # The bound is 2.4 pixels at this S/N and width; the cutout holds 70 pixels along x.
+    assert source["trailLength"] == pytest.approx(0.2 * np.hypot(70.0, 21.0), abs=5 * 0.2 * 2.4)
+    assert source["bboxSize"] >= 65
+    assert source["trail_flag"] == 0
+    assert source["trail_flag_edge"] == 0
+
+
 def test_source_storm_is_refused_with_its_numbers() -> None:
     with pytest.raises(SourceStormError, match="3 sources in one detector, more than max_sources 2"):
         detect_sources(_exposure(), DetectionConfig(max_sources=2))

@@ -171,8 +171,8 @@ def _fit_trails(
     usable = ~detections.has_both_signs & ~is_dipole & np.isfinite(flux) & (flux_err > 0.0)
     heads, lines = lines_through(link_fragments(*planes, x, y, flux, sigma, usable), x, y)
     (stack,), prepared = _stacks((psf,), lines[0], lines[1])
-    long = lines[2:] ** 2 / 12.0 + sigma[heads] ** 2
-    joint = fit_trails(*planes, stack, prepared, lines[0], lines[1], *long, lines[2] * lines[3] / 12.0)
+    long_x, long_y = lines[2:] ** 2 / 12.0 + sigma[heads] ** 2
+    joint = fit_trails(*planes, stack, prepared, lines[0], lines[1], long_x, long_y, lines[2] * lines[3] / 12.0)
     owner = claim_fragments(*planes, stack, prepared, joint, x, y, flux, flux_err, usable)
     part_of_trail = owner >= 0
     rows, which = [], np.unique(owner[part_of_trail])

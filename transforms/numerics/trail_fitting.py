@@ -319,12 +319,16 @@ def _fit_one(
             for k in range(1, n):
                 matrix[k, k], gradient[k] = 1.0, 0.0  # without flux the line has no derivatives
         settled = max(SETTLED, _ROUGHNESS * parameters[0] * parameters[0] * matrix[0, 0])
-        if (evaluation > 0 or true_psf) and factorise(matrix, 0.0, factor):
-            # What is left to be gained is told by the free step, however short the steps must be.
-            if _gain_of_step(factor, parameters, gradient, step, tried) < settled and _is_line(tried, values.shape):
-                parameters[:] = tried
-                invert_factored(factor, covariance)
-                return True, chi2
+        # What is left to be gained is told by the free step, however short the steps must be.
+        if (
+            (evaluation > 0 or true_psf)
+            and factorise(matrix, 0.0, factor)
+            and _gain_of_step(factor, parameters, gradient, step, tried) < settled
+            and _is_line(tried, values.shape)
+        ):
+            parameters[:] = tried
+            invert_factored(factor, covariance)
+            return True, chi2
         if not factorise(matrix, damping, factor):
             break
         if not _gain_of_step(factor, parameters, gradient, step, tried) < np.inf:
