@@ -191,12 +191,11 @@ def _fit_trails(
     own[chosen] = np.arange(chosen.size)
     leads = (owner >= 0) & (owner == own)
     part_of_trail |= (owner >= 0) & ~leads & np.isin(owner, owner[leads])
-    all_trails = Trails(
-        *(
-            _spread_out(np.concatenate([one[which], other]), np.concatenate([joined, chosen]), n)
-            for one, other in zip(joint, single, strict=True)
-        )
+    all_rows = np.concatenate([joined, chosen])
+    both = (
+        np.concatenate([np.asarray(one)[which], np.asarray(other)]) for one, other in zip(joint, single, strict=True)
     )
+    all_trails = Trails(*(_spread_out(column, all_rows, n) for column in both))
     return (elongated & ~is_dipole) | all_trails.good, all_trails, part_of_trail
 
 
