@@ -63,8 +63,8 @@ def test_one_source_of_each_faint_trail_remains() -> None:
     left = np.flatnonzero(~shapes.part_of_trail)
     kept = np.bincount(cell[left], minlength=n_side**2)
     assert (kept >= 1).all()
-    # The test of evenness refuses 1 in 200 of the trails; noise peaks above 5 sigma are rarer still.
-    assert (kept > 1).sum() <= 2
+    # The test of evenness refuses 1 in 50 of the trails: more than 4 of 36 once in 1,000 such fields.
+    assert (kept > 1).sum() <= 4
     row = left[shapes.trails.good[left]]
     assert np.unique(cell[row]).size >= n_side**2 - 1
     of = cell[row]

@@ -149,7 +149,7 @@ def test_the_psf_of_a_cutout_and_of_the_moments_is_that_of_the_source_s_cell() -
 
 def test_pieces_of_a_faint_trail_are_one_source_and_counted() -> None:
     exposure = _exposure(signs=(0.0, 0.0, 0.0))
-    trail = sum(_star(128.0 + u, 100.0 + 0.3 * u) for u in np.linspace(-35.0, 35.0, 281)) / 281
+    trail = np.mean([_star(128.0 + u, 100.0 + 0.3 * u) for u in np.linspace(-35.0, 35.0, 281)], axis=0)
     # S/N 20: its ridge has 5.6 a source, and noise cuts it.
     light = 20.0 * NOISE / np.sqrt((trail**2).sum()) * trail
     object.__setattr__(exposure, "difference", (exposure.difference + light).astype(np.float32))

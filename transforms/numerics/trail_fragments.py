@@ -22,7 +22,7 @@ _ACROSS_SIGMA = 2.0  # how far off the line, or beyond its ends, the centroid of
 _OUTSHINE = 1.5  # what is brighter than this times the trail (and 4 errors) is a source of its own
 _OUTSHINE_ERRORS = 4.0
 _STRETCH_SIGMA = 4.7  # 2 FWHM: at S/N 5 a source, a dark stretch of a trail misses 6 errors
-_UNEVENNESS_MAX = 3.0  # standard deviations of chi-square: 1 even trail in 200 gets there
+_UNEVENNESS_MAX = 3.0  # standard deviations of chi-square: 1 in 50 of the trails cut to pieces gets there
 _MEMBERS_MAX = 60  # more pieces than 2 pixels of trail each
 
 
