@@ -363,7 +363,7 @@ def _fill_shapes(records: np.ndarray, exposure: SubtractedExposure, shapes: Shap
     records["extendedness"] = shapes.extendedness
     records["dipoleFitAttempted"] = shapes.dipole_attempted
     records["isDipole"] = shapes.dipoles.is_dipole
-    records["trail_flag_edge"] = np.where(shapes.trail_attempted, shapes.trails.edge, BOOLEAN_NULL)
+    records["trail_flag_edge"] = np.where(shapes.trails.good, shapes.trails.edge, BOOLEAN_NULL)
     records["trail_flag"] = np.where(shapes.trail_attempted, ~shapes.trails.good, BOOLEAN_NULL)
     rows = np.flatnonzero(shapes.dipoles.good)
     if rows.size:
@@ -389,6 +389,11 @@ def _fill_shapes(records: np.ndarray, exposure: SubtractedExposure, shapes: Shap
         records["trailAngle"][rows], records["trailAngleErr"][rows] = line.angle_deg % 180.0, line.angle_err_deg
         records["trailFlux"][rows], records["trailFluxErr"][rows] = trails.flux, trails.flux_err
         records["trailChi2"][rows], records["trailNdata"][rows] = trails.chi2, trails.n_pixels
+        # A trail that detection cut to pieces has but one of them as footprint; its cutout is to hold all.
+        reach_x = np.abs(trails.x - records["x"][rows]) + 0.5 * np.abs(trails.dx)
+        reach_y = np.abs(trails.y - records["y"][rows]) + 0.5 * np.abs(trails.dy)
+        side = np.ceil(2.0 * np.maximum(reach_x, reach_y)).astype(np.int32)
+        records["bboxSize"][rows] = np.maximum(records["bboxSize"][rows], side)
 
 
 def _covariances(x_err: np.ndarray, y_err: np.ndarray, x_y_cov: np.ndarray) -> np.ndarray:
@@ -437,6 +442,7 @@ def _select(
         "no usable pixel at the centre": no_usable_centre,
         "cosmic ray at the centre": records["pixelFlags_crCenter"] == 1,
         "fast trail": _is_fast_trail(records, found, shapes, exposure, config),
+        "part of a longer trail": shapes.part_of_trail,
         "centroid failed": records["centroid_flag"] == 1,
         # A source that vanished leaves its light in the template; over-subtracted sky alone makes -3 of its place.
         "negative direct image": (science_snr < config.min_science_snr)

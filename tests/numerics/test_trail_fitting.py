@@ -8,7 +8,7 @@ from numpy.typing import ArrayLike, NDArray
 from shape_scenes import NOISE, SIGMA_PER_FWHM, cells, extreme_planes, flux_of_snr, psf_image, trail
 
 from transforms.numerics.model_fitting import spline_stack
-from transforms.numerics.trail_fitting import Trails, _draw_gaussian, _draw_summed, fit_trails
+from transforms.numerics.trail_fitting import Trails, _draw_gaussian, draw_summed, fit_trails
 
 
 def moments(fwhm: float, dx: NDArray, dy: NDArray) -> NDArray[np.float64]:
@@ -75,7 +75,7 @@ def test_derivatives_of_the_model_are_those_of_its_differences(draw: str) -> Non
         if draw == "gaussian":
             _draw_gaussian(fwhm * SIGMA_PER_FWHM, parameters, everywhere, planes)
         else:
-            _draw_summed(stack.coefficients[0], stack.half_width, stack.sigma_pix[0], parameters, planes)
+            draw_summed(stack.coefficients[0], stack.half_width, stack.sigma_pix[0], parameters, planes)
         return planes
 
     at = np.array([100.0, 20.2, 15.1, 9.0, 4.0])

@@ -174,6 +174,26 @@ def test_moments_lie_along_the_axes_of_the_detector_however_it_is_turned() -> No
         assert abs(source["ixyPSF"]) < 1e-3 * source["ixxPSF"]
 
 
+def test_pieces_of_a_faint_trail_are_one_source_and_counted() -> None:
+    exposure = _exposure(signs=(0.0, 0.0, 0.0))
+    trail = np.mean([_star(128.0 + u, 100.0 + 0.3 * u) for u in np.linspace(-35.0, 35.0, 281)], axis=0)
+    # S/N 20: its ridge has 5.6 a source, and noise cuts it.
+    light = 20.0 * NOISE / np.sqrt((trail**2).sum()) * trail
+    object.__setattr__(exposure, "difference", (exposure.difference + light).astype(np.float32))
+    object.__setattr__(exposure, "science", (exposure.science + light).astype(np.float32))
+    found = detect_sources(exposure, DetectionConfig(max_motion_deg_per_day=20.0))
+    assert found.n_detected > 1
+    assert found.rejected["part of a longer trail"] == found.n_detected - 1
+    (source,) = found.dia_sources
+    ids = dia_source_ids(20261122, 123, 94, found.n_detected)
+    assert source["diaSourceId"] in ids
+    # The bound is 2.4 pixels at this S/N and width; the cutout holds 70 pixels along x.
+    assert source["trailLength"] == pytest.approx(0.2 * np.hypot(70.0, 21.0), abs=5 * 0.2 * 2.4)
+    assert source["bboxSize"] >= 65
+    assert source["trail_flag"] == 0
+    assert source["trail_flag_edge"] == 0
+
+
 def test_of_a_source_storm_the_most_significant_are_kept_with_their_ids() -> None:
     exposure = _exposure()
     bright = exposure.difference + FLUX * _star(*PLACES[2]).astype(np.float32)

@@ -9,10 +9,12 @@ from numpy.typing import ArrayLike, NDArray
 
 from transforms.numerics.detection import Detections, gaussian_variances
 from transforms.numerics.dipole_fitting import Dipoles, fit_dipoles
+from transforms.numerics.forced_photometry import checked_planes
 from transforms.numerics.measurement import Measurements
 from transforms.numerics.model_fitting import SplineStack, spline_stack
 from transforms.numerics.psf_grid import PsfGrid, as_psf_grid
 from transforms.numerics.trail_fitting import Trails, fit_trails
+from transforms.numerics.trail_fragments import claim_fragments, lines_through, link_fragments
 
 # A lobe holds at least 0.35 of a dipole, so at least 0.54 of the other; noise and faint neighbours take or give some.
 _OPPOSITE_SNR_MIN = 4.0  # among the 100 pixels around a source, noise gets there once in 1,000 sources
@@ -21,6 +23,7 @@ _FOOTPRINT_SPREAD_PSF = 4.0  # in PSF sigma^2; the footprint of a point source h
 _FOOTPRINT_AXIS_RATIO2 = 2.25
 _AXIS_ERROR = 2.0 * np.sqrt(2.0)  # the major moment of a Gaussian source has this relative error at S/N 1
 _EXCESS_SIGNIFICANCE = 3.5  # 1 point source in 2,000; none below S/N 10, where no moment exceeds its error so far
+_EXCESS_TRIED = 2.0  # errors of a point source: 1 in 7 of them; the fit tells
 _EXCESS_MIN = 0.25  # of the PSF's moment: a trail of 0.74 FWHM
 _MINOR_EXCESS_MAX = 0.5  # of the excess of the major axis: rounder sources are blobs
 _MINOR_MIN = 0.5  # of the PSF's moment: narrower tracks are cosmic rays
@@ -34,6 +37,7 @@ class Shapes(NamedTuple):
     ----------
     dipole_attempted, trail_attempted : (n,) bool, which sources were fitted as what
     dipoles, trails : columns of n sources; rows of sources that were not attempted are not `good`
+    part_of_trail : (n,) bool, pieces of the trail of another source
     extendedness : (n,) from 0 for a point to 1 for what is surely larger; NaN where there are no moments
     """
 
@@ -41,6 +45,7 @@ class Shapes(NamedTuple):
     dipoles: Dipoles
     trail_attempted: NDArray[np.bool_]
     trails: Trails
+    part_of_trail: NDArray[np.bool_]
     extendedness: NDArray[np.float64]
 
 
@@ -97,7 +102,8 @@ def measure_shapes(
     of_difference, of_images = as_psf_grid(psf), as_psf_grid(science_psf)
     dipole_attempted = _may_be_dipole(detections)
     chosen = np.flatnonzero(dipole_attempted)
-    (on_difference, on_images), prepared = _stacks((of_difference, of_images), detections, chosen)
+    peaks = detections.peak_x[chosen], detections.peak_y[chosen]
+    (on_difference, on_images), prepared = _stacks((of_difference, of_images), *peaks)
     dipoles = fit_dipoles(
         difference,
         variance,
@@ -109,28 +115,15 @@ def measure_shapes(
         on_difference,
         on_images,
         prepared,
-        detections.peak_x[chosen],
-        detections.peak_y[chosen],
+        *peaks,
     )
     all_dipoles = Dipoles(*(_spread_out(column, chosen, n) for column in dipoles))
     variances = gaussian_variances(of_difference.of_cells)
     sigma = np.sqrt(variances[of_difference.cells_at(detections.peak_x, detections.peak_y)])
-    trail_attempted, moments = _may_be_trail(detections, measured, sigma)
-    trail_attempted &= ~all_dipoles.is_dipole
-    chosen = np.flatnonzero(trail_attempted)
-    (on_difference,), prepared = _stacks((of_difference,), detections, chosen)
-    trails = fit_trails(
-        difference,
-        variance,
-        bad,
-        on_difference,
-        prepared,
-        measured.x[chosen],
-        measured.y[chosen],
-        *moments[:, chosen],
+    trail_attempted, all_trails, part_of_trail = _fit_trails(
+        checked_planes(difference, variance, bad), of_difference, detections, measured, sigma, all_dipoles.is_dipole
     )
-    all_trails = Trails(*(_spread_out(column, chosen, n) for column in trails))
-    return Shapes(dipole_attempted, all_dipoles, trail_attempted, all_trails, _extendedness(measured))
+    return Shapes(dipole_attempted, all_dipoles, trail_attempted, all_trails, part_of_trail, _extendedness(measured))
 
 
 def lines_on_sky(
@@ -160,13 +153,61 @@ def lines_on_sky(
     )
 
 
+def _fit_trails(
+    planes: tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.bool_]],
+    psf: PsfGrid,
+    detections: Detections,
+    measured: Measurements,
+    sigma: NDArray[np.float64],
+    is_dipole: NDArray[np.bool_],
+) -> tuple[NDArray[np.bool_], Trails, NDArray[np.bool_]]:
+    """Which sources were fitted as trails, the trails, and which sources are pieces of another's.
+
+    First the lines through linked sources, each given to that of its pieces which is nearest to its middle; then the
+    sources that are no pieces, each from its own moments.
+    """
+    n = measured.x.size
+    x, y, flux, flux_err = measured.x, measured.y, measured.psf_flux, measured.psf_flux_err
+    usable = ~detections.has_both_signs & ~is_dipole & np.isfinite(flux) & (flux_err > 0.0)
+    heads, lines = lines_through(link_fragments(*planes, x, y, flux, sigma, usable), x, y)
+    (stack,), prepared = _stacks((psf,), lines[0], lines[1])
+    long_x, long_y = lines[2:] ** 2 / 12.0 + sigma[heads] ** 2
+    joint = fit_trails(*planes, stack, prepared, lines[0], lines[1], long_x, long_y, lines[2] * lines[3] / 12.0)
+    owner = claim_fragments(*planes, stack, prepared, joint, x, y, flux, flux_err, usable)
+    part_of_trail = owner >= 0
+    rows, which = [], np.unique(owner[part_of_trail])
+    for trail in which:
+        pieces = np.flatnonzero(owner == trail)
+        rows.append(pieces[np.argmin(np.hypot(x[pieces] - joint.x[trail], y[pieces] - joint.y[trail]))])
+    joined = np.array(rows, dtype=np.int64)
+    part_of_trail[joined] = False
+
+    elongated, maybe, moments = _may_be_trail(detections, measured, sigma)
+    chosen = np.flatnonzero(maybe & ~is_dipole & (owner < 0))
+    (stack,), prepared = _stacks((psf,), detections.peak_x[chosen], detections.peak_y[chosen])
+    single = fit_trails(*planes, stack, prepared, x[chosen], y[chosen], *moments[:, chosen])
+    owner = claim_fragments(*planes, stack, prepared, single, x, y, flux, flux_err, usable & (owner < 0))
+    own = np.full(n, -1)
+    own[chosen] = np.arange(chosen.size)
+    leads = (owner >= 0) & (owner == own)
+    part_of_trail |= (owner >= 0) & ~leads & np.isin(owner, owner[leads])
+    all_rows = np.concatenate([joined, chosen])
+    both = (
+        np.concatenate([np.asarray(one)[which], np.asarray(other)]) for one, other in zip(joint, single, strict=True)
+    )
+    all_trails = Trails(*(_spread_out(column, all_rows, n) for column in both))
+    return (elongated & ~is_dipole) | all_trails.good, all_trails, part_of_trail
+
+
 def _stacks(
-    grids: tuple[PsfGrid, ...], detections: Detections, chosen: NDArray[np.intp]
+    grids: tuple[PsfGrid, ...],
+    x: NDArray[np.integer] | NDArray[np.floating],
+    y: NDArray[np.integer] | NDArray[np.floating],
 ) -> tuple[list[SplineStack], NDArray[np.int64]]:
-    """The PSFs of the cells that hold chosen sources, prepared, and which of them is that of each chosen source."""
-    cells = np.stack([grid.cells_at(detections.peak_x[chosen], detections.peak_y[chosen]) for grid in grids])
+    """The PSFs of the cells that hold places, prepared, and which of them is that of each place."""
+    cells = np.stack([grid.cells_at(x, y) for grid in grids])
     used, prepared = np.unique(cells, axis=1, return_inverse=True)
-    if len(chosen) == 0:
+    if x.size == 0:
         used = np.zeros((len(grids), 1), dtype=np.int64)
     stacks = [spline_stack(grid.of_cells[rows]) for grid, rows in zip(grids, used, strict=True)]
     return stacks, np.asarray(prepared, dtype=np.int64).reshape(-1)
@@ -188,8 +229,8 @@ def _may_be_dipole(detections: Detections) -> NDArray[np.bool_]:
 
 def _may_be_trail(
     detections: Detections, measured: Measurements, sigma: NDArray[np.float64]
-) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
-    """Which sources are elongated, and (3, n) moments to start their fits from."""
+) -> tuple[NDArray[np.bool_], NDArray[np.bool_], NDArray[np.float64]]:
+    """Which sources are elongated, which may be, and (3, n) moments to start their fits from."""
     own = np.stack([measured.ixx, measured.iyy, measured.ixy])
     footprint = np.stack([detections.spread_xx, detections.spread_yy, detections.spread_xy])
     footprint_major, footprint_minor = _axes(footprint)
@@ -200,13 +241,16 @@ def _may_be_trail(
     psf_major, psf_minor = _axes(np.stack([measured.ixx_psf, measured.iyy_psf, measured.ixy_psf]))
     with np.errstate(invalid="ignore", divide="ignore"):
         excess = major - psf_major
-        long_moments = excess > _EXCESS_SIGNIFICANCE * _AXIS_ERROR * major / measured.snr
-        long_moments &= (excess > _EXCESS_MIN * psf_major) & (minor - psf_minor < _MINOR_EXCESS_MAX * excess)
+        error = _AXIS_ERROR * psf_major / measured.snr
+        straight = (excess > _EXCESS_MIN * psf_major) & (minor - psf_minor < _MINOR_EXCESS_MAX * excess + error)
+        maybe_long = straight & (excess > _EXCESS_TRIED * error)
+        long_moments = straight & (excess > _EXCESS_SIGNIFICANCE * _AXIS_ERROR * major / measured.snr)
         narrow = minor < _MINOR_MIN * psf_minor
     measurable = np.isfinite(own).all(axis=0)
     # The footprint is that of the filtered image: one PSF wider than the source.
     start = np.where(measurable, own, footprint - np.array([[1.0], [1.0], [0.0]]) * sigma**2)
-    return (long_footprint | long_moments) & ~narrow & ~detections.has_both_signs, start
+    possible = ~narrow & ~detections.has_both_signs
+    return (long_footprint | long_moments) & possible, (long_footprint | maybe_long) & possible, start
 
 
 def _axes(moments: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

@@ -11,7 +11,6 @@ from numpy.typing import ArrayLike, NDArray
 
 from transforms.numerics.forced_photometry import checked_planes, evaluate_psf, pixel_weight
 from transforms.numerics.model_fitting import (
-    DAMPING_FREE,
     FIT_REACH_SIGMA,
     SETTLED,
     SplineStack,
@@ -29,6 +28,10 @@ _N_PARAMETERS = 5  # flux, x, y of the middle, and the vector from end to end
 _N_PLANES = 1 + _N_PARAMETERS  # the model and its derivatives
 _LENGTH_START_MIN_SIGMA = 1.0
 _LENGTH_SLACK = 0.15  # how far the moments may misjudge a length
+_GROWTH_SIGMA = 3.0  # of the length in one window: 2 sigma of the PSF remain beyond each end
+_WINDOWS_MAX = 12
+_LENGTH_LEAST_SIGMA = 0.5  # shorter lines broaden the PSF by 2 %
+_ELONGATION_MIN = 3.0  # standard errors of length^2: 1 to 6 of 1,000 point sources get there
 _PANEL_SIGMA = 2.5  # light is summed along the line in panels of at most this, 4 Gauss-Legendre points each: 2e-4
 _GAUSS_NODES = (-0.8611363115940526, -0.3399810435848563, 0.3399810435848563, 0.8611363115940526)
 _GAUSS_WEIGHTS = (0.3478548451374538, 0.6521451548625461, 0.6521451548625461, 0.3478548451374538)
@@ -39,7 +42,7 @@ class Trails(NamedTuple):
 
     Attributes
     ----------
-    good : the fit settled on a trail of at most 120 pixels
+    good : the fit settled on a trail of at most 120 pixels whose squared length exceeds 3 of its errors
     x, y : pixels, the trail's middle
     x_err, y_err, x_y_cov : standard errors and covariance of the middle, pixels and pixels^2
     dx, dy : pixels, vector from one end to the other, dx >= 0; its length is the trail's
@@ -108,7 +111,8 @@ def fit_trails(
 
     Notes
     -----
-    O(length). Trails shorter than the PSF's FWHM have no linear error in their length.
+    O(length). The window follows a line that grows. Trails shorter than the PSF's FWHM have no linear error in their
+    length; L / (2 L_err) is the S/N of L^2, by which they are told from points.
     """
     pixels, pixel_variance, masked = checked_planes(image, variance, bad)
     psf_index = np.ascontiguousarray(psf_of_source, dtype=np.int64)
@@ -192,20 +196,27 @@ def _fit_all(
         reach = FIT_REACH_SIGMA * sigma + 1.0
         settled = True
         chi2, count = 0.0, 0
-        for true_psf in range(2):
-            slack = 0.0 if true_psf else _LENGTH_SLACK * math.hypot(parameters[3], parameters[4])
-            x0, y0, values, weights = _cut_out(image, variance, bad, parameters, reach + slack)
+        true_psf = False
+        for _ in range(_WINDOWS_MAX):
+            before = math.hypot(parameters[3], parameters[4])
+            slack = 0.0 if true_psf else _LENGTH_SLACK * before
+            x0, y0, values, weights = cut_out(image, variance, bad, parameters, reach + slack)
             parameters[1] -= x0
             parameters[2] -= y0
             settled, chi2 = _fit_one(
-                values, weights, coefficients[psf], half_width, sigma, true_psf == 1, parameters, covariance
+                values, weights, coefficients[psf], half_width, sigma, true_psf, parameters, covariance
             )
             parameters[1] += x0
             parameters[2] += y0
             count = (weights > 0.0).sum()
-            if not settled:
+            after = math.hypot(parameters[3], parameters[4])
+            if true_psf or not after > _LENGTH_LEAST_SIGMA * sigma:
                 break
-        if not settled:
+            # A line that outgrew its window may be longer still.
+            true_psf = after < before + _GROWTH_SIGMA * sigma
+            if not true_psf:
+                parameters[0] = 0.0
+        if not (settled and true_psf and _is_longer_than_a_point(parameters, covariance)):
             continue
         if parameters[3] < 0.0:
             parameters[3:] *= -1.0  # with dx and dy, all their covariances with each other keep their sign
@@ -219,6 +230,15 @@ def _fit_all(
         real[11, source] = math.sqrt(max(covariance[0, 0], 0.0))
         real[12, source] = chi2
         n_pixels[source] = count
+
+
+@njit(cache=True)
+def _is_longer_than_a_point(parameters: NDArray[np.float64], covariance: NDArray[np.float64]) -> bool:
+    """Whether the squared length, in which short trails are linear, exceeds its error; L / (2 L_err) is its S/N."""
+    dx, dy = parameters[3], parameters[4]
+    length2 = dx * dx + dy * dy
+    along = dx * dx * covariance[3, 3] + 2.0 * dx * dy * covariance[3, 4] + dy * dy * covariance[4, 4]
+    return bool(length2 > 2.0 * _ELONGATION_MIN * math.sqrt(max(along, 0.0)))
 
 
 @njit(cache=True)
@@ -243,7 +263,7 @@ def _start_line(
 
 
 @njit(cache=True)
-def _cut_out(
+def cut_out(
     image: NDArray[np.float32],
     variance: NDArray[np.float32],
     bad: NDArray[np.bool_],
@@ -298,21 +318,20 @@ def _fit_one(
         if evaluation == 0 and not true_psf:
             for k in range(1, n):
                 matrix[k, k], gradient[k] = 1.0, 0.0  # without flux the line has no derivatives
+        settled = max(SETTLED, _ROUGHNESS * parameters[0] * parameters[0] * matrix[0, 0])
+        # What is left to be gained is told by the free step, however short the steps must be.
+        if (
+            (evaluation > 0 or true_psf)
+            and factorise(matrix, 0.0, factor)
+            and _gain_of_step(factor, parameters, gradient, step, tried) < settled
+            and _is_line(tried, values.shape)
+        ):
+            parameters[:] = tried
+            invert_factored(factor, covariance)
+            return True, chi2
         if not factorise(matrix, damping, factor):
             break
-        solve_factored(factor, gradient, step)
-        gain = 0.0
-        for k in range(n):
-            gain += step[k] * gradient[k]
-            tried[k] = parameters[k] + step[k]
-        if not gain < np.inf:
-            break
-        settled = max(SETTLED, _ROUGHNESS * parameters[0] * parameters[0] * matrix[0, 0])
-        if (evaluation > 0 or true_psf) and damping < DAMPING_FREE and gain < settled:
-            if _is_line(tried, values.shape) and factorise(matrix, 0.0, factor):
-                parameters[:] = tried
-                invert_factored(factor, covariance)
-                return True, chi2
+        if not _gain_of_step(factor, parameters, gradient, step, tried) < np.inf:
             break
         new_chi2 = np.inf
         if _is_line(tried, values.shape):
@@ -324,9 +343,28 @@ def _fit_one(
             gradient[:] = new_gradient
             chi2 = new_chi2
             damping = 0.0 if damping < 1e-3 else 0.1 * damping
+            if not math.hypot(parameters[3], parameters[4]) > _LENGTH_LEAST_SIGMA * sigma:
+                break
         else:
             damping = max(10.0 * damping, 1e-2)
     return False, 0.0
+
+
+@njit(cache=True)
+def _gain_of_step(
+    factor: NDArray[np.float64],
+    parameters: NDArray[np.float64],
+    gradient: NDArray[np.float64],
+    step: NDArray[np.float64],
+    tried: NDArray[np.float64],
+) -> float:
+    """Fill the step and where it leads; return what the normal equations promise of it, in chi-square."""
+    solve_factored(factor, gradient, step)
+    gain = 0.0
+    for k in range(_N_PARAMETERS):
+        gain += step[k] * gradient[k]
+        tried[k] = parameters[k] + step[k]
+    return gain
 
 
 @njit(cache=True)
@@ -350,7 +388,7 @@ def _draw(
 ) -> None:
     """Fill the planes with the model and its derivatives by flux, x, y, dx, dy."""
     if true_psf:
-        _draw_summed(coefficients, half_width, sigma, parameters, planes)
+        draw_summed(coefficients, half_width, sigma, parameters, planes)
     else:
         _draw_gaussian(sigma, parameters, weights, planes)
 
@@ -393,7 +431,7 @@ def _draw_gaussian(
 
 
 @njit(cache=True)
-def _draw_summed(
+def draw_summed(
     coefficients: NDArray[np.float64],
     half_width: int,
     sigma: float,
