@@ -23,8 +23,9 @@ from schemas.records import (
     empty_records,
     take_records,
 )
-from transforms.numerics.dia_association import Positions, associate, unit_vectors
+from transforms.numerics.dia_association import Positions, associate
 from transforms.numerics.dia_object_statistics import LightCurves, band_statistics, mean_positions
+from transforms.numerics.solar_system_matching import unit_vectors
 
 BANDS = b"ugrizy"
 DAYS_PER_YEAR = 365.25
