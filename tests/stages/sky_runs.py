@@ -244,6 +244,12 @@ def run_on_beam(steps: list[Step], config: AssociationConfig, store: ImageStore,
 
     That runner is right with such a source only if each slice holds whole visits (or what is late).
     """
+    with beam.Pipeline(runner=FnApiRunner()) as flow:
+        return _associated(send_in_order(flow, steps, folder), config, store, folder)
+
+
+def send_in_order(flow: beam.Pipeline, steps: list[Step], folder: Path) -> beam.PCollection:
+    """The elements of the steps, in slices that end where the watermark moves; they wait in files in `folder`."""
     slices: list[tuple[list[int], float]] = []
     waiting: list[int] = []
     for i, (time, element) in enumerate([*steps, (4e9, None)]):
@@ -253,9 +259,16 @@ def run_on_beam(steps: list[Step], config: AssociationConfig, store: ImageStore,
         else:
             waiting.append(i)
     times = [time for time, _ in steps]
-    with beam.Pipeline(runner=FnApiRunner()) as flow:
-        indices = flow | beam.Create([0]) | beam.ParDo(_EmitSlicesFn(slices, times)).with_output_types(int)
-        return _associated(indices, steps, config, store, folder)
+    indices = flow | beam.Create([0]) | beam.ParDo(_EmitSlicesFn(slices, times)).with_output_types(int)
+    return _loaded(indices, steps, folder)
+
+
+def _loaded(indices: beam.PCollection, steps: list[Step], folder: Path) -> beam.PCollection:
+    kept = folder / uuid.uuid4().hex
+    kept.mkdir(parents=True)
+    for i, (_, element) in enumerate(steps):
+        (kept / str(i)).write_bytes(pickle.dumps(element))
+    return indices | "LoadElements" >> beam.Map(_Load(kept)).with_output_types(StageElement)
 
 
 def run_on_stream(steps: list[Step], config: AssociationConfig, store: ImageStore, folder: Path) -> Outcome:
@@ -269,7 +282,7 @@ def run_on_stream(steps: list[Step], config: AssociationConfig, store: ImageStor
     options = beam.options.pipeline_options.PipelineOptions([], streaming=True)
     with beam.Pipeline(runner="BundleBasedDirectRunner", options=options) as flow:
         indices = flow | stream.advance_watermark_to_infinity().with_output_types(int)
-        return _associated(indices, steps, config, store, folder)
+        return _associated(_loaded(indices, steps, folder), config, store, folder)
 
 
 class _Later(Outcome):
@@ -286,28 +299,22 @@ class _Later(Outcome):
         return found
 
 
-def _associated(
-    indices: beam.PCollection, steps: list[Step], config: AssociationConfig, store: ImageStore, folder: Path
-) -> Outcome:
+def _associated(sent: beam.PCollection, config: AssociationConfig, store: ImageStore, folder: Path) -> Outcome:
     kept = folder / uuid.uuid4().hex
     for name in ("good", "failed"):
         (kept / name).mkdir(parents=True)
-    outputs = (
-        indices
-        | "NameElements" >> beam.Map(_Lookup([one for _, one in steps])).with_output_types(StageElement)
-        | AssociateDiaSources(config, store)
-    )
+    outputs = sent | AssociateDiaSources(config, store)
     outputs.good | "KeepGood" >> beam.Map(_Keep(kept / "good"))
     outputs.failed | "KeepFailed" >> beam.Map(_Keep(kept / "failed"))
     return _Later(kept)
 
 
-class _Lookup:
-    def __init__(self, elements: list[StageElement | None]) -> None:
-        self.elements = pickle.dumps(elements)
+class _Load:
+    def __init__(self, folder: Path) -> None:
+        self.folder = str(folder)
 
     def __call__(self, index: int) -> Any:
-        return pickle.loads(self.elements)[index]
+        return pickle.loads((Path(self.folder) / str(index)).read_bytes())
 
 
 class _Keep:

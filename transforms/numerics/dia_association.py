@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numba import njit
 
 ARCSEC_PER_DEG = 3600.0
 _NO_PAIR = -1
+_PER_DEG = (1.0 - 1e-15) / 360.0  # so that no right ascension below 360 rounds up to the column after the last
 
 
 @dataclass(frozen=True)
@@ -105,12 +107,18 @@ def associate(
     )
 
 
-def _columns(positions: Positions) -> np.ndarray:
-    """(n, 4) ra, dec, ra_err, dec_err as float64."""
-    columns = np.empty((len(positions), 4))
-    for index, values in enumerate((positions.ra, positions.dec, positions.ra_err, positions.dec_err)):
-        columns[:, index] = values
-    return columns
+class _Columns(NamedTuple):
+    """Positions as contiguous float64, what the compiled loops take."""
+
+    ra: np.ndarray
+    dec: np.ndarray
+    ra_err: np.ndarray
+    dec_err: np.ndarray
+
+
+def _columns(positions: Positions) -> _Columns:
+    columns = (positions.ra, positions.dec, positions.ra_err, positions.dec_err)
+    return _Columns(*(np.ascontiguousarray(values, dtype=np.float64) for values in columns))
 
 
 @njit(cache=True)
@@ -121,103 +129,106 @@ def unit_vector(ra_deg: float, dec_deg: float) -> tuple[float, float, float]:
 
 
 @njit(cache=True)
-def _zone_of(dec_deg: float, height_deg: float) -> int:
-    return int(math.floor((dec_deg + 90.0) / height_deg))
-
-
-@njit(cache=True)
 def _columns_of_zone(zone: int, height_deg: float) -> int:
     """Number of cells along a zone: none is narrower than the zone is high, at the zone's narrower edge."""
     furthest = max(abs(zone * height_deg - 90.0), abs((zone + 1) * height_deg - 90.0))
-    return max(1, int(math.floor(360.0 * math.cos(math.radians(min(furthest, 90.0))) / height_deg)))
-
-
-@njit(cache=True)
-def _column_of(ra_deg: float, n_columns: int) -> int:
-    return int(math.floor((ra_deg % 360.0) / 360.0 * n_columns)) % n_columns
+    return max(1, int(360.0 * math.cos(math.radians(min(furthest, 90.0))) / height_deg))
 
 
 @njit(cache=True)
 def _slot(zone: int, column: int, mask: int) -> int:
-    mixed = (zone * 1_000_003 + column) & 0x7FFFFFFFFFFFFFFF
+    mixed = zone * 1_000_003 + column
     mixed = (mixed ^ (mixed >> 15)) * 0x2C1B3C6D
     return (mixed ^ (mixed >> 12)) & mask
 
 
 @njit(cache=True)
-def _pairs_within(sources: np.ndarray, objects: np.ndarray, radius_deg: float) -> np.ndarray:
-    """(n, 2) pairs (source, object) within the gate, in order of source, then object.
+def _cells_of_gates(sources: _Columns, height_deg: float) -> tuple[np.ndarray, int, np.ndarray]:
+    """Enter every source in all cells that its gate touches, so that an object need look up its own cell only.
 
-    Every source is entered in all cells that its gate touches, so that an object looks up its own cell only.
+    The sky is cut into zones of declination, counted from the south pole, each zone into equal cells of right
+    ascension. Returns (n, 3) zone, column, source; the first zone; and the number of columns of each zone from there.
     """
-    n_sources, n_objects = len(sources), len(objects)
-    # A hair higher than the gate, so that rounding cannot put a neighbour two zones away.
-    height = max(radius_deg * (1.0 + 1e-6), 1e-7)
     low_zone, high_zone = 1 << 40, -1
-    for i in range(n_sources):
-        if math.isfinite(sources[i, 0]) and math.isfinite(sources[i, 1]):
-            zone = _zone_of(sources[i, 1], height)
+    for i in range(len(sources.ra)):
+        if math.isfinite(sources.ra[i]) and math.isfinite(sources.dec[i]):
+            zone = int((sources.dec[i] + 90.0) / height_deg)
             low_zone, high_zone = min(low_zone, zone - 1), max(high_zone, zone + 1)
-    if high_zone < low_zone:
-        return np.empty((0, 2), dtype=np.int64)
-    entries = np.empty((16 * n_sources, 3), dtype=np.int64)  # zone, column, source
+    n_columns = np.empty(max(high_zone - low_zone + 1, 0), dtype=np.int64)
+    for zone in range(low_zone, low_zone + len(n_columns)):
+        n_columns[zone - low_zone] = _columns_of_zone(zone, height_deg)
+    entries = np.empty((16 * len(sources.ra), 3), dtype=np.int64)
     n_entries = 0
-    for i in range(n_sources):
-        ra, dec = sources[i, 0], sources[i, 1]
+    for i in range(len(sources.ra)):
+        ra, dec = sources.ra[i] % 360.0, sources.dec[i]
         if not (math.isfinite(ra) and math.isfinite(dec)):
             continue
-        own = _zone_of(dec, height)
+        own = int((dec + 90.0) / height_deg)
         # The circle of the gate spans asin(sin(gate) / cos(dec)) in right ascension, everything around a pole.
-        ratio = math.sin(math.radians(height)) / max(math.cos(math.radians(dec)), 1e-300)
+        ratio = math.sin(math.radians(height_deg)) / max(math.cos(math.radians(dec)), 1e-300)
         reach = math.degrees(math.asin(ratio)) * (1.0 + 1e-6) if ratio < 1.0 else 180.0
         for zone in range(own - 1, own + 2):
-            n_columns = _columns_of_zone(zone, height)
-            width = 360.0 / n_columns
-            if 2.0 * (reach + width) >= 360.0:
-                first, count = 0, n_columns
+            n = n_columns[zone - low_zone]
+            if 2.0 * (reach + 360.0 / n) >= 360.0:
+                first, count = 0, n
             else:
-                first = int(math.floor((ra - reach) / width))
-                count = int(math.floor((ra + reach) / width)) - first + 1
+                first = int(math.floor((ra - reach) * (n * _PER_DEG)))
+                count = int(math.floor((ra + reach) * (n * _PER_DEG))) - first + 1
             if n_entries + count > len(entries):
                 longer = np.empty((2 * len(entries) + count, 3), dtype=np.int64)
                 longer[:n_entries] = entries[:n_entries]
                 entries = longer
             for column in range(first, first + count):
-                entries[n_entries, 0], entries[n_entries, 1], entries[n_entries, 2] = zone, column % n_columns, i
+                inside = column + n if column < 0 else column - n if column >= n else column
+                entries[n_entries, 0], entries[n_entries, 1], entries[n_entries, 2] = zone, inside, i
                 n_entries += 1
+    return entries[:n_entries], low_zone, n_columns
+
+
+@njit(cache=True)
+def _pairs_within(sources: _Columns, objects: _Columns, radius_deg: float) -> np.ndarray:
+    """(n, 2) pairs (source, object) within the gate, in order of source, then object."""
+    n_sources = len(sources.ra)
+    # A hair higher than the gate, so that rounding cannot put a neighbour two zones away.
+    height = max(radius_deg * (1.0 + 1e-6), 1e-7)
+    entries, low_zone, n_columns = _cells_of_gates(sources, height)
     size = 16
-    while size < 4 * n_entries:
+    while size < 2 * len(entries):
         size *= 2
     mask = size - 1
     head = np.full(size, -1, dtype=np.int32)
-    following = np.empty(n_entries, dtype=np.int32)
-    for e in range(n_entries):
+    following = np.empty(len(entries), dtype=np.int32)
+    for e in range(len(entries)):
         slot = _slot(entries[e, 0], entries[e, 1], mask)
         following[e] = head[slot]
         head[slot] = e
-    n_columns_of = np.empty(high_zone - low_zone + 1, dtype=np.int64)
-    for zone in range(low_zone, high_zone + 1):
-        n_columns_of[zone - low_zone] = _columns_of_zone(zone, height)
+    vectors = np.empty((n_sources, 3))
+    for i in range(n_sources):
+        vectors[i, 0], vectors[i, 1], vectors[i, 2] = unit_vector(sources.ra[i], sources.dec[i])
+    columns_per_deg = n_columns * _PER_DEG
     chord2 = (2.0 * math.sin(0.5 * math.radians(radius_deg))) ** 2
     found = np.empty((2 * n_sources + 16, 2), dtype=np.int64)
     n_found = 0
-    for k in range(n_objects):
-        ra, dec = objects[k, 0], objects[k, 1]
+    for k in range(len(objects.ra)):
+        ra, dec = objects.ra[k], objects.dec[k]
         if not (math.isfinite(ra) and math.isfinite(dec)):
             continue
-        zone = _zone_of(dec, height)
-        if zone < low_zone or zone > high_zone:
+        zone = int((dec + 90.0) / height)
+        row = zone - low_zone
+        if row < 0 or row >= len(n_columns):
             continue
-        column = _column_of(ra, n_columns_of[zone - low_zone])
+        if ra < 0.0 or ra >= 360.0:
+            ra = ra % 360.0
+        column = int(ra * columns_per_deg[row])
         e = head[_slot(zone, column, mask)]
-        if e < 0:
-            continue
-        x, y, z = unit_vector(ra, dec)
+        x, y, z, is_near = 0.0, 0.0, 0.0, False
         while e >= 0:
             if entries[e, 0] == zone and entries[e, 1] == column:
                 i = entries[e, 2]
-                u, v, w = unit_vector(sources[i, 0], sources[i, 1])
-                if (x - u) ** 2 + (y - v) ** 2 + (z - w) ** 2 <= chord2:
+                if not is_near:
+                    x, y, z = unit_vector(objects.ra[k], dec)
+                    is_near = True
+                if (x - vectors[i, 0]) ** 2 + (y - vectors[i, 1]) ** 2 + (z - vectors[i, 2]) ** 2 <= chord2:
                     if n_found == len(found):
                         more = np.empty((2 * n_found, 2), dtype=np.int64)
                         more[:n_found] = found
@@ -248,26 +259,26 @@ def _usable_error(error_deg: float, floor_arcsec: float, fallback_arcsec: float)
 
 @njit(cache=True)
 def _pair_scores(
-    sources: np.ndarray, objects: np.ndarray, pairs: np.ndarray, floor_arcsec: float, fallback_arcsec: float
+    sources: _Columns, objects: _Columns, pairs: np.ndarray, floor_arcsec: float, fallback_arcsec: float
 ) -> np.ndarray:
     """Score of each pair; offsets are projected, as RA times cos(dec) fails at the poles."""
     scores = np.empty(len(pairs))
     to_arcsec = math.degrees(1.0) * ARCSEC_PER_DEG
     for p in range(len(pairs)):
         i, k = pairs[p, 0], pairs[p, 1]
-        ra, dec = math.radians(objects[k, 0]), math.radians(objects[k, 1])
-        u, v, w = unit_vector(sources[i, 0], sources[i, 1])
-        x, y, z = unit_vector(objects[k, 0], objects[k, 1])
+        ra, dec = math.radians(objects.ra[k]), math.radians(objects.dec[k])
+        u, v, w = unit_vector(sources.ra[i], sources.dec[i])
+        x, y, z = unit_vector(objects.ra[k], objects.dec[k])
         du, dv, dw = u - x, v - y, w - z
         east = (dv * math.cos(ra) - du * math.sin(ra)) * to_arcsec
         north = (dw * math.cos(dec) - math.sin(dec) * (du * math.cos(ra) + dv * math.sin(ra))) * to_arcsec
         var_ra = (
-            _usable_error(sources[i, 2], floor_arcsec, fallback_arcsec) ** 2
-            + _usable_error(objects[k, 2], floor_arcsec, fallback_arcsec) ** 2
+            _usable_error(sources.ra_err[i], floor_arcsec, fallback_arcsec) ** 2
+            + _usable_error(objects.ra_err[k], floor_arcsec, fallback_arcsec) ** 2
         )
         var_dec = (
-            _usable_error(sources[i, 3], floor_arcsec, fallback_arcsec) ** 2
-            + _usable_error(objects[k, 3], floor_arcsec, fallback_arcsec) ** 2
+            _usable_error(sources.dec_err[i], floor_arcsec, fallback_arcsec) ** 2
+            + _usable_error(objects.dec_err[k], floor_arcsec, fallback_arcsec) ** 2
         )
         scores[p] = 0.5 * (east * east / var_ra + north * north / var_dec) + 0.5 * math.log(var_ra * var_dec)
     return scores
@@ -301,8 +312,8 @@ def _group_labels(pairs: np.ndarray, n_sources: int, n_objects: int) -> np.ndarr
 
 @njit(cache=True)
 def _match_groups(
-    sources: np.ndarray,
-    objects: np.ndarray,
+    sources: _Columns,
+    objects: _Columns,
     pairs: np.ndarray,
     scores: np.ndarray,
     group: np.ndarray,
@@ -340,14 +351,14 @@ def _match_groups(
 
 
 @njit(cache=True)
-def _width_arcsec(sources: np.ndarray, objects: np.ndarray, pairs: np.ndarray) -> float:
+def _width_arcsec(sources: _Columns, objects: _Columns, pairs: np.ndarray) -> float:
     """Extent of a group: twice the largest distance of a member from the group's first source."""
-    x, y, z = unit_vector(sources[pairs[0, 0], 0], sources[pairs[0, 0], 1])
+    x, y, z = unit_vector(sources.ra[pairs[0, 0]], sources.dec[pairs[0, 0]])
     chord2 = 0.0
     for p in range(len(pairs)):
-        u, v, w = unit_vector(sources[pairs[p, 0], 0], sources[pairs[p, 0], 1])
+        u, v, w = unit_vector(sources.ra[pairs[p, 0]], sources.dec[pairs[p, 0]])
         chord2 = max(chord2, (x - u) ** 2 + (y - v) ** 2 + (z - w) ** 2)
-        u, v, w = unit_vector(objects[pairs[p, 1], 0], objects[pairs[p, 1], 1])
+        u, v, w = unit_vector(objects.ra[pairs[p, 1]], objects.dec[pairs[p, 1]])
         chord2 = max(chord2, (x - u) ** 2 + (y - v) ** 2 + (z - w) ** 2)
     return 2.0 * math.degrees(2.0 * math.asin(min(0.5 * math.sqrt(chord2), 1.0))) * ARCSEC_PER_DEG
 
