@@ -119,9 +119,7 @@ def test_score_is_the_gaussian_negative_log_likelihood_of_both_offsets() -> None
     expected = 0.5 * (0.3**2 / var_ra + 0.4**2 / var_dec) + 0.5 * math.log(var_ra * var_dec)
     # d(score) = offset * d(offset) / variance on each axis
     tolerance = OFFSET_TOLERANCE_ARCSEC * (0.3 / var_ra + 0.4 / var_dec)
-    assert score_of(sources, objects) == pytest.approx(
-        expected, abs=tolerance
-    )
+    assert score_of(sources, objects) == pytest.approx(expected, abs=tolerance)
 
 
 @pytest.mark.parametrize(

@@ -172,8 +172,8 @@ def _cells_of_gates(sources: _Columns, height_deg: float) -> tuple[np.ndarray, i
             if 2.0 * (reach + 360.0 / n) >= 360.0:
                 first, count = 0, n
             else:
-                first = int(math.floor((ra - reach) * (n * _PER_DEG)))
-                count = int(math.floor((ra + reach) * (n * _PER_DEG))) - first + 1
+                first = math.floor((ra - reach) * (n * _PER_DEG))
+                count = math.floor((ra + reach) * (n * _PER_DEG)) - first + 1
             if n_entries + count > len(entries):
                 longer = np.empty((2 * len(entries) + count, 3), dtype=np.int64)
                 longer[:n_entries] = entries[:n_entries]
