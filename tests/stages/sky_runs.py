@@ -209,7 +209,7 @@ class _Timers:
 
 
 def run_by_hand(
-    steps: Iterable[Step], config: AssociationConfig, store: ImageStore, rng: np.random.Generator | None = None
+    steps: Iterable[Step], config: AssociationConfig, store: ImageStore | None, rng: np.random.Generator | None = None
 ) -> Outcome:
     """Run the stage's DoFn with states and timers of our own; due timers fire in random order."""
     fn = _AssociateInCellsFn(config, store)
