@@ -1,6 +1,6 @@
 """Sky space: association and statistics beside their peers, and the whole of it through Beam.
 
-    python tests/benchmarks/bench_association.py [--big] [--only numerics|statistics|space]
+    python tests/benchmarks/bench_association.py [--big] [--only numerics|statistics|space|years]
 
 Times are CPU seconds, best of three where the call is short. Peers run in the same process on the same input:
 
@@ -15,6 +15,7 @@ Tables
   statistics    microseconds per object of 21 sources in six bands
   space         DIA-source batches in, packets out, through Beam on the local runner without cutouts: alerts per CPU
                 second by cell order (alerts per cell and visit), history length, objects per cell; state per cell
+  years         10,000 visits of one cell in two simulated years, a history of 12 months: ms per visit, bytes of state
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from scipy.spatial import cKDTree
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "stages"))
 
-from sky_runs import Step, send_in_order
+from sky_runs import CellByHand, Step, send_in_order
 
 from runners.local import local_engine
 from schemas.elements import CatalogueSources, EarlierNights
@@ -68,7 +69,7 @@ REPEATS = 3
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--big", action="store_true", help="also 40,000 sources by 2,000,000 objects, minutes of peers")
-    parser.add_argument("--only", choices=("numerics", "statistics", "space"))
+    parser.add_argument("--only", choices=("numerics", "statistics", "space", "years"))
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
     print(f"python {platform.python_version()}, numpy {np.__version__}, {platform.machine()}, seed {options.seed}")
@@ -76,6 +77,7 @@ def main() -> None:
         "numerics": lambda: numerics(options.seed, options.big),
         "statistics": lambda: statistics(options.seed),
         "space": lambda: space(options.seed),
+        "years": lambda: years(options.seed),
     }
     for name, table in tables.items():
         if options.only in (None, name):
@@ -330,6 +332,41 @@ def write_history(visits: list[CatalogueSources], folder: Path) -> None:
     objects["firstDiaSourceMjdTai"] = sources["midpointMjdTai"][first]
     for name, rows in (("dia_sources", sources), ("dia_objects", objects)):
         write_table(folder / "archive" / name / "day_obs=20261122" / "1.parquet", records_to_arrow(rows))
+
+
+def years(seed: int) -> None:
+    """Twenty objects, each seen in a tenth of the visits, and once in ten visits a source that never comes back."""
+    n_visits, n_objects = 10_000, 20
+    days_per_visit = 730.5 / n_visits
+    rng = np.random.default_rng(seed)
+    ra, dec = (float(angle[0]) for angle in hpgeom.pixel_to_angle(1 << 9, np.array([1_000_000])))
+    east, north = rng.uniform(-100, 100, (2, n_objects)) * ARCSEC
+    cell = CellByHand(AssociationConfig())
+    print("years  visits  month  ms/visit  objects  state KB  blocks  alerts  history of an alert")
+    started, alerts, longest = time.process_time(), 0, 0
+    for number in range(n_visits):
+        stray = rng.uniform(-100, 100, (2, int(rng.random() < 0.1))) * ARCSEC
+        seen = rng.random(n_objects) < 0.1
+        offset = np.concatenate([np.stack([east, north])[:, seen], stray], axis=1)
+        offset = offset + rng.normal(0, 0.05 * ARCSEC, offset.shape)
+        rows = empty_records(DIA_SOURCE, offset.shape[1])
+        midpoint, band = START_MJD + number * days_per_visit, "ugrizy"[number % 6]
+        visit = 2026112200000 + number
+        rows["diaSourceId"] = (number + 1) * 1000 + np.arange(len(rows))
+        rows["visit"], rows["band"], rows["midpointMjdTai"] = visit, band.encode(), midpoint
+        rows["ra"], rows["dec"] = ra + offset[0] / np.cos(np.radians(dec)), dec + offset[1]
+        rows["raErr"] = rows["decErr"] = 0.05 * ARCSEC
+        rows["psfFlux"], rows["psfFluxErr"] = rng.normal(900.0, 20.0, len(rows)), 20.0
+        for batch in cell.visit(CatalogueSources(_visit(visit, number, midpoint, band), 0, rows)):
+            alerts += len(batch.dia_sources)
+            longest = max(longest, int(np.diff(batch.prv_offsets).max(initial=0)))
+        if (number + 1) % 1000 == 0:
+            now = time.process_time()
+            print(
+                f"{number + 1:13d} {(number + 1) * days_per_visit / 30.4:6.1f} {now - started:9.2f} "
+                f"{cell.n_objects():8d} {cell.nbytes() / 1e3:9.0f} {cell.n_blocks():7d} {alerts:7d} {longest:20d}"
+            )
+            started, alerts, longest = now, 0, 0
 
 
 class _SkySpace:

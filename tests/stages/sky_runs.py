@@ -23,11 +23,13 @@ from sky_samples import alerts_of, tables_of
 
 from schemas.claim_check import ImageStore
 from schemas.elements import AlertBatch, DetectedSources, StageElement, SubtractedExposure
+from schemas.framing import unpack
 from schemas.identifiers import dia_source_ids
-from schemas.manifests import DetectorImages, Visit
+from schemas.manifests import DetectorImages, Visit, event_time_s
 from schemas.records import DIA_SOURCE, SS_SOURCE, concatenate_records, empty_records, records_to_arrow, take_records
 from transforms.archiving import write_table
 from transforms.association import AssociateDiaSources, AssociationConfig, _AssociateInCellsFn, sky_messages
+from transforms.cell_state import read_index
 
 SIZE_PIX = 64
 PIXEL_ARCSEC = 3.0
@@ -237,6 +239,37 @@ def run_by_hand(
                 fn.process((cell, message), Timestamp(time), pending, timers)
         fire()
     return outcome
+
+
+class CellByHand:
+    """The cell that owns most of a visit's sources, run visit by visit with state of our own."""
+
+    def __init__(self, config: AssociationConfig) -> None:
+        self.config = config
+        self.fn = _AssociateInCellsFn(config, None)
+        self.fn.setup()
+        self.pending, self.index, self.history, self.timers = _Bag(), _Value(), _Bag(), _Timers()
+
+    def visit(self, element: StageElement) -> Iterator[AlertBatch]:
+        """The batches of one visit, all of whose sources lie in one cell."""
+        messages = dict(sky_messages(element, self.config))
+        if not messages:
+            return
+        cell = max(messages, key=lambda one: len(messages[one]))
+        at = Timestamp(event_time_s(unpack(messages[cell])[0]["context"]["midpoint_mjd_tai"]))
+        self.fn.process((cell, messages[cell]), at, self.pending, self.timers)
+        for output in self.fn.associate(cell, at, self.pending, self.index, self.history, self.timers):
+            if isinstance(output.value, AlertBatch):
+                yield output.value
+
+    def n_objects(self) -> int:
+        return len(read_index(self.index.item).objects)
+
+    def n_blocks(self) -> int:
+        return len(self.history.items)
+
+    def nbytes(self) -> int:
+        return len(self.index.item or b"") + sum(len(block) for block in self.history.items)
 
 
 def run_on_beam(steps: list[Step], config: AssociationConfig, store: ImageStore, folder: Path) -> Outcome:
