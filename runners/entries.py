@@ -17,7 +17,7 @@ from schemas.elements import FailureRecord
 from schemas.manifests import ManifestError, manifest_lines, manifest_path, night_folder, read_manifest
 from schemas.packet_index import index_packets, packet_files, read_index_visits
 from schemas.source_tables import read_table_visits
-from transforms.association import read_history
+from transforms.association import read_archive
 from transforms.delivery import Delivery
 from transforms.distribution import BrokerConfig
 from transforms.failures import failure_of
@@ -113,7 +113,7 @@ def check_history(history: tuple[Path, ...], out: Path) -> None:
         if folder.resolve() == out.resolve():
             raise HistoryError(f"--history {folder} is the output folder of this run")
     try:
-        read_history(tuple(str(folder) for folder in history))
+        read_archive(tuple(str(folder) for folder in history))
     except (OSError, ValueError, KeyError) as error:
         raise HistoryError(f"--history {', '.join(str(folder) for folder in history)}: {error}") from error
 

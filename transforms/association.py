@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import OrderedDict
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,6 +37,17 @@ from schemas.records import (
     records_to_bytes,
     take_records,
 )
+from transforms.cell_state import (
+    COMPACTED_FROM,
+    LATEST_DAYS,
+    CellIndex,
+    history_block,
+    index_bytes,
+    reaching_rows,
+    read_history,
+    read_index,
+    seen_of,
+)
 from transforms.failures import FAILED, failure_of, failure_part
 from transforms.ingestion import visit_context
 from transforms.numerics.forced_photometry import PsfSplines, forced_psf_flux, psf_splines
@@ -51,7 +63,6 @@ from transforms.sky_cells import (
 )
 
 STAGE = "association"
-STATE_VERSION = 1
 _OPEN_EXPOSURES = 8
 _HALO_PER_RADIUS = 6.0
 _CELL_ARCSEC_AT_ORDER_0 = 58.6 * 3600.0
@@ -93,6 +104,10 @@ class AssociationConfig:
         return AssociationRules(**{name: getattr(self, name) for name in names})
 
 
+class LateVisitError(ValueError):
+    """A visit of which a sky cell no longer knows whether it was seen, nor what preceded it."""
+
+
 class AssociationResult(NamedTuple):
     """`good`: AlertBatch per sky cell and visit, VisitParts as they came; `failed`: FailureRecord."""
 
@@ -109,8 +124,9 @@ class AssociateDiaSources(beam.PTransform):
     HEALPix cell; a source goes to its own cell and to those whose halo it lies in. Order: per cell by
     (midpoint, visit), whole visits, when the watermark has passed them; a detector that comes later is
     processed when it comes, with the history that precedes it. A detector delivered twice changes
-    nothing. State per cell: what waits for the watermark, the objects and the detectors seen, the history
-    (older than `history_months` is dropped).
+    nothing; one that comes more than `history_months` and a month after the newest visit of a cell is
+    refused, as the cell no longer knows what preceded it. State per cell: what waits for the watermark,
+    and `transforms.cell_state`.
     """
 
     def __init__(self, config: AssociationConfig, image_store: ImageStore | None) -> None:
@@ -197,7 +213,7 @@ def _unwrapped(corner: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.nd
 
 def history_messages(folders: tuple[str, ...], config: AssociationConfig) -> Iterator[Any]:
     """The archive tables of earlier nights as messages to the cells that need them."""
-    knowledge = read_history(folders)
+    knowledge = read_archive(folders)
     source_cells = cells_with_halo(
         knowledge.sources["ra"], knowledge.sources["dec"], config.cell_order, config.halo_arcsec
     )
@@ -213,7 +229,7 @@ def history_messages(folders: tuple[str, ...], config: AssociationConfig) -> Ite
         yield int(cell), pack({"kind": "history"}, buffers)
 
 
-def read_history(folders: tuple[str, ...]) -> CellKnowledge:
+def read_archive(folders: tuple[str, ...]) -> CellKnowledge:
     """Objects (the latest state of each), associated sources and forced sources of output folders.
 
     Raises
@@ -297,62 +313,61 @@ class _AssociateInCellsFn(beam.DoFn):
         if cell < 0:
             yield from _visit_parts(arrived)
             return
-        seen, objects = _read_index(index.read())
+        known = read_index(index.read())
         blocks = [bytes(block) for block in history.read()]
         for message in earlier:
             _, buffers = unpack(message)
-            objects = _merged_objects(objects, records_from_bytes(DIA_OBJECT, buffers[0]))
-            block = pack({}, (bytes(buffers[1]), bytes(buffers[2])))
-            seen |= _seen_in(records_from_bytes(DIA_SOURCE, buffers[1]))
-            blocks.append(block)
-            history.add(block)
-        for visit in _visits_of(arrived, seen):
+            objects = _merged_objects(known.objects, records_from_bytes(DIA_OBJECT, buffers[0]))
+            sources = records_from_bytes(DIA_SOURCE, buffers[1])
+            known = replace(known, objects=objects).with_seen(seen_of(sources))
+            blocks.append(history_block(sources, records_from_bytes(DIA_FORCED_SOURCE, buffers[2])))
+            history.add(blocks[-1])
+        reach = self.config.rules().history_days + LATEST_DAYS
+        sources, forced = read_history(blocks)
+        for visit in _visits_of(arrived, known):
+            event_time = Timestamp(event_time_s(visit.midpoint_mjd_tai))
+            if visit.midpoint_mjd_tai <= known.newest_mjd_tai - reach:
+                yield from _failed_at(event_time, visit, _too_late(cell, visit, known.newest_mjd_tai, reach))
+                continue
             started = time.perf_counter()
-            sources, forced = _read_blocks(blocks)
             outcome = process_visit(
                 cell,
                 self.config.cell_order,
-                CellKnowledge(objects, sources, forced),
+                CellKnowledge(known.objects, sources, forced),
                 visit,
                 self.config.rules(),
-                partial(self.forced.measure, visit.context["visit"]),
+                partial(self.forced.measure, visit.number),
             )
-            objects = outcome.objects
-            seen |= {(visit.context["visit"], detector) for detector in visit.detectors}
-            block = pack({}, (records_to_bytes(outcome.new_sources), records_to_bytes(outcome.new_forced)))
-            blocks.append(block)
-            history.add(block)
-            event_time = Timestamp(event_time_s(visit.context["midpoint_mjd_tai"]))
+            known = replace(known, objects=outcome.objects).with_seen(visit.seen())
+            sources = concatenate_records([sources, outcome.new_sources], DIA_SOURCE)
+            forced = concatenate_records([forced, outcome.new_forced], DIA_FORCED_SOURCE)
+            blocks.append(history_block(outcome.new_sources, outcome.new_forced))
+            history.add(blocks[-1])
             for failure in self.forced.take_failures():
-                yield beam.pvalue.TaggedOutput(FAILED, TimestampedValue(failure, event_time))
-                part = VisitPart(visit.context["visit"], visit.context["midpoint_mjd_tai"], failure_part(failure))
-                yield TimestampedValue(part, event_time)
+                yield from _failed_at(event_time, visit, failure)
             outcome.batch.counts["association_us"] = int(1e6 * (time.perf_counter() - started))
             yield TimestampedValue(outcome.batch, event_time)
-        index.write(_index_bytes(seen, objects))
-        self._prune(blocks, history, arrived)
-
-    def _prune(self, blocks: list[bytes], history: Any, arrived: list[bytes]) -> None:
-        """Rewrite the history without what is out of reach, once that is half of the blocks."""
-        newest = max(unpack(message)[0]["context"]["midpoint_mjd_tai"] for message in arrived)
-        # A margin of a month keeps what late detectors may still ask for.
-        limit = newest - self.config.rules().history_days - 31.0
-        kept, n_stale = [], 0
-        for block in blocks:
-            _, buffers = unpack(block)
-            sources = records_from_bytes(DIA_SOURCE, buffers[0])
-            forced = records_from_bytes(DIA_FORCED_SOURCE, buffers[1])
-            fresh_sources = take_records(sources, sources["midpointMjdTai"] > limit)
-            fresh_forced = take_records(forced, forced["midpointMjdTai"] > limit)
-            if len(fresh_sources) + len(fresh_forced) < len(sources) + len(forced):
-                n_stale += 1
-                block = pack({}, (records_to_bytes(fresh_sources), records_to_bytes(fresh_forced)))
-            if len(fresh_sources) + len(fresh_forced):
-                kept.append(block)
-        if 2 * n_stale > len(blocks):
+        known = known.reaching(reach)
+        index.write(index_bytes(known))
+        if len(blocks) >= COMPACTED_FROM:
             history.clear()
-            for block in kept:
-                history.add(block)
+            history.add(
+                history_block(*(reaching_rows(rows, known.newest_mjd_tai, reach) for rows in (sources, forced)))
+            )
+
+
+def _failed_at(event_time: Timestamp, visit: CellVisit, failure: FailureRecord) -> Iterator[Any]:
+    yield beam.pvalue.TaggedOutput(FAILED, TimestampedValue(failure, event_time))
+    yield TimestampedValue(VisitPart(visit.number, visit.midpoint_mjd_tai, failure_part(failure)), event_time)
+
+
+def _too_late(cell: int, visit: CellVisit, newest_mjd_tai: float, reach_days: float) -> FailureRecord:
+    error = LateVisitError(
+        f"sky cell {cell} knows a visit {newest_mjd_tai - visit.midpoint_mjd_tai:.1f} days later and "
+        f"remembers {reach_days:.0f} days"
+    )
+    detector = visit.detectors[0] if len(visit.detectors) == 1 else None
+    return failure_of(error, STAGE, visit.number, detector, lost=f"{len(visit.sources)} sources in or around the cell")
 
 
 def _visit_parts(messages: list[bytes]) -> Iterator[TimestampedValue]:
@@ -376,13 +391,13 @@ def _split_due(waiting: list[bytes], fired_at: Timestamp) -> tuple[list[bytes], 
     return arrived, sorted(earlier), rest
 
 
-def _visits_of(messages: list[bytes], seen: set[tuple[int, int]]) -> list[CellVisit]:
+def _visits_of(messages: list[bytes], known: CellIndex) -> list[CellVisit]:
     """Messages as visits in order of (midpoint, visit), detectors already seen left out."""
     by_visit: dict[tuple[float, int], dict[int, tuple[dict[str, Any], list[memoryview]]]] = {}
     for message in messages:
         header, buffers = unpack(message)
         context, detector = header["context"], header["detector"]
-        if (context["visit"], detector) not in seen:
+        if not known.has_seen(context["visit"], detector):
             by_visit.setdefault((context["midpoint_mjd_tai"], context["visit"]), {}).setdefault(
                 detector, (context, buffers)
             )
@@ -403,38 +418,10 @@ def _visits_of(messages: list[bytes], seen: set[tuple[int, int]]) -> list[CellVi
     return visits
 
 
-def _read_index(stored: bytes | None) -> tuple[set[tuple[int, int]], np.ndarray]:
-    if not stored:
-        return set(), empty_records(DIA_OBJECT, 0)
-    header, buffers = unpack(stored)
-    if header["version"] != STATE_VERSION:
-        raise ValueError(f"sky-cell state of version {header['version']}, this code reads {STATE_VERSION}")
-    seen = np.frombuffer(buffers[0], dtype="<i8").reshape(-1, 2)
-    return {(int(visit), int(detector)) for visit, detector in seen}, records_from_bytes(DIA_OBJECT, buffers[1])
-
-
-def _index_bytes(seen: set[tuple[int, int]], objects: np.ndarray) -> bytes:
-    pairs = np.array(sorted(seen), dtype="<i8").reshape(-1, 2)
-    return pack({"version": STATE_VERSION}, (pairs.tobytes(), records_to_bytes(objects)))
-
-
-def _read_blocks(blocks: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
-    frames = [unpack(block)[1] for block in blocks]
-    sources = concatenate_records([records_from_bytes(DIA_SOURCE, frame[0]) for frame in frames], DIA_SOURCE)
-    forced = concatenate_records(
-        [records_from_bytes(DIA_FORCED_SOURCE, frame[1]) for frame in frames], DIA_FORCED_SOURCE
-    )
-    return sources, forced
-
-
 def _merged_objects(known: np.ndarray, more: np.ndarray) -> np.ndarray:
     fresh = take_records(more, ~np.isin(more["diaObjectId"], known["diaObjectId"]))
     merged = concatenate_records([known, fresh], DIA_OBJECT)
     return take_records(merged, np.argsort(merged["diaObjectId"], kind="stable"))
-
-
-def _seen_in(sources: np.ndarray) -> set[tuple[int, int]]:
-    return {(int(visit), int(detector)) for visit, detector in zip(sources["visit"], sources["detector"], strict=True)}
 
 
 class _OpenExposure(NamedTuple):

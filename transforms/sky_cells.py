@@ -23,8 +23,10 @@ from schemas.records import (
     empty_records,
     take_records,
 )
-from transforms.numerics.dia_association import Positions, associate, unit_vectors
+from transforms.cell_state import SEEN
+from transforms.numerics.dia_association import Positions, associate
 from transforms.numerics.dia_object_statistics import LightCurves, band_statistics, mean_positions
+from transforms.numerics.solar_system_matching import unit_vectors
 
 BANDS = b"ugrizy"
 DAYS_PER_YEAR = 365.25
@@ -95,6 +97,20 @@ class CellVisit:
     detectors: tuple[int, ...]
     sources: np.ndarray
     ss_sources: np.ndarray
+
+    @property
+    def number(self) -> int:
+        return int(self.context["visit"])
+
+    @property
+    def midpoint_mjd_tai(self) -> float:
+        return float(self.context["midpoint_mjd_tai"])
+
+    def seen(self) -> np.ndarray:
+        """Its detectors as a cell remembers them, (n,) SEEN."""
+        seen = np.empty(len(self.detectors), SEEN)
+        seen["visit"], seen["detector"], seen["midpointMjdTai"] = self.number, self.detectors, self.midpoint_mjd_tai
+        return seen
 
 
 @dataclass(frozen=True)
@@ -173,7 +189,7 @@ def process_visit(
     -------
     CellOutcome
     """
-    visit, midpoint = arrived.context["visit"], arrived.context["midpoint_mjd_tai"]
+    visit, midpoint = arrived.number, arrived.midpoint_mjd_tai
     sources = _sorted_by(arrived.sources, arrived.sources["diaSourceId"])
     before = _preceding(known.sources, midpoint, visit, rules.history_days)
     forced_before = _preceding(known.forced, midpoint, visit, rules.history_days)

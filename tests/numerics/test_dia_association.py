@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from transforms.numerics.dia_association import Assignment, Positions, _scores, associate
+from transforms.numerics.dia_association import Assignment, Positions, _columns, _pair_scores, associate
 
 ARCSEC = 1.0 / 3600.0
 WIDE_OPEN = 1e4  # no group is ever too wide
@@ -53,6 +53,12 @@ def joined(*parts: Positions) -> Positions:
 
 def open_associate(sources: Positions, objects: Positions, **options: float) -> Assignment:
     return associate(sources, objects, **{"max_group_width_arcsec": WIDE_OPEN, **options})
+
+
+def score_of(sources: Positions, objects: Positions) -> float:
+    """Score of the first source with the first object."""
+    pair = np.zeros((1, 2), dtype=np.int64)
+    return float(_pair_scores(_columns(sources), _columns(objects), pair, 0.05, 0.2)[0])
 
 
 def usable(error_deg: float, floor: float, fallback: float) -> float:
@@ -113,9 +119,7 @@ def test_score_is_the_gaussian_negative_log_likelihood_of_both_offsets() -> None
     expected = 0.5 * (0.3**2 / var_ra + 0.4**2 / var_dec) + 0.5 * math.log(var_ra * var_dec)
     # d(score) = offset * d(offset) / variance on each axis
     tolerance = OFFSET_TOLERANCE_ARCSEC * (0.3 / var_ra + 0.4 / var_dec)
-    assert _scores(sources, objects, np.array([0]), np.array([0]), 0.05, 0.2)[0] == pytest.approx(
-        expected, abs=tolerance
-    )
+    assert score_of(sources, objects) == pytest.approx(expected, abs=tolerance)
 
 
 @pytest.mark.parametrize(
@@ -124,14 +128,14 @@ def test_score_is_the_gaussian_negative_log_likelihood_of_both_offsets() -> None
 )
 def test_small_errors_get_the_floor_and_missing_ones_the_fallback(error_arcsec: float, used_arcsec: float) -> None:
     sources, objects = around(10.0, 0.0, [0.0], [0.0], err=error_arcsec), around(10.0, 0.0, [0.0], [0.0], err=0.1)
-    score = _scores(sources, objects, np.array([0]), np.array([0]), 0.05, 0.2)[0]
+    score = score_of(sources, objects)
     assert score == pytest.approx(math.log(used_arcsec**2 + 0.1**2), rel=1e-12)
 
 
 def test_errors_in_single_precision_are_taken_as_they_are() -> None:
     sources = around(10.0, 0.0, [0.0], [0.0])
     single = Positions(sources.ra, sources.dec, sources.ra_err.astype("f4"), sources.dec_err.astype("f4"))
-    score = _scores(single, sources, np.array([0]), np.array([0]), 0.05, 0.2)[0]
+    score = score_of(single, sources)
     assert score == pytest.approx(math.log(2 * 0.1**2), abs=4e-7)  # twice 2^-24 from each of two errors, rounded up
 
 
@@ -148,7 +152,7 @@ def test_ra_error_is_an_error_on_the_sky() -> None:
     found = open_associate(source, around(200.0, -60.0, [0.5, 0.0], [0.0, 0.5], err=0.05))
     assert found.object_index[0] == 0
     var_ra, var_dec = 0.4**2 + 0.05**2, 0.1**2 + 0.05**2
-    score = _scores(source, around(200.0, -60.0, [0.5], [0.0], err=0.05), np.array([0]), np.array([0]), 0.05, 0.2)[0]
+    score = score_of(source, around(200.0, -60.0, [0.5], [0.0], err=0.05))
     expected = 0.5 * 0.5**2 / var_ra + 0.5 * math.log(var_ra * var_dec)
     assert score == pytest.approx(expected, abs=OFFSET_TOLERANCE_ARCSEC * 0.5 / var_ra)
 
@@ -159,7 +163,7 @@ def test_distances_across_a_pole_are_true(dec: float) -> None:
     sources = around(30.0, dec, [0.3, 5.0], [0.0, 5.0])
     objects = around(30.0, dec, [-0.3, 5.0, 0.0], [0.0, 5.2, 0.9])
     assert open_associate(sources, objects).object_index.tolist() == [0, 1]
-    score = _scores(sources, objects, np.array([0]), np.array([0]), 0.05, 0.2)[0]
+    score = score_of(sources, objects)
     # Isotropic errors, so only the distance counts: 0.6 arcsec with variance 2 x 0.1^2 on both axes.
     expected = 0.5 * 0.6**2 / 0.02 + math.log(0.02)
     assert score == pytest.approx(expected, abs=0.6 / 0.02 * OFFSET_TOLERANCE_ARCSEC)

@@ -23,11 +23,13 @@ from sky_samples import alerts_of, tables_of
 
 from schemas.claim_check import ImageStore
 from schemas.elements import AlertBatch, DetectedSources, StageElement, SubtractedExposure
+from schemas.framing import unpack
 from schemas.identifiers import dia_source_ids
-from schemas.manifests import DetectorImages, Visit
+from schemas.manifests import DetectorImages, Visit, event_time_s
 from schemas.records import DIA_SOURCE, SS_SOURCE, concatenate_records, empty_records, records_to_arrow, take_records
 from transforms.archiving import write_table
 from transforms.association import AssociateDiaSources, AssociationConfig, _AssociateInCellsFn, sky_messages
+from transforms.cell_state import read_index
 
 SIZE_PIX = 64
 PIXEL_ARCSEC = 3.0
@@ -209,7 +211,7 @@ class _Timers:
 
 
 def run_by_hand(
-    steps: Iterable[Step], config: AssociationConfig, store: ImageStore, rng: np.random.Generator | None = None
+    steps: Iterable[Step], config: AssociationConfig, store: ImageStore | None, rng: np.random.Generator | None = None
 ) -> Outcome:
     """Run the stage's DoFn with states and timers of our own; due timers fire in random order."""
     fn = _AssociateInCellsFn(config, store)
@@ -239,11 +241,48 @@ def run_by_hand(
     return outcome
 
 
+class CellByHand:
+    """The cell that owns most of a visit's sources, run visit by visit with state of our own."""
+
+    def __init__(self, config: AssociationConfig) -> None:
+        self.config = config
+        self.fn = _AssociateInCellsFn(config, None)
+        self.fn.setup()
+        self.pending, self.index, self.history, self.timers = _Bag(), _Value(), _Bag(), _Timers()
+
+    def visit(self, element: StageElement) -> Iterator[AlertBatch]:
+        """The batches of one visit, all of whose sources lie in one cell."""
+        messages = dict(sky_messages(element, self.config))
+        if not messages:
+            return
+        cell = max(messages, key=lambda one: len(messages[one]))
+        at = Timestamp(event_time_s(unpack(messages[cell])[0]["context"]["midpoint_mjd_tai"]))
+        self.fn.process((cell, messages[cell]), at, self.pending, self.timers)
+        for output in self.fn.associate(cell, at, self.pending, self.index, self.history, self.timers):
+            if isinstance(output.value, AlertBatch):
+                yield output.value
+
+    def n_objects(self) -> int:
+        return len(read_index(self.index.item).objects)
+
+    def n_blocks(self) -> int:
+        return len(self.history.items)
+
+    def nbytes(self) -> int:
+        return len(self.index.item or b"") + sum(len(block) for block in self.history.items)
+
+
 def run_on_beam(steps: list[Step], config: AssociationConfig, store: ImageStore, folder: Path) -> Outcome:
     """Run the whole transform on the local runner; a watermark step ends a bundle and moves the watermark.
 
     That runner is right with such a source only if each slice holds whole visits (or what is late).
     """
+    with beam.Pipeline(runner=FnApiRunner()) as flow:
+        return _associated(send_in_order(flow, steps, folder), config, store, folder)
+
+
+def send_in_order(flow: beam.Pipeline, steps: list[Step], folder: Path) -> beam.PCollection:
+    """The elements of the steps, in slices that end where the watermark moves; they wait in files in `folder`."""
     slices: list[tuple[list[int], float]] = []
     waiting: list[int] = []
     for i, (time, element) in enumerate([*steps, (4e9, None)]):
@@ -253,9 +292,16 @@ def run_on_beam(steps: list[Step], config: AssociationConfig, store: ImageStore,
         else:
             waiting.append(i)
     times = [time for time, _ in steps]
-    with beam.Pipeline(runner=FnApiRunner()) as flow:
-        indices = flow | beam.Create([0]) | beam.ParDo(_EmitSlicesFn(slices, times)).with_output_types(int)
-        return _associated(indices, steps, config, store, folder)
+    indices = flow | beam.Create([0]) | beam.ParDo(_EmitSlicesFn(slices, times)).with_output_types(int)
+    return _loaded(indices, steps, folder)
+
+
+def _loaded(indices: beam.PCollection, steps: list[Step], folder: Path) -> beam.PCollection:
+    kept = folder / uuid.uuid4().hex
+    kept.mkdir(parents=True)
+    for i, (_, element) in enumerate(steps):
+        (kept / str(i)).write_bytes(pickle.dumps(element))
+    return indices | "LoadElements" >> beam.Map(_Load(kept)).with_output_types(StageElement)
 
 
 def run_on_stream(steps: list[Step], config: AssociationConfig, store: ImageStore, folder: Path) -> Outcome:
@@ -269,7 +315,7 @@ def run_on_stream(steps: list[Step], config: AssociationConfig, store: ImageStor
     options = beam.options.pipeline_options.PipelineOptions([], streaming=True)
     with beam.Pipeline(runner="BundleBasedDirectRunner", options=options) as flow:
         indices = flow | stream.advance_watermark_to_infinity().with_output_types(int)
-        return _associated(indices, steps, config, store, folder)
+        return _associated(_loaded(indices, steps, folder), config, store, folder)
 
 
 class _Later(Outcome):
@@ -286,28 +332,22 @@ class _Later(Outcome):
         return found
 
 
-def _associated(
-    indices: beam.PCollection, steps: list[Step], config: AssociationConfig, store: ImageStore, folder: Path
-) -> Outcome:
+def _associated(sent: beam.PCollection, config: AssociationConfig, store: ImageStore, folder: Path) -> Outcome:
     kept = folder / uuid.uuid4().hex
     for name in ("good", "failed"):
         (kept / name).mkdir(parents=True)
-    outputs = (
-        indices
-        | "NameElements" >> beam.Map(_Lookup([one for _, one in steps])).with_output_types(StageElement)
-        | AssociateDiaSources(config, store)
-    )
+    outputs = sent | AssociateDiaSources(config, store)
     outputs.good | "KeepGood" >> beam.Map(_Keep(kept / "good"))
     outputs.failed | "KeepFailed" >> beam.Map(_Keep(kept / "failed"))
     return _Later(kept)
 
 
-class _Lookup:
-    def __init__(self, elements: list[StageElement | None]) -> None:
-        self.elements = pickle.dumps(elements)
+class _Load:
+    def __init__(self, folder: Path) -> None:
+        self.folder = str(folder)
 
     def __call__(self, index: int) -> Any:
-        return pickle.loads(self.elements)[index]
+        return pickle.loads((Path(self.folder) / str(index)).read_bytes())
 
 
 class _Keep:

@@ -26,7 +26,7 @@ from sky_samples import alerts_of, tables_of
 from schemas.claim_check import ImageStore
 from schemas.elements import EarlierNights, FailureRecord, VisitPart
 from schemas.records import take_records
-from transforms.association import AssociationConfig, _ForcedPhotometer, read_history
+from transforms.association import AssociationConfig, _ForcedPhotometer, read_archive
 from transforms.numerics.forced_photometry import linear_psf_fit
 from transforms.numerics.psf_grid import PsfGrid
 
@@ -182,7 +182,7 @@ def test_history_keeps_the_fullest_of_two_states_of_one_time(sky: Sky, tmp_path:
     # The late detector's rows are read first, so that nothing but the count can prefer them.
     write_archive(late, tmp_path / "0")
     write_archive([one for one in found.batches if one.context["detectors"] != [1]], tmp_path / "1")
-    known = read_history(tuple(str(path) for path in sorted(tmp_path.iterdir())))
+    known = read_archive(tuple(str(path) for path in sorted(tmp_path.iterdir())))
     counts = {int(row["diaObjectId"]): int(row["nDiaSources"]) for row in known.objects}
     ids, sources = np.unique(known.sources["diaObjectId"], return_counts=True)
     assert counts == dict(zip(ids.tolist(), sources.tolist(), strict=True))
@@ -190,7 +190,7 @@ def test_history_keeps_the_fullest_of_two_states_of_one_time(sky: Sky, tmp_path:
 
 def test_missing_history_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="holds no archive"):
-        read_history((str(tmp_path),))
+        read_archive((str(tmp_path),))
 
 
 def test_lost_image_is_a_counted_failure_and_the_alerts_still_go(sky: Sky, sorted_run: Outcome, tmp_path: Path) -> None:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
-from scipy.optimize import linear_sum_assignment
-from scipy.sparse import coo_matrix
-from scipy.sparse.csgraph import connected_components
-from scipy.spatial import cKDTree
+from numba import njit
 
 ARCSEC_PER_DEG = 3600.0
+_NO_PAIR = -1
+_PER_DEG = (1.0 - 1e-15) / 360.0  # so that no right ascension below 360 rounds up to the column after the last
 
 
 @dataclass(frozen=True)
@@ -84,148 +85,359 @@ def associate(
 
     Notes
     -----
-    O((n_sources + n_objects) log n_objects) plus O(k^3) per contested group of k members.
+    Sources are hashed into cells of the gate's size, objects looked up there: O(n_sources + n_objects), 10 ns an
+    object that is near no source, plus O(k^3) per contested group of k members.
 
     References
     ----------
     Gate, score and errors: lsst/ap_association `association.py` (2026-06); ours differs in matching
     per group and in applying cos(dec) to the difference in right ascension.
     """
-    nothing = np.full(len(sources), -1, dtype=np.int64)
+    nothing = np.full(len(sources), _NO_PAIR, dtype=np.int64)
     if len(sources) == 0 or len(objects) == 0:
         return Assignment(nothing, nothing[:0], nothing[:0])
-    pair_source, pair_object = _pairs_within(sources, objects, radius_arcsec)
-    if len(pair_source) == 0:
+    source_columns, object_columns = _columns(sources), _columns(objects)
+    pairs = _pairs_within(source_columns, object_columns, radius_arcsec / ARCSEC_PER_DEG)
+    if len(pairs) == 0:
         return Assignment(nothing, nothing[:0], nothing[:0])
-    scores = _scores(sources, objects, pair_source, pair_object, error_floor_arcsec, error_fallback_arcsec)
-    groups = _group_labels(pair_source, pair_object, len(sources), len(objects))
-    order = np.argsort(groups, kind="stable")
-    starts = np.flatnonzero(np.r_[True, np.diff(groups[order]) > 0])
-    ends = np.r_[starts[1:], len(order)]
-    contested, wide = [], []
-    assigned = nothing
-    for start, end in zip(starts, ends, strict=True):
-        members = order[start:end]
-        if end - start == 1:
-            assigned[pair_source[members]] = pair_object[members]
+    scores = _pair_scores(source_columns, object_columns, pairs, error_floor_arcsec, error_fallback_arcsec)
+    group = _group_labels(pairs, len(sources), len(objects))
+    return Assignment(
+        *_match_groups(source_columns, object_columns, pairs, scores, group, len(sources), max_group_width_arcsec)
+    )
+
+
+class _Columns(NamedTuple):
+    """Positions as contiguous float64, what the compiled loops take."""
+
+    ra: np.ndarray
+    dec: np.ndarray
+    ra_err: np.ndarray
+    dec_err: np.ndarray
+
+
+def _columns(positions: Positions) -> _Columns:
+    columns = (positions.ra, positions.dec, positions.ra_err, positions.dec_err)
+    return _Columns(*(np.ascontiguousarray(values, dtype=np.float64) for values in columns))
+
+
+@njit(cache=True)
+def unit_vector(ra_deg: float, dec_deg: float) -> tuple[float, float, float]:
+    """Direction of a position in degrees."""
+    ra, dec = math.radians(ra_deg), math.radians(dec_deg)
+    return math.cos(dec) * math.cos(ra), math.cos(dec) * math.sin(ra), math.sin(dec)
+
+
+@njit(cache=True)
+def _columns_of_zone(zone: int, height_deg: float) -> int:
+    """Number of cells along a zone: none is narrower than the zone is high, at the zone's narrower edge."""
+    furthest = max(abs(zone * height_deg - 90.0), abs((zone + 1) * height_deg - 90.0))
+    return max(1, int(360.0 * math.cos(math.radians(min(furthest, 90.0))) / height_deg))
+
+
+@njit(cache=True)
+def _slot(zone: int, column: int, mask: int) -> int:
+    mixed = zone * 1_000_003 + column
+    mixed = (mixed ^ (mixed >> 15)) * 0x2C1B3C6D
+    return (mixed ^ (mixed >> 12)) & mask
+
+
+@njit(cache=True)
+def _cells_of_gates(sources: _Columns, height_deg: float) -> tuple[np.ndarray, int, np.ndarray]:
+    """Enter every source in all cells that its gate touches, so that an object need look up its own cell only.
+
+    The sky is cut into zones of declination, counted from the south pole, each zone into equal cells of right
+    ascension. Returns (n, 3) zone, column, source; the first zone; and the number of columns of each zone from there.
+    """
+    low_zone, high_zone = 1 << 40, -1
+    for i in range(len(sources.ra)):
+        if math.isfinite(sources.ra[i]) and math.isfinite(sources.dec[i]):
+            zone = int((sources.dec[i] + 90.0) / height_deg)
+            low_zone, high_zone = min(low_zone, zone - 1), max(high_zone, zone + 1)
+    n_columns = np.empty(max(high_zone - low_zone + 1, 0), dtype=np.int64)
+    for zone in range(low_zone, low_zone + len(n_columns)):
+        n_columns[zone - low_zone] = _columns_of_zone(zone, height_deg)
+    entries = np.empty((16 * len(sources.ra), 3), dtype=np.int64)
+    n_entries = 0
+    for i in range(len(sources.ra)):
+        ra, dec = sources.ra[i] % 360.0, sources.dec[i]
+        if not (math.isfinite(ra) and math.isfinite(dec)):
             continue
-        contested.append(pair_source[members[0]])
-        if _width_arcsec(sources, objects, pair_source[members], pair_object[members]) > max_group_width_arcsec:
-            wide.append(pair_source[members[0]])
-            chosen = _mutual_nearest(pair_source[members], pair_object[members], scores[members])
-        else:
-            chosen = _best_matching(pair_source[members], pair_object[members], scores[members])
-        assigned[pair_source[members][chosen]] = pair_object[members][chosen]
-    return Assignment(assigned, np.array(contested, dtype=np.int64), np.array(wide, dtype=np.int64))
+        own = int((dec + 90.0) / height_deg)
+        # The circle of the gate spans asin(sin(gate) / cos(dec)) in right ascension, everything around a pole.
+        ratio = math.sin(math.radians(height_deg)) / max(math.cos(math.radians(dec)), 1e-300)
+        reach = math.degrees(math.asin(ratio)) * (1.0 + 1e-6) if ratio < 1.0 else 180.0
+        for zone in range(own - 1, own + 2):
+            n = n_columns[zone - low_zone]
+            if 2.0 * (reach + 360.0 / n) >= 360.0:
+                first, count = 0, n
+            else:
+                first = math.floor((ra - reach) * (n * _PER_DEG))
+                count = math.floor((ra + reach) * (n * _PER_DEG)) - first + 1
+            if n_entries + count > len(entries):
+                longer = np.empty((2 * len(entries) + count, 3), dtype=np.int64)
+                longer[:n_entries] = entries[:n_entries]
+                entries = longer
+            for column in range(first, first + count):
+                inside = column + n if column < 0 else column - n if column >= n else column
+                entries[n_entries, 0], entries[n_entries, 1], entries[n_entries, 2] = zone, inside, i
+                n_entries += 1
+    return entries[:n_entries], low_zone, n_columns
 
 
-def unit_vectors(ra_deg: np.ndarray, dec_deg: np.ndarray) -> np.ndarray:
-    """(n, 3) unit vectors of positions in degrees."""
-    ra, dec = np.radians(ra_deg), np.radians(dec_deg)
-    return np.stack([np.cos(dec) * np.cos(ra), np.cos(dec) * np.sin(ra), np.sin(dec)], axis=-1)
+@njit(cache=True)
+def _pairs_within(sources: _Columns, objects: _Columns, radius_deg: float) -> np.ndarray:
+    """(n, 2) pairs (source, object) within the gate, in order of source, then object."""
+    n_sources = len(sources.ra)
+    # A hair higher than the gate, so that rounding cannot put a neighbour two zones away.
+    height = max(radius_deg * (1.0 + 1e-6), 1e-7)
+    entries, low_zone, n_columns = _cells_of_gates(sources, height)
+    size = 16
+    while size < 2 * len(entries):
+        size *= 2
+    mask = size - 1
+    head = np.full(size, -1, dtype=np.int32)
+    following = np.empty(len(entries), dtype=np.int32)
+    for e in range(len(entries)):
+        slot = _slot(entries[e, 0], entries[e, 1], mask)
+        following[e] = head[slot]
+        head[slot] = e
+    vectors = np.empty((n_sources, 3))
+    for i in range(n_sources):
+        vectors[i, 0], vectors[i, 1], vectors[i, 2] = unit_vector(sources.ra[i], sources.dec[i])
+    columns_per_deg = n_columns * _PER_DEG
+    chord2 = (2.0 * math.sin(0.5 * math.radians(radius_deg))) ** 2
+    found = np.empty((2 * n_sources + 16, 2), dtype=np.int64)
+    n_found = 0
+    for k in range(len(objects.ra)):
+        ra, dec = objects.ra[k], objects.dec[k]
+        if not (math.isfinite(ra) and math.isfinite(dec)):
+            continue
+        zone = int((dec + 90.0) / height)
+        row = zone - low_zone
+        if row < 0 or row >= len(n_columns):
+            continue
+        if ra < 0.0 or ra >= 360.0:
+            ra = ra % 360.0
+        column = int(ra * columns_per_deg[row])
+        e = head[_slot(zone, column, mask)]
+        x, y, z, is_near = 0.0, 0.0, 0.0, False
+        while e >= 0:
+            if entries[e, 0] == zone and entries[e, 1] == column:
+                i = entries[e, 2]
+                if not is_near:
+                    x, y, z = unit_vector(objects.ra[k], dec)
+                    is_near = True
+                if (x - vectors[i, 0]) ** 2 + (y - vectors[i, 1]) ** 2 + (z - vectors[i, 2]) ** 2 <= chord2:
+                    if n_found == len(found):
+                        more = np.empty((2 * n_found, 2), dtype=np.int64)
+                        more[:n_found] = found
+                        found = more
+                    found[n_found, 0], found[n_found, 1] = i, k
+                    n_found += 1
+            e = following[e]
+    # Objects came in order; counting by source puts the pairs in order of (source, object).
+    start = np.zeros(n_sources + 1, dtype=np.int64)
+    for p in range(n_found):
+        start[found[p, 0] + 1] += 1
+    for i in range(n_sources):
+        start[i + 1] += start[i]
+    pairs = np.empty((n_found, 2), dtype=np.int64)
+    for p in range(n_found):
+        i = found[p, 0]
+        pairs[start[i], 0], pairs[start[i], 1] = i, found[p, 1]
+        start[i] += 1
+    return pairs
 
 
-def _pairs_within(sources: Positions, objects: Positions, radius_arcsec: float) -> tuple[np.ndarray, np.ndarray]:
-    placed_sources, placed_objects = _placed(sources), _placed(objects)
-    source_vectors = unit_vectors(sources.ra[placed_sources], sources.dec[placed_sources])
-    object_vectors = unit_vectors(objects.ra[placed_objects], objects.dec[placed_objects])
-    chord = 2.0 * np.sin(np.radians(radius_arcsec / ARCSEC_PER_DEG) / 2.0)
-    found = cKDTree(object_vectors).query_ball_point(source_vectors, chord, return_sorted=True)
-    counts = np.array([len(hits) for hits in found], dtype=np.int64)
-    pair_source = placed_sources[np.repeat(np.arange(len(counts)), counts)]
-    pair_object = placed_objects[np.array([hit for hits in found for hit in hits], dtype=np.int64)]
-    return pair_source, pair_object
+@njit(cache=True)
+def _usable_error(error_deg: float, floor_arcsec: float, fallback_arcsec: float) -> float:
+    if math.isfinite(error_deg) and error_deg > 0.0:
+        return max(error_deg * ARCSEC_PER_DEG, floor_arcsec)
+    return fallback_arcsec
 
 
-def _placed(positions: Positions) -> np.ndarray:
-    return np.flatnonzero(np.isfinite(positions.ra) & np.isfinite(positions.dec))
-
-
-def _offsets_arcsec(
-    sources: Positions, objects: Positions, pair_source: np.ndarray, pair_object: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """East and north of each source from its object; projected, as RA times cos(dec) fails at the poles."""
-    ra, dec = np.radians(objects.ra[pair_object]), np.radians(objects.dec[pair_object])
-    apart = unit_vectors(sources.ra[pair_source], sources.dec[pair_source]) - unit_vectors(
-        objects.ra[pair_object], objects.dec[pair_object]
-    )
-    east = np.stack([-np.sin(ra), np.cos(ra), np.zeros_like(ra)], axis=-1)
-    north = np.stack([-np.sin(dec) * np.cos(ra), -np.sin(dec) * np.sin(ra), np.cos(dec)], axis=-1)
-    to_arcsec = np.degrees(ARCSEC_PER_DEG)
-    return np.sum(apart * east, axis=-1) * to_arcsec, np.sum(apart * north, axis=-1) * to_arcsec
-
-
-def _scores(
-    sources: Positions,
-    objects: Positions,
-    pair_source: np.ndarray,
-    pair_object: np.ndarray,
-    floor_arcsec: float,
-    fallback_arcsec: float,
+@njit(cache=True)
+def _pair_scores(
+    sources: _Columns, objects: _Columns, pairs: np.ndarray, floor_arcsec: float, fallback_arcsec: float
 ) -> np.ndarray:
-    d_ra, d_dec = _offsets_arcsec(sources, objects, pair_source, pair_object)
-
-    def variance(source_err: np.ndarray, object_err: np.ndarray) -> np.ndarray:
-        return (
-            _usable_error(source_err[pair_source], floor_arcsec, fallback_arcsec) ** 2
-            + _usable_error(object_err[pair_object], floor_arcsec, fallback_arcsec) ** 2
+    """Score of each pair; offsets are projected, as RA times cos(dec) fails at the poles."""
+    scores = np.empty(len(pairs))
+    to_arcsec = math.degrees(1.0) * ARCSEC_PER_DEG
+    for p in range(len(pairs)):
+        i, k = pairs[p, 0], pairs[p, 1]
+        ra, dec = math.radians(objects.ra[k]), math.radians(objects.dec[k])
+        u, v, w = unit_vector(sources.ra[i], sources.dec[i])
+        x, y, z = unit_vector(objects.ra[k], objects.dec[k])
+        du, dv, dw = u - x, v - y, w - z
+        east = (dv * math.cos(ra) - du * math.sin(ra)) * to_arcsec
+        north = (dw * math.cos(dec) - math.sin(dec) * (du * math.cos(ra) + dv * math.sin(ra))) * to_arcsec
+        var_ra = (
+            _usable_error(sources.ra_err[i], floor_arcsec, fallback_arcsec) ** 2
+            + _usable_error(objects.ra_err[k], floor_arcsec, fallback_arcsec) ** 2
         )
-
-    var_ra = variance(sources.ra_err, objects.ra_err)
-    var_dec = variance(sources.dec_err, objects.dec_err)
-    return 0.5 * (d_ra**2 / var_ra + d_dec**2 / var_dec) + 0.5 * np.log(var_ra * var_dec)
-
-
-def _usable_error(error_deg: np.ndarray, floor_arcsec: float, fallback_arcsec: float) -> np.ndarray:
-    error = np.asarray(error_deg, dtype=np.float64) * ARCSEC_PER_DEG
-    known = np.isfinite(error) & (error > 0)
-    return np.where(known, np.maximum(error, floor_arcsec), fallback_arcsec)
+        var_dec = (
+            _usable_error(sources.dec_err[i], floor_arcsec, fallback_arcsec) ** 2
+            + _usable_error(objects.dec_err[k], floor_arcsec, fallback_arcsec) ** 2
+        )
+        scores[p] = 0.5 * (east * east / var_ra + north * north / var_dec) + 0.5 * math.log(var_ra * var_dec)
+    return scores
 
 
-def _group_labels(pair_source: np.ndarray, pair_object: np.ndarray, n_sources: int, n_objects: int) -> np.ndarray:
-    """Label of the connected group of each pair."""
-    size = n_sources + n_objects
-    graph = coo_matrix((np.ones(len(pair_source)), (pair_source, n_sources + pair_object)), shape=(size, size))
-    labels = connected_components(graph, directed=False)[1]
-    return labels[pair_source]
+@njit(cache=True)
+def _root(parent: np.ndarray, member: int) -> int:
+    while parent[member] != member:
+        parent[member] = parent[parent[member]]
+        member = parent[member]
+    return member
 
 
-def _width_arcsec(sources: Positions, objects: Positions, pair_source: np.ndarray, pair_object: np.ndarray) -> float:
+@njit(cache=True)
+def _group_labels(pairs: np.ndarray, n_sources: int, n_objects: int) -> np.ndarray:
+    """The first source of the connected group of each pair."""
+    parent = np.arange(n_sources)
+    holder = np.full(n_objects, -1, dtype=np.int32)  # a source that can take the object
+    for p in range(len(pairs)):
+        i, k = pairs[p, 0], pairs[p, 1]
+        if holder[k] < 0:
+            holder[k] = i
+        else:
+            one, other = _root(parent, i), _root(parent, holder[k])
+            parent[max(one, other)] = min(one, other)
+    group = np.empty(len(pairs), dtype=np.int64)
+    for p in range(len(pairs)):
+        group[p] = _root(parent, pairs[p, 0])
+    return group
+
+
+@njit(cache=True)
+def _match_groups(
+    sources: _Columns,
+    objects: _Columns,
+    pairs: np.ndarray,
+    scores: np.ndarray,
+    group: np.ndarray,
+    n_sources: int,
+    max_width_arcsec: float,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    assigned = np.full(n_sources, _NO_PAIR, dtype=np.int64)
+    contested = np.empty(n_sources, dtype=np.int64)
+    wide = np.empty(n_sources, dtype=np.int64)
+    n_contested, n_wide = 0, 0
+    order = np.argsort(group, kind="mergesort")  # stable: pairs stay in order of (source, object)
+    start = 0
+    while start < len(order):
+        end = start + 1
+        first = group[order[start]]
+        while end < len(order) and group[order[end]] == first:
+            end += 1
+        if end - start == 1:
+            assigned[first] = pairs[order[start], 1]
+        else:
+            members = order[start:end]
+            contested[n_contested] = first
+            n_contested += 1
+            if _width_arcsec(sources, objects, pairs[members]) > max_width_arcsec:
+                wide[n_wide] = first
+                n_wide += 1
+                chosen = _mutual_nearest(pairs[members], scores[members])
+            else:
+                chosen = _best_matching(pairs[members], scores[members])
+            for p in range(len(members)):
+                if chosen[p]:
+                    assigned[pairs[members[p], 0]] = pairs[members[p], 1]
+        start = end
+    return assigned, contested[:n_contested].copy(), wide[:n_wide].copy()
+
+
+@njit(cache=True)
+def _width_arcsec(sources: _Columns, objects: _Columns, pairs: np.ndarray) -> float:
     """Extent of a group: twice the largest distance of a member from the group's first source."""
-    first = int(pair_source[0])
-    vectors = np.concatenate(
-        [
-            unit_vectors(sources.ra[pair_source], sources.dec[pair_source]),
-            unit_vectors(objects.ra[pair_object], objects.dec[pair_object]),
-        ]
-    )
-    centre = unit_vectors(sources.ra[first : first + 1], sources.dec[first : first + 1])
-    chord = np.sqrt(np.sum((vectors - centre) ** 2, axis=1).max())
-    return float(2.0 * np.degrees(2.0 * np.arcsin(min(chord / 2.0, 1.0))) * ARCSEC_PER_DEG)
+    x, y, z = unit_vector(sources.ra[pairs[0, 0]], sources.dec[pairs[0, 0]])
+    chord2 = 0.0
+    for p in range(len(pairs)):
+        u, v, w = unit_vector(sources.ra[pairs[p, 0]], sources.dec[pairs[p, 0]])
+        chord2 = max(chord2, (x - u) ** 2 + (y - v) ** 2 + (z - w) ** 2)
+        u, v, w = unit_vector(objects.ra[pairs[p, 1]], objects.dec[pairs[p, 1]])
+        chord2 = max(chord2, (x - u) ** 2 + (y - v) ** 2 + (z - w) ** 2)
+    return 2.0 * math.degrees(2.0 * math.asin(min(0.5 * math.sqrt(chord2), 1.0))) * ARCSEC_PER_DEG
 
 
-def _best_matching(pair_source: np.ndarray, pair_object: np.ndarray, scores: np.ndarray) -> np.ndarray:
-    """Indices of the pairs in the matching of most pairs, then least total score."""
-    rows, row = np.unique(pair_source, return_inverse=True)
-    columns, column = np.unique(pair_object, return_inverse=True)
+@njit(cache=True)
+def _ranks(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The distinct values in order, and the place of each value among them."""
+    distinct = np.unique(values)
+    return distinct, np.searchsorted(distinct, values)
+
+
+@njit(cache=True)
+def _best_matching(pairs: np.ndarray, scores: np.ndarray) -> np.ndarray:
+    """Which pairs are in the matching of most pairs, then least total score.
+
+    Shortest augmenting paths with potentials (Kuhn, Munkres; Jonker and Volgenant 1987), each source having a column
+    of its own that stands for no object, dearer than any number of real pairs.
+    """
+    row_ids, row = _ranks(pairs[:, 0].copy())
+    column_ids, column = _ranks(pairs[:, 1].copy())
+    n, n_real = len(row_ids), len(column_ids)
+    m = n_real + n
     shifted = scores - scores.min()
-    unmatched = (shifted.max() + 1.0) * (min(len(rows), len(columns)) + 1)
-    cost = np.full((len(rows), len(columns) + len(rows)), unmatched)
-    cost[row, column] = shifted
-    pair_at = np.full((len(rows), len(columns)), -1)
-    pair_at[row, column] = np.arange(len(pair_source))
-    chosen_row, chosen_column = linear_sum_assignment(cost)
-    real = chosen_column < len(columns)
-    chosen = pair_at[chosen_row[real], chosen_column[real]]
-    return chosen[chosen >= 0]
+    unmatched = (shifted.max() + 1.0) * (min(n, n_real) + 1)
+    cost = np.full((n, m), np.inf)
+    pair_at = np.full((n, m), _NO_PAIR, dtype=np.int64)
+    for p in range(len(pairs)):
+        cost[row[p], column[p]] = shifted[p]
+        pair_at[row[p], column[p]] = p
+    for i in range(n):
+        cost[i, m - 1 - i] = unmatched  # of equal costs the first column wins: later sources go without
+    of_column = np.full(m, -1, dtype=np.int64)
+    row_price, column_price = np.zeros(n), np.zeros(m)
+    for i in range(n):
+        shortest, done = np.full(m, np.inf), np.zeros(m, dtype=np.bool_)
+        came_from = np.full(m, -1, dtype=np.int64)
+        at_row, at_column, length = i, -1, 0.0
+        while True:
+            for j in range(m):
+                if not done[j] and cost[at_row, j] < np.inf:
+                    candidate = length + cost[at_row, j] - row_price[at_row] - column_price[j]
+                    if candidate < shortest[j]:
+                        shortest[j], came_from[j] = candidate, at_column
+            at_column, length = -1, np.inf
+            for j in range(m):
+                if not done[j] and shortest[j] < length:
+                    at_column, length = j, shortest[j]
+            done[at_column] = True
+            if of_column[at_column] < 0:
+                break
+            at_row = of_column[at_column]
+        row_price[i] += length
+        for j in range(m):
+            if done[j] and j != at_column:
+                row_price[of_column[j]] += length - shortest[j]
+                column_price[j] -= length - shortest[j]
+        while at_column >= 0:
+            previous = came_from[at_column]
+            of_column[at_column] = i if previous < 0 else of_column[previous]
+            at_column = previous
+    chosen = np.zeros(len(pairs), dtype=np.bool_)
+    for j in range(n_real):
+        if of_column[j] >= 0:
+            chosen[pair_at[of_column[j], j]] = True
+    return chosen
 
 
-def _mutual_nearest(pair_source: np.ndarray, pair_object: np.ndarray, scores: np.ndarray) -> np.ndarray:
-    """Indices of the pairs that are best for both their source and their object; ties go to lower ids."""
-    by_source = _first_of_each(pair_source, np.lexsort((pair_object, scores, pair_source)))
-    by_object = _first_of_each(pair_object, np.lexsort((pair_source, scores, pair_object)))
-    return np.intersect1d(by_source, by_object)
-
-
-def _first_of_each(key: np.ndarray, order: np.ndarray) -> np.ndarray:
-    return order[np.r_[True, np.diff(key[order]) > 0]]
+@njit(cache=True)
+def _mutual_nearest(pairs: np.ndarray, scores: np.ndarray) -> np.ndarray:
+    """Which pairs are best for both their source and their object; ties go to lower ids."""
+    row_ids, row = _ranks(pairs[:, 0].copy())
+    column_ids, column = _ranks(pairs[:, 1].copy())
+    of_row, of_column = np.full(len(row_ids), -1), np.full(len(column_ids), -1)
+    for p in range(len(pairs)):  # in order of (source, object): the first of equals stays
+        if of_row[row[p]] < 0 or scores[p] < scores[of_row[row[p]]]:
+            of_row[row[p]] = p
+        if of_column[column[p]] < 0 or scores[p] < scores[of_column[column[p]]]:
+            of_column[column[p]] = p
+    chosen = np.zeros(len(pairs), dtype=np.bool_)
+    for p in range(len(pairs)):
+        chosen[p] = of_row[row[p]] == p and of_column[column[p]] == p
+    return chosen
