@@ -18,8 +18,10 @@ from schemas.manifests import SURVEY_MJD_RANGE
 REQUIRED_COLUMNS = ("ssObjectId", "epoch_mjd", "e", "i", "node", "argperi")
 # One of the pairs must be there: where a row has both, the first.
 PERIHELION, MEAN_ANOMALY = ("q", "peri_time"), ("a", "mean_anomaly")
-OPTIONAL_COLUMNS = ("designation", "h", "g")
+PACKED, UNPACKED = "packed_primary_provisional_designation", "unpacked_primary_provisional_designation"
+OPTIONAL_COLUMNS = ("designation", PACKED, UNPACKED, "h", "g")
 DESIGNATION_BYTES = 32
+PACKED_BYTES = 12
 _MAX_ECCENTRICITY = 100.0
 _MIN_PERIHELION_AU = 1e-4  # well inside the Sun; below, propagation takes ever smaller steps
 _MAX_PERIHELION_AU = 10_000.0
@@ -51,6 +53,8 @@ class ElementTable:
     perihelion_au, perihelion_mjd : NaN where the row gives semi-major axis and mean anomaly instead
     semi_major_au, mean_anomaly_deg : NaN where the row gives the perihelion
     absolute_h, slope_g : NaN where there is none
+    packed_provisional, unpacked_provisional : the MPC's primary provisional designation; bytes, empty where there is
+        none
     problems : what of the table is not in it
     """
 
@@ -67,6 +71,8 @@ class ElementTable:
     mean_anomaly_deg: np.ndarray
     absolute_h: np.ndarray
     slope_g: np.ndarray
+    packed_provisional: np.ndarray
+    unpacked_provisional: np.ndarray
     problems: tuple[ElementsProblem, ...] = ()
 
 
@@ -125,7 +131,9 @@ def _columns(table: pa.Table) -> dict[str, np.ndarray]:
     names = (*REQUIRED_COLUMNS[1:], *PERIHELION, *MEAN_ANOMALY, "h", "g")
     columns = {name: _numbers(table, name) for name in names}
     columns["ssObjectId"] = _identifiers(table["ssObjectId"])
-    columns["designation"] = _designations(table)
+    columns["designation"] = _designations(table, "designation", DESIGNATION_BYTES)
+    columns[PACKED] = _designations(table, PACKED, PACKED_BYTES)
+    columns[UNPACKED] = _designations(table, UNPACKED, DESIGNATION_BYTES)
     # Semi-major axis and mean anomaly stand in for rows without a perihelion.
     given = np.isfinite(columns["q"]) & np.isfinite(columns["peri_time"])
     for name, without in (("q", ~given), ("peri_time", ~given), ("a", given), ("mean_anomaly", given)):
@@ -158,19 +166,18 @@ def _identifiers(column: pa.ChunkedArray) -> np.ndarray:
         raise ValueError(f"ssObjectId: {error}") from error
 
 
-def _designations(table: pa.Table) -> np.ndarray:
-    """Names cut to what a record holds, never inside a character."""
-    width = f"S{DESIGNATION_BYTES}"
-    if "designation" not in table.column_names:
-        return np.zeros(len(table), dtype=width)
-    names = table["designation"].to_pylist()
-    return np.array([record_designation(name) for name in names], dtype=width)
+def _designations(table: pa.Table, column: str, width: int) -> np.ndarray:
+    """Names cut to what a record holds, never inside a character; one byte wide where there are none."""
+    if column not in table.column_names:
+        return np.zeros(len(table), dtype="S1")
+    names = table[column].to_pylist()
+    return np.array([record_designation(name, width) for name in names], dtype=f"S{width}")
 
 
-def record_designation(name: object) -> bytes:
+def record_designation(name: object, width: int = DESIGNATION_BYTES) -> bytes:
     """A name as a record holds it: cut to its width, never inside a character; empty for none."""
     text = "" if name is None else str(name).strip()
-    return text.encode(errors="ignore")[:DESIGNATION_BYTES].decode(errors="ignore").encode()
+    return text.encode(errors="ignore")[:width].decode(errors="ignore").encode()
 
 
 def _is_text(kind: pa.DataType) -> bool:
@@ -238,6 +245,8 @@ def _usable(columns: dict[str, np.ndarray], problems: list[ElementsProblem]) -> 
         columns["mean_anomaly"],
         columns["h"],
         columns["g"],
+        columns[PACKED],
+        columns[UNPACKED],
         tuple(problems),
     )
 
