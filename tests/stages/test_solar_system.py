@@ -26,6 +26,7 @@ from transforms.solar_system import (
 
 BIG_ID = 2**60 + 1
 MIDPOINT = 61367.1
+RUBIN = OBSERVATORIES["X05"]
 EVERYWHERE = np.array([0.0]), np.array([0.0]), 180.0 * 3600.0  # a source, and a radius that reaches around the sky
 
 
@@ -61,7 +62,7 @@ def _detected(ra: list[float], dec: list[float]) -> DetectedSources:
 
 
 def test_sources_at_the_interpolated_places_get_ids_beyond_2_53(tmp_path: Path) -> None:
-    known = KnownObjects(read_ephemerides(_written(tmp_path, _table())), None, OBSERVATORIES["X05"])
+    known = KnownObjects(read_ephemerides(_written(tmp_path, _table())), None)
     named = associate_ss_objects(_detected([150.001, 150.1, 150.05], [2.0, 2.101, 2.0]), known, SolarSystemConfig())
     assert named.dia_sources["ssObjectId"].tolist() == [BIG_ID, BIG_ID + 2, 0]
     assert named.ss_sources["ssObjectId"].tolist() == [BIG_ID, BIG_ID + 2]
@@ -71,7 +72,7 @@ def test_sources_at_the_interpolated_places_get_ids_beyond_2_53(tmp_path: Path) 
 
 
 def test_long_designation_is_cut_between_characters(tmp_path: Path) -> None:
-    known = KnownObjects(read_ephemerides(_written(tmp_path, _table())), None, OBSERVATORIES["X05"])
+    known = KnownObjects(read_ephemerides(_written(tmp_path, _table())), None)
     named = associate_ss_objects(_detected([150.001], [2.0]), known, SolarSystemConfig())
     assert named.ss_sources["designation"][0].decode() == "x" * 31
 
@@ -173,15 +174,15 @@ def test_a_table_of_elements_that_is_none_is_refused(tmp_path: Path, changes: An
 
 
 def _places_of(elements: ElementTable) -> tuple[np.ndarray, np.ndarray]:
-    known = KnownObjects(None, elements, OBSERVATORIES["X05"])
-    found = known.predicted_near(MIDPOINT, *EVERYWHERE)
+    known = KnownObjects(None, elements)
+    found = known.predicted_near(MIDPOINT, RUBIN, *EVERYWHERE)
     return found["ephRa"], found["ephDec"]
 
 
 def test_sources_at_the_places_of_orbits_are_matched_and_filled(tmp_path: Path) -> None:
     elements = _read(tmp_path, h=[15.0, None], designation=["2026 AB", None])
     ra, dec = _places_of(elements)
-    known = KnownObjects(None, elements, OBSERVATORIES["X05"])
+    known = KnownObjects(None, elements)
     shifted = dec + np.array([0.5, 1.5]) / 3600.0
     named = associate_ss_objects(_detected(ra.tolist(), shifted.tolist()), known, SolarSystemConfig())
     assert named.dia_sources["ssObjectId"].tolist() == [BIG_ID, 0]
@@ -193,30 +194,30 @@ def test_sources_at_the_places_of_orbits_are_matched_and_filled(tmp_path: Path) 
 
 def test_what_is_predicted_depends_on_the_visit_alone(tmp_path: Path) -> None:
     elements = _read(tmp_path)
-    known = KnownObjects(None, elements, OBSERVATORIES["X05"])
-    first = known.predicted_near(MIDPOINT, *EVERYWHERE).tobytes()
+    known = KnownObjects(None, elements)
+    first = known.predicted_near(MIDPOINT, RUBIN, *EVERYWHERE).tobytes()
     for mjd in (MIDPOINT + 0.01, MIDPOINT + 3.0, MIDPOINT - 400.0):
-        assert known.predicted_near(mjd, *EVERYWHERE).tobytes() != first
-    assert known.predicted_near(MIDPOINT, *EVERYWHERE).tobytes() == first
+        assert known.predicted_near(mjd, RUBIN, *EVERYWHERE).tobytes() != first
+    assert known.predicted_near(MIDPOINT, RUBIN, *EVERYWHERE).tobytes() == first
 
 
 def test_an_object_in_both_tables_is_where_the_ephemerides_put_it(tmp_path: Path) -> None:
     ephemerides = read_ephemerides(_written(tmp_path, _table()))
-    known = KnownObjects(ephemerides, _read(tmp_path), OBSERVATORIES["X05"])
-    found = known.predicted_near(MIDPOINT, *EVERYWHERE)
+    known = KnownObjects(ephemerides, _read(tmp_path))
+    found = known.predicted_near(MIDPOINT, RUBIN, *EVERYWHERE)
     assert found["ssObjectId"].tolist() == [BIG_ID, BIG_ID + 2, BIG_ID + 4]
     assert found["ephRa"][0] == pytest.approx(150.001, abs=1e-9)
     # Beyond the rows of the table the elements speak.
-    later = known.predicted_near(MIDPOINT + 1.0, *EVERYWHERE)
+    later = known.predicted_near(MIDPOINT + 1.0, RUBIN, *EVERYWHERE)
     assert later["ssObjectId"].tolist() == [BIG_ID, BIG_ID + 4]
 
 
 def test_only_objects_about_the_sources_are_predicted(tmp_path: Path) -> None:
     elements = _read(tmp_path)
     ra, dec = _places_of(elements)
-    known = KnownObjects(None, elements, OBSERVATORIES["X05"])
-    assert known.predicted_near(MIDPOINT, ra[:1], dec[:1], 1.0)["ssObjectId"].tolist() == [BIG_ID]
-    assert len(known.predicted_near(MIDPOINT, np.array([np.nan]), np.array([0.0]), 1.0)) == 0
+    known = KnownObjects(None, elements)
+    assert known.predicted_near(MIDPOINT, RUBIN, ra[:1], dec[:1], 1.0)["ssObjectId"].tolist() == [BIG_ID]
+    assert len(known.predicted_near(MIDPOINT, RUBIN, np.array([np.nan]), np.array([0.0]), 1.0)) == 0
 
 
 def test_of_two_objects_near_one_source_the_nearer_gets_it_and_the_other_the_next(tmp_path: Path) -> None:
@@ -227,7 +228,7 @@ def test_of_two_objects_near_one_source_the_nearer_gets_it_and_the_other_the_nex
         "ra": [150.0] * 4,
         "dec": [2.0, 2.0, 2.0 + 0.4 * arcsec, 2.0 + 0.4 * arcsec],
     }
-    known = KnownObjects(read_ephemerides(_written(tmp_path, _table(**ephemerides))), None, OBSERVATORIES["X05"])
+    known = KnownObjects(read_ephemerides(_written(tmp_path, _table(**ephemerides))), None)
     one = associate_ss_objects(_detected([150.0], [2.0 + 0.3 * arcsec]), known, SolarSystemConfig())
     assert one.ss_sources["ssObjectId"].tolist() == [2] and one.ss_sources["diaDistanceRank"].tolist() == [1]
     # The source between both goes to object 2; object 1 takes the farther one, its second nearest.
@@ -240,7 +241,7 @@ def test_of_two_objects_near_one_source_the_nearer_gets_it_and_the_other_the_nex
 
 @pytest.mark.parametrize("text", ["X99", "1 2", "289.2 0.86 x", "289.2 0.86 -3", ""])
 def test_an_observatory_that_is_none_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="expected one of 500, 703"):
+    with pytest.raises(ValueError, match="expected one of 500, 695"):
         SolarSystemConfig(observatory=text)
 
 
