@@ -204,7 +204,9 @@ def _state_of(path: str) -> _FileState:
 
 @lru_cache(maxsize=1)
 def _element_table(elements: _FileState) -> ElementTable:
-    return read_element_table(Path(elements[0]))
+    table = read_element_table(Path(elements[0]))
+    pa.default_memory_pool().release_unused()  # as much again as the table
+    return table
 
 
 @lru_cache(maxsize=1)
