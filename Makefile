@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 NIGHTS := nights
 
 .DEFAULT_GOAL := help
-.PHONY: help setup night test test-real test-oracles check format bench bench-differencing lock clean flink-setup flink-test
+.PHONY: help setup night test test-real test-oracles check format bench bench-differencing study-orbits lock clean flink-setup flink-test
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-18s %s\n", $$1, $$2}'
@@ -56,6 +56,9 @@ bench: setup ## seconds per stage and detector, alerts per second
 
 bench-differencing: setup ## differencing on simulated pairs; HOTPANTS=path runs that beside it
 	$(BIN)/python tests/benchmarks/bench_differencing.py --seeds 8 $(if $(HOTPANTS),--hotpants $(HOTPANTS))
+
+study-orbits: setup ## errors of orbits with days from their epoch, and matches in fields of known objects
+	$(BIN)/python tests/benchmarks/study_orbits.py
 
 flink-setup: $(VENV)/.installed ## fetch and assemble what --runner flink needs (Maven, Java 17)
 	$(BIN)/python -m runners.flink_setup

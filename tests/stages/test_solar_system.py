@@ -265,9 +265,9 @@ def test_orbits_are_seen_from_where_the_manifest_says(tmp_path: Path) -> None:
 def test_of_two_thousand_known_objects_in_a_field_nearly_all_are_named_and_hardly_any_wrongly() -> None:
     """Issue: at least 99 % matched, at most 0.1 % of the matches wrong.
 
-    Expected: P(offset > 1 arcsec) is 0.1 % for errors of 0.1 arcsec (astrometry) and a median of 0.1 (orbits, their
-    scales spread by a factor of two): 2 of 2,000. Wrong are sources beside the places of 1,000 faint objects:
-    pi arcsec^2 times 10,000 in 3.5 deg squared, 2e-4 each, 0.2 in all; 3 of 2,000 has a chance of 0.1 %.
+    Expected: real orbits' places are off by more than 1 arcsec for 0.1 % of objects, 2 of 2,000; astrometry adds
+    little. Wrong are sources beside the places of 1,000 faint objects: pi arcsec^2 times 10,000 in 3.5 deg squared,
+    2e-4 each, 0.2 in all; more than the 2 allowed has a chance of 0.1 %.
     """
     scores = field_scores(FieldSpec(detectors_along=3, detectors_across=3), seed=1)
     assert scores.known == 2_000 and scores.sources == 12_000
