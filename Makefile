@@ -5,7 +5,8 @@ BIN := $(VENV)/bin
 NIGHTS := nights
 
 .DEFAULT_GOAL := help
-.PHONY: help setup night test test-real test-oracles check format bench bench-differencing study-detection lock clean flink-setup flink-test
+.PHONY: help setup night test test-real test-oracles check format bench bench-differencing study-detection study-orbits \
+  lock clean flink-setup flink-test
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-18s %s\n", $$1, $$2}'
@@ -59,6 +60,9 @@ bench-differencing: setup ## differencing on simulated pairs; HOTPANTS=path runs
 
 study-detection: setup ## completeness, biases, errors and pulls of detection on simulated pairs
 	$(BIN)/python tests/benchmarks/study_detection.py --seeds 8
+
+study-orbits: setup ## errors of orbits with days from their epoch, and matches in fields of known objects
+	$(BIN)/python tests/benchmarks/study_orbits.py
 
 flink-setup: $(VENV)/.installed ## fetch and assemble what --runner flink needs (Maven, Java 17)
 	$(BIN)/python -m runners.flink_setup

@@ -67,7 +67,8 @@ class AlertProduction:
 
         # Sky space: keyed by sky cell, in event time; the only stage that remembers.
         associated = stamped.good | "AssociateDiaSources" >> AssociateDiaSources(config.association, images)
-        packaged = associated.good | "PackageAlerts" >> PackageAlerts(config.packaging, cutouts, self.delivery)
+        package = PackageAlerts(config.packaging, cutouts, self.delivery, self.elements)
+        packaged = associated.good | "PackageAlerts" >> package
 
         # Visit space: keyed by visit; thin columns and locations of finished packets.
         undelivered = packaged.good | "DeliverAlerts" >> DeliverAlerts(self.delivery)

@@ -12,7 +12,7 @@ from pipelines.catalogue_association import CatalogueAssociation
 from pipelines.packet_replay import PacketReplay
 from runners.output_folder import fingerprint, history_digest
 from runners.running import Entry, RunInput, RunRequest
-from schemas.element_tables import ElementsError, read_element_table
+from schemas.element_tables import ElementsError
 from schemas.elements import FailureRecord
 from schemas.manifests import ManifestError, manifest_lines, manifest_path, night_folder, read_manifest
 from schemas.packet_index import index_packets, packet_files, read_index_visits
@@ -22,7 +22,7 @@ from transforms.delivery import Delivery
 from transforms.distribution import BrokerConfig
 from transforms.failures import failure_of
 from transforms.ingestion import VisitList
-from transforms.solar_system import STAGE, EphemeridesError, read_ephemerides
+from transforms.solar_system import STAGE, EphemeridesError, element_table, read_ephemerides
 
 ZTF_TOPIC = "ztf-alerts"
 EPHEMERIDES = "ephemerides.parquet"
@@ -136,7 +136,7 @@ def usable_elements(night: Path) -> tuple[str | None, tuple[FailureRecord, ...]]
     if path is None:
         return None, ()
     try:
-        table = read_element_table(path)
+        table = element_table(str(path))
     except ElementsError as error:
         return None, (failure_of(error, STAGE, None, lost="solar-system association with the night's elements"),)
     return str(path), tuple(

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
 
@@ -18,8 +19,11 @@ from schemas.manifests import SURVEY_MJD_RANGE
 REQUIRED_COLUMNS = ("ssObjectId", "epoch_mjd", "e", "i", "node", "argperi")
 # One of the pairs must be there: where a row has both, the first.
 PERIHELION, MEAN_ANOMALY = ("q", "peri_time"), ("a", "mean_anomaly")
-OPTIONAL_COLUMNS = ("designation", "h", "g")
+PACKED, UNPACKED = "packed_primary_provisional_designation", "unpacked_primary_provisional_designation"
+OPTIONAL_COLUMNS = ("designation", PACKED, UNPACKED, "h", "g")
+KNOWN_COLUMNS = (*REQUIRED_COLUMNS, *PERIHELION, *MEAN_ANOMALY, *OPTIONAL_COLUMNS)
 DESIGNATION_BYTES = 32
+PACKED_BYTES = 12
 _MAX_ECCENTRICITY = 100.0
 _MIN_PERIHELION_AU = 1e-4  # well inside the Sun; below, propagation takes ever smaller steps
 _MAX_PERIHELION_AU = 10_000.0
@@ -51,6 +55,8 @@ class ElementTable:
     perihelion_au, perihelion_mjd : NaN where the row gives semi-major axis and mean anomaly instead
     semi_major_au, mean_anomaly_deg : NaN where the row gives the perihelion
     absolute_h, slope_g : NaN where there is none
+    packed_provisional, unpacked_provisional : the MPC's primary provisional designation; bytes, empty where there is
+        none
     problems : what of the table is not in it
     """
 
@@ -67,6 +73,8 @@ class ElementTable:
     mean_anomaly_deg: np.ndarray
     absolute_h: np.ndarray
     slope_g: np.ndarray
+    packed_provisional: np.ndarray
+    unpacked_provisional: np.ndarray
     problems: tuple[ElementsProblem, ...] = ()
 
 
@@ -82,7 +90,7 @@ def read_element_table(path: Path) -> ElementTable:
         The file cannot be read, lacks a column, or holds something else than numbers in one.
     """
     try:
-        table, n_broken = _read_csv(path) if path.suffix == ".csv" else (pq.ParquetFile(path).read(), 0)
+        table, n_broken = _read_csv(path) if path.suffix == ".csv" else (_read_parquet(path), 0)
     except (OSError, pa.ArrowException) as error:
         raise ElementsError(f"{path}: cannot be read: {error}") from error
     if len(set(table.column_names)) < len(table.column_names):
@@ -100,6 +108,16 @@ def read_element_table(path: Path) -> ElementTable:
     return _usable(columns, problems)
 
 
+def _read_parquet(path: Path) -> pa.Table:
+    """The known columns; a table of the MPC's has some that are many times as large."""
+    file = pq.ParquetFile(path)
+    names = file.schema_arrow.names
+    known = [name for name in names if name in KNOWN_COLUMNS]
+    if len(set(known)) < len(known) or not set(REQUIRED_COLUMNS) <= set(known):
+        return file.schema_arrow.empty_table()  # whose names say what is wrong
+    return file.read(columns=known)
+
+
 def _read_csv(path: Path) -> tuple[pa.Table, int]:
     """All known columns as text, so that one bad cell costs its row only; and the number of lines left out."""
     broken = 0
@@ -109,13 +127,12 @@ def _read_csv(path: Path) -> tuple[pa.Table, int]:
         broken += 1
         return "skip"
 
-    names = (*REQUIRED_COLUMNS, *PERIHELION, *MEAN_ANOMALY, *OPTIONAL_COLUMNS)
     table = pyarrow.csv.read_csv(
         path,
         read_options=pyarrow.csv.ReadOptions(use_threads=False),
         parse_options=pyarrow.csv.ParseOptions(invalid_row_handler=leave_out),
         convert_options=pyarrow.csv.ConvertOptions(
-            column_types=dict.fromkeys(names, pa.string()), strings_can_be_null=True, null_values=[""]
+            column_types=dict.fromkeys(KNOWN_COLUMNS, pa.string()), strings_can_be_null=True, null_values=[""]
         ),
     )
     return table, broken
@@ -125,7 +142,9 @@ def _columns(table: pa.Table) -> dict[str, np.ndarray]:
     names = (*REQUIRED_COLUMNS[1:], *PERIHELION, *MEAN_ANOMALY, "h", "g")
     columns = {name: _numbers(table, name) for name in names}
     columns["ssObjectId"] = _identifiers(table["ssObjectId"])
-    columns["designation"] = _designations(table)
+    columns["designation"] = _designations(table, "designation", DESIGNATION_BYTES)
+    columns[PACKED] = _designations(table, PACKED, PACKED_BYTES)
+    columns[UNPACKED] = _designations(table, UNPACKED, DESIGNATION_BYTES)
     # Semi-major axis and mean anomaly stand in for rows without a perihelion.
     given = np.isfinite(columns["q"]) & np.isfinite(columns["peri_time"])
     for name, without in (("q", ~given), ("peri_time", ~given), ("a", given), ("mean_anomaly", given)):
@@ -139,7 +158,10 @@ def _numbers(table: pa.Table, name: str) -> np.ndarray:
         return np.full(len(table), np.nan)
     column = table[name]
     if _is_text(column.type):
-        return np.array(_parsed(column, float, math.nan), dtype=np.float64)
+        try:
+            column = column.cast(pa.float64())
+        except pa.ArrowInvalid:  # some cell is no number, or one that only Python reads
+            return np.array(_parsed(column, float, math.nan), dtype=np.float64)
     if not (pa.types.is_integer(column.type) or pa.types.is_floating(column.type) or pa.types.is_null(column.type)):
         raise ValueError(f"{name} is {column.type}")
     return np.array(column.cast(pa.float64(), safe=False).fill_null(math.nan).to_numpy(), dtype=np.float64)
@@ -148,8 +170,10 @@ def _numbers(table: pa.Table, name: str) -> np.ndarray:
 def _identifiers(column: pa.ChunkedArray) -> np.ndarray:
     """ssObjectId as int64; 0 where there is none. They never pass through a float."""
     if _is_text(column.type):
-        numbers = _parsed(column, int, 0)
-        return np.array([number if 0 < number < 2**63 else 0 for number in numbers], dtype=np.int64)
+        if not pc.all(pc.match_substring_regex(column.fill_null("x"), r"\A[0-9]{1,18}\z")).as_py():
+            numbers = _parsed(column, int, 0)
+            return np.array([number if 0 < number < 2**63 else 0 for number in numbers], dtype=np.int64)
+        column = column.cast(pa.int64())
     if not (pa.types.is_integer(column.type) or pa.types.is_null(column.type)):
         raise ValueError(f"ssObjectId is {column.type}")
     try:
@@ -158,19 +182,22 @@ def _identifiers(column: pa.ChunkedArray) -> np.ndarray:
         raise ValueError(f"ssObjectId: {error}") from error
 
 
-def _designations(table: pa.Table) -> np.ndarray:
-    """Names cut to what a record holds, never inside a character."""
-    width = f"S{DESIGNATION_BYTES}"
-    if "designation" not in table.column_names:
-        return np.zeros(len(table), dtype=width)
-    names = table["designation"].to_pylist()
-    return np.array([record_designation(name) for name in names], dtype=width)
+def _designations(table: pa.Table, column: str, width: int) -> np.ndarray:
+    """Names cut to what a record holds, never inside a character; one byte wide where there are none."""
+    if column not in table.column_names:
+        return np.zeros(len(table), dtype="S1")
+    if _is_text(table[column].type):
+        trimmed = pc.utf8_trim_whitespace(table[column]).cast(pa.large_binary()).fill_null(b"")
+        if (pc.max(pc.binary_length(trimmed)).as_py() or 0) <= width:  # nothing to cut
+            return np.array(trimmed.to_pylist(), dtype=f"S{width}")
+    names = table[column].to_pylist()
+    return np.array([record_designation(name, width) for name in names], dtype=f"S{width}")
 
 
-def record_designation(name: object) -> bytes:
+def record_designation(name: object, width: int = DESIGNATION_BYTES) -> bytes:
     """A name as a record holds it: cut to its width, never inside a character; empty for none."""
     text = "" if name is None else str(name).strip()
-    return text.encode(errors="ignore")[:DESIGNATION_BYTES].decode(errors="ignore").encode()
+    return text.encode(errors="ignore")[:width].decode(errors="ignore").encode()
 
 
 def _is_text(kind: pa.DataType) -> bool:
@@ -214,16 +241,17 @@ def _usable(columns: dict[str, np.ndarray], problems: list[ElementsProblem]) -> 
     for reason, wrong in rules.items():
         problems += _problem(reason, columns["ssObjectId"][kept & wrong])
         kept &= ~wrong
-    columns = {name: column[kept] for name, column in columns.items()}
-    # The latest epoch first; ties by content, so that the order of rows decides nothing.
-    content = [columns[name] for name in sorted(columns) if name not in ("ssObjectId", "epoch_mjd")]
-    order = np.lexsort((*content, -columns["epoch_mjd"], columns["ssObjectId"]))
-    columns = {name: column[order] for name, column in columns.items()}
-    ids = columns["ssObjectId"]
+    rows = np.flatnonzero(kept)
+    rows = rows[np.argsort(columns["ssObjectId"][rows], kind="stable")]
+    ids = columns["ssObjectId"][rows]
     repeated = np.zeros(len(ids), dtype=bool)
     repeated[1:] = ids[1:] == ids[:-1]
+    if repeated.any():
+        # The latest epoch first; ties by content, so that the order of rows decides nothing.
+        content = [columns[name][rows] for name in sorted(columns) if name not in ("ssObjectId", "epoch_mjd")]
+        rows = rows[np.lexsort((*content, -columns["epoch_mjd"][rows], ids))][~repeated]
     problems += _problem("ssObjectId occurs again; the latest epoch stands", ids[repeated])
-    columns = {name: column[~repeated] for name, column in columns.items()}
+    columns = {name: column[rows] for name, column in columns.items()}
     return ElementTable(
         columns["ssObjectId"],
         columns["designation"],
@@ -238,6 +266,8 @@ def _usable(columns: dict[str, np.ndarray], problems: list[ElementsProblem]) -> 
         columns["mean_anomaly"],
         columns["h"],
         columns["g"],
+        columns[PACKED],
+        columns[UNPACKED],
         tuple(problems),
     )
 

@@ -38,7 +38,10 @@ class DetectorImages:
 
 @dataclass(frozen=True)
 class Visit:
-    """One visit as the manifest announces it. Angles in degrees, times in MJD TAI."""
+    """One visit as the manifest announces it. Angles in degrees, times in MJD TAI.
+
+    `observatory`: where the telescope stands, as `schemas.observatories.observatory_of` takes it.
+    """
 
     visit: int
     day_obs: int
@@ -54,6 +57,7 @@ class Visit:
     observation_reason: str | None
     target_name: str | None
     detectors: tuple[DetectorImages, ...]
+    observatory: str | None = None
 
     @property
     def event_time_s(self) -> float:
@@ -267,6 +271,7 @@ def parse_visit(record: Any, folder: Path) -> Visit:
         observation_reason=_optional_text(record, "observation_reason"),
         target_name=_optional_text(record, "target_name"),
         detectors=_detectors(record, folder),
+        observatory=_optional_text(record, "observatory"),
     )
 
 

@@ -22,6 +22,7 @@ class Observatory(NamedTuple):
 # From the list of observatory codes, https://www.minorplanetcenter.net/iau/lists/ObsCodes.html
 OBSERVATORIES = {
     "500": Observatory(0.0, 0.0, 0.0),  # the geocentre
+    "695": Observatory(248.40533, 0.849504, 0.526425),  # Kitt Peak
     "703": Observatory(249.26736, 0.845311, 0.533211),  # Catalina Sky Survey
     "F51": Observatory(203.74409, 0.936241, 0.351543),  # Pan-STARRS 1, Haleakala
     "F52": Observatory(203.74409, 0.936239, 0.351545),  # Pan-STARRS 2, Haleakala
@@ -33,6 +34,7 @@ OBSERVATORIES = {
     "M28": Observatory(20.81064, 0.845568, -0.532607),  # Lesedi, Sutherland
     "T05": Observatory(203.74299, 0.936236, 0.351547),  # ATLAS, Haleakala
     "T08": Observatory(204.42395, 0.94329, 0.332467),  # ATLAS, Mauna Loa
+    "V00": Observatory(248.39981, 0.849456, 0.526492),  # Bok, Kitt Peak
     "W68": Observatory(289.23502, 0.862845, -0.504269),  # ATLAS Chile, Rio Hurtado
     "W84": Observatory(289.19358, 0.865572, -0.499793),  # Cerro Tololo, DECam
     "X05": Observatory(289.25058, 0.864981, -0.500958),  # Simonyi Survey Telescope, Rubin Observatory

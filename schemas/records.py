@@ -32,7 +32,14 @@ BOOLEAN_NULL = -1
 ZERO_IS_NULL = frozenset({"diaObjectId", "ssObjectId", "parentDiaSourceId"})
 
 _FORMATS = {"long": "<i8", "int": "<i4", "float": "<f4", "double": "<f8", "boolean": "i1", "timestamp-micros": "<i8"}
-_STRING_BYTES = {"band": 1, "reliabilityVersion": 16, "designation": 32}
+_STRING_BYTES = {
+    "band": 1,
+    "reliabilityVersion": 16,
+    "designation": 32,
+    "packed_primary_provisional_designation": 12,
+    "unpacked_primary_provisional_designation": 32,
+    "mpc_orb_jsonb": 1,  # never filled here
+}
 _ARROW_TYPES = {
     "long": pa.int64(),
     "int": pa.int32(),
@@ -57,11 +64,13 @@ DIA_SOURCE = _layout("diaSource")
 DIA_FORCED_SOURCE = _layout("diaForcedSource")
 DIA_OBJECT = _layout("diaObject")
 SS_SOURCE = _layout("ssSource")
+MPC_ORBITS = _layout("mpc_orbits")
 LAYOUTS = {
     "diaSource": DIA_SOURCE,
     "diaForcedSource": DIA_FORCED_SOURCE,
     "diaObject": DIA_OBJECT,
     "ssSource": SS_SOURCE,
+    "mpc_orbits": MPC_ORBITS,
 }
 _RECORD_NAMES = {dtype: record for record, dtype in LAYOUTS.items()}
 

@@ -18,6 +18,7 @@ from schemas.avro.encoding import AlertColumns, encode_packets
 from schemas.avro.messages import Packet, wire_message
 from schemas.avro.schema_versions import packet_schema
 from schemas.claim_check import ClaimCheckError, read_blobs, write_blobs
+from schemas.element_tables import ElementTable
 from schemas.elements import AlertBatch, FailureRecord, VisitPart
 from schemas.framing import pack
 from schemas.records import DIA_SOURCE, concatenate_records, records_to_bytes
@@ -25,6 +26,7 @@ from transforms.alert_columns import thin_alerts
 from transforms.delivery import Delivery
 from transforms.distribution import send_full_streams
 from transforms.failures import FAILED, failure_of, failure_part
+from transforms.solar_system import element_table, orbit_records
 
 STAGE = "packaging"
 Cutouts = tuple[list[bytes | None], list[bytes | None], list[bytes | None]]  # difference, science, template
@@ -48,6 +50,8 @@ class PackagingResult(NamedTuple):
 class PackageAlerts(beam.PTransform):
     """Make packets, keep them in the packet store, send them on every full stream.
 
+    `elements`: the night's orbits, from which `mpc_orbits` is filled, or None.
+
     Input: AlertBatch, VisitPart. Output `good`: (visit, bytes), the thin columns and locations of a batch,
     or the part as it came; `failed`: cutouts that could not be read (the alert goes without them, as all
     do where there is no cutout folder). Order: as it comes; a duplicate gives the same packets again.
@@ -55,9 +59,11 @@ class PackageAlerts(beam.PTransform):
     downstream counts it. No state.
     """
 
-    def __init__(self, config: PackagingConfig, cutout_folder: str | None, delivery: Delivery) -> None:
+    def __init__(
+        self, config: PackagingConfig, cutout_folder: str | None, delivery: Delivery, elements: str | None = None
+    ) -> None:
         super().__init__()
-        self.package = _PackageAlertsFn(config, cutout_folder, delivery)
+        self.package = _PackageAlertsFn(config, cutout_folder, delivery, elements)
 
     def expand(self, batches: beam.PCollection) -> PackagingResult:
         outputs = batches | "EncodePackets" >> beam.ParDo(self.package).with_output_types(
@@ -67,8 +73,11 @@ class PackageAlerts(beam.PTransform):
 
 
 class _PackageAlertsFn(beam.DoFn):
-    def __init__(self, config: PackagingConfig, cutout_folder: str | None, delivery: Delivery) -> None:
+    def __init__(
+        self, config: PackagingConfig, cutout_folder: str | None, delivery: Delivery, elements: str | None
+    ) -> None:
         self.config = config
+        self.elements = elements
         self.cutout_folder = cutout_folder
         self.packet_folder = delivery.packet_folder
         self.streams = delivery.streams
@@ -78,6 +87,7 @@ class _PackageAlertsFn(beam.DoFn):
 
     def setup(self) -> None:
         self.schema = packet_schema(self.config.schema_version)
+        self.orbits = None if self.elements is None else element_table(self.elements)
         if self.sink is not None:
             self.sink.open()
 
@@ -98,7 +108,7 @@ class _PackageAlertsFn(beam.DoFn):
             yield beam.pvalue.TaggedOutput(FAILED, failure)
             yield batch.context["visit"], failure_part(failure)
         try:
-            bodies = encode_packets(self.schema, _alert_columns(batch, cutouts))
+            bodies = encode_packets(self.schema, _alert_columns(batch, cutouts, self.orbits))
         except Exception as error:  # one cell's alerts must not stop the others
             lost = f"{len(batch.dia_sources)} alerts of sky cell {batch.context['cell']}"
             failure = failure_of(error, STAGE, batch.context["visit"], lost=lost)
@@ -161,7 +171,8 @@ def packet_digest(body: bytes) -> str:
     return hashlib.sha256(body).hexdigest()
 
 
-def _alert_columns(batch: AlertBatch, cutouts: Cutouts) -> AlertColumns:
+def _alert_columns(batch: AlertBatch, cutouts: Cutouts, orbits: ElementTable | None) -> AlertColumns:
+    mpc_orbits, has_orbit = orbit_records(orbits, batch.dia_sources["ssObjectId"])
     return AlertColumns(
         dia_sources=batch.dia_sources,
         observation_reason=batch.context["observation_reason"],
@@ -174,6 +185,8 @@ def _alert_columns(batch: AlertBatch, cutouts: Cutouts) -> AlertColumns:
         has_object=batch.dia_sources["diaObjectId"] != 0,
         ss_sources=batch.ss_sources,
         has_ss=batch.dia_sources["ssObjectId"] != 0,
+        mpc_orbits=mpc_orbits,
+        has_orbit=has_orbit,
         cutouts=cutouts,
     )
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,14 +20,18 @@ from pydantic.dataclasses import dataclass
 
 from schemas.element_tables import ElementTable, read_element_table, record_designation
 from schemas.elements import DetectedSources, StageElement
+from schemas.manifests import Visit
 from schemas.observatories import Observatory, observatory_of
-from schemas.records import SS_SOURCE, concatenate_records, empty_records, take_records
+from schemas.records import MPC_ORBITS, SS_SOURCE, concatenate_records, empty_records, take_records
 from transforms.failures import FAILED, StageFn, failed_in, failure_of
 from transforms.numerics.orbit_propagation import (
     Observer,
     Orbits,
     PredictedPositions,
     apparent_magnitude,
+    mean_anomaly_of_perihelion,
+    mean_motion_deg_per_d,
+    motion_reach,
     observer_at,
     orbits_from_elements,
     perihelion_of_mean_anomaly,
@@ -32,7 +39,6 @@ from transforms.numerics.orbit_propagation import (
     predict_positions,
     propagate_perturbed,
     rough_directions,
-    tdb_of_tai,
 )
 from transforms.numerics.solar_system_matching import (
     Ephemerides,
@@ -47,8 +53,13 @@ from transforms.numerics.solar_system_matching import (
 )
 
 STAGE = "solar_system"
+DEFAULT_OBSERVATORY = "X05"  # Rubin
 # Objects this near to the sources are predicted in full: what the first, rough direction may be wrong by.
 _ROUGH_ARCSEC = 300.0
+# What is kept of one night and one visit for the next exposure; visits in flight are few and ordered in time.
+_NIGHTS_KEPT, _VISITS_KEPT = 2, 8
+_NIGHT_HALF_D = 0.501  # a visit is nearest to its night's whole day, give or take TDB - TAI
+_loading = threading.Lock()
 _DEG_PER_DAY = 24.0 / 3600.0  # of arcsec per hour
 _REQUIRED = {
     "ssObjectId": pa.types.is_integer,
@@ -65,16 +76,24 @@ class EphemeridesError(ValueError):
 
 @dataclass(frozen=True)
 class SolarSystemConfig:
-    """How sources are tied to known objects. `observatory`: from where orbits are seen; see `observatory_of`."""
+    """How sources are tied to known objects.
+
+    `observatory`: from where orbits are seen, see `observatory_of`; goes before what the manifest says.
+    """
 
     radius_arcsec: float = Field(default=1.0, gt=0, le=30)
-    observatory: str = "X05"
+    observatory: str | None = None
 
     @field_validator("observatory")
     @classmethod
-    def _known(cls, text: str) -> str:
-        observatory_of(text)
+    def _known(cls, text: str | None) -> str | None:
+        if text is not None:
+            observatory_of(text)
         return text
+
+    def observatory_at(self, visit: Visit) -> Observatory:
+        """Where a visit was taken from. ValueError if its manifest names no place."""
+        return observatory_of(self.observatory or visit.observatory or DEFAULT_OBSERVATORY)
 
 
 class SolarSystemResult(NamedTuple):
@@ -88,8 +107,8 @@ class AssociateSsObjects(beam.PTransform):
     """Give sources that lie at a known object's place their ssObjectId and ssSource record.
 
     Input and output `good`: DetectedSources; `failed`: exposures for which the places could not be
-    computed (their sources go on without). Ephemerides and elements are loaded once per worker. Order: as it
-    comes; a duplicate gives the same. No state.
+    computed (their sources go on without). Ephemerides and elements are loaded once per worker process. Order: as
+    it comes; a duplicate gives the same. No state.
     """
 
     def __init__(self, config: SolarSystemConfig, ephemerides: str | None, elements: str | None = None) -> None:
@@ -112,10 +131,8 @@ class _MatchEphemeridesFn(StageFn):
         self.elements = elements
 
     def setup(self) -> None:
-        ephemerides = None if self.ephemerides is None else read_ephemerides(self.ephemerides)
-        elements = None if self.elements is None else read_element_table(Path(self.elements))
-        nothing = ephemerides is None and elements is None
-        self.known = None if nothing else KnownObjects(ephemerides, elements, observatory_of(self.config.observatory))
+        nothing = self.ephemerides is None and self.elements is None
+        self.known = None if nothing else known_objects(self.ephemerides, self.elements)
 
     def work(self, detected: DetectedSources) -> Iterator[Any]:
         started = time.perf_counter()
@@ -158,69 +175,120 @@ def read_ephemerides(path: str) -> pa.Table:
     return table.set_column(table.column_names.index("ssObjectId"), "ssObjectId", table["ssObjectId"].cast(pa.int64()))
 
 
+def known_objects(ephemerides: str | None, elements: str | None) -> KnownObjects:
+    """The known objects of two files, read once for all threads and stages of a process.
+
+    Those asked for last are kept, and no others; a file that changed is read anew.
+    """
+    with _loading:
+        states = (None if path is None else _state_of(path) for path in (ephemerides, elements))
+        return _loaded(*states)
+
+
+def element_table(path: str) -> ElementTable:
+    """The elements of a file, read once as with `known_objects`. ElementsError if it is no table of elements."""
+    with _loading:
+        return _element_table(_state_of(path))
+
+
+_FileState = tuple[str, int, int]  # path, size, time of the last change
+
+
+def _state_of(path: str) -> _FileState:
+    try:
+        state = Path(path).stat()
+    except OSError:
+        return path, 0, 0  # whoever reads it says what is wrong
+    return path, state.st_size, state.st_mtime_ns
+
+
+@lru_cache(maxsize=1)
+def _element_table(elements: _FileState) -> ElementTable:
+    table = read_element_table(Path(elements[0]))
+    pa.default_memory_pool().release_unused()  # as much again as the table
+    return table
+
+
+@lru_cache(maxsize=1)
+def _loaded(ephemerides: _FileState | None, elements: _FileState | None) -> KnownObjects:
+    return KnownObjects(
+        None if ephemerides is None else read_ephemerides(ephemerides[0]),
+        None if elements is None else _element_table(elements),
+    )
+
+
 class KnownObjects:
-    """Known objects, and where they are at a time.
+    """Known objects, and where they are at a time; one for all threads of a process.
 
     An object that the ephemerides place at that time is taken from there, even if there are elements too. What was
-    computed of all orbits for a night and for a visit is kept until another is asked for; it depends on nothing else.
+    computed of all orbits for a night and of all ephemerides for a visit is kept for the next exposure; what is
+    predicted depends on the visit alone.
     """
 
-    def __init__(self, ephemerides: pa.Table | None, elements: ElementTable | None, observatory: Observatory) -> None:
+    def __init__(self, ephemerides: pa.Table | None, elements: ElementTable | None) -> None:
         self._ephemerides = ephemerides
         self._elements = elements
-        self._observatory = observatory
         self._orbits = _orbits_of(elements)
-        self._night: tuple[float, Orbits] | None = None
-        self._visit: _Visit | None = None
+        self._computing = threading.Lock()  # threads wait for a night rather than compute it twice
+        self._night_of = lru_cache(maxsize=_NIGHTS_KEPT)(self._compute_night)
+        self._places_at = lru_cache(maxsize=_VISITS_KEPT)(self._compute_places)
 
     def predicted_near(
-        self, mjd_tai: float, ra_deg: np.ndarray, dec_deg: np.ndarray, radius_arcsec: float
+        self, mjd_tai: float, site: Observatory, ra_deg: np.ndarray, dec_deg: np.ndarray, radius_arcsec: float
     ) -> np.ndarray:
         """SS_SOURCE of the objects about sources, as predicted, in order of ssObjectId; what needs a source is null."""
-        visit = self._places_at(mjd_tai)
+        observer = observer_at(mjd_tai, site.longitude_deg, site.rho_cos_phi, site.rho_sin_phi)
+        with self._computing:
+            places = self._places_at(mjd_tai)
+            night = self._night_of(float(round(mjd_tai)))
         centre, reach_arcsec = sky_cap(ra_deg, dec_deg)
         reach_arcsec += radius_arcsec
         parts = []
         if self._ephemerides is not None:
-            near = within_cap(unit_vectors(visit.places.ra_deg, visit.places.dec_deg), centre, reach_arcsec)
-            parts.append(_from_ephemerides(self._ephemerides, visit, np.flatnonzero(near)))
+            near = within_cap(unit_vectors(places.ra_deg, places.dec_deg), centre, reach_arcsec)
+            parts.append(_from_ephemerides(self._ephemerides, places, observer, np.flatnonzero(near)))
         if self._elements is not None:
-            near = within_cap(visit.directions, centre, reach_arcsec + _ROUGH_ARCSEC)
-            near &= ~np.isin(self._elements.ss_object_id, visit.places.ss_object_id)
-            parts.append(_from_elements(self._elements, self._orbits_of_night(mjd_tai), visit, np.flatnonzero(near)))
+            rows = night.rows_about(centre, reach_arcsec + _ROUGH_ARCSEC)
+            rows = rows[~np.isin(self._elements.ss_object_id[rows], places.ss_object_id)]
+            directions = rough_directions(_rows_of(night.orbits, rows), observer)
+            rows = rows[within_cap(directions, centre, reach_arcsec + _ROUGH_ARCSEC)]
+            parts.append(_from_elements(self._elements, night.orbits, observer, rows))
         predicted = concatenate_records(parts, SS_SOURCE)
         return take_records(predicted, np.argsort(predicted["ssObjectId"]))
 
-    def _places_at(self, mjd_tai: float) -> _Visit:
-        if self._visit is None or self._visit.observer.mjd_tdb != tdb_of_tai(mjd_tai):
-            site = self._observatory
-            observer = observer_at(mjd_tai, site.longitude_deg, site.rho_cos_phi, site.rho_sin_phi)
-            places = _places(self._ephemerides, mjd_tai)
-            orbits = self._orbits_of_night(mjd_tai)
-            self._visit = _Visit(observer, places, rough_directions(orbits, observer))
-        return self._visit
+    def _compute_places(self, mjd_tai: float) -> Ephemerides:
+        return _places(self._ephemerides, mjd_tai)
 
-    def _orbits_of_night(self, mjd_tai: float) -> Orbits:
-        """All orbits at the nearest whole day: what the planets do over years is computed once a night."""
-        day = float(round(mjd_tai))
-        if self._night is None or self._night[0] != day:
-            self._night = (day, propagate_perturbed(self._orbits, day))
-        return self._night[1]
+    def _compute_night(self, day: float) -> _Night:
+        orbits = propagate_perturbed(self._orbits, day)
+        geocentre = observer_at(day, 0.0, 0.0, 0.0)
+        directions, reach = motion_reach(orbits, geocentre, _NIGHT_HALF_D)
+        # By columns and in single precision, 0.02 arcsec: it only preselects.
+        return _Night(orbits, directions.T.astype(np.float32, order="C"), (reach + 1e-6).astype(np.float32))
 
 
-class _Visit(NamedTuple):
-    """Of all objects: where ephemerides place them, and about where orbits do."""
+class _Night(NamedTuple):
+    """All orbits at a whole day, their directions then (3, n), and how far (rad) they get until half a day from it."""
 
-    observer: Observer
-    places: Ephemerides
+    orbits: Orbits
     directions: np.ndarray
+    reach: np.ndarray
+
+    def rows_about(self, centre: np.ndarray, radius_arcsec: float) -> np.ndarray:
+        """The objects that may come within a circle on the sky some time that night, and few others."""
+        apart = np.zeros(len(self.reach), dtype=np.float32)
+        for along, middle in zip(self.directions, centre.astype(np.float32), strict=True):
+            apart += (along - middle) ** 2
+        return np.flatnonzero(apart <= (self.reach + np.float32(math.radians(radius_arcsec / 3600.0))) ** 2)
 
 
 def associate_ss_objects(detected: DetectedSources, known: KnownObjects, config: SolarSystemConfig) -> DetectedSources:
     """Match one exposure's sources, one to one and nearest first, with the known objects at its midpoint."""
     sources = detected.dia_sources.copy()
     ra, dec = sources["ra"], sources["dec"]
-    predicted = known.predicted_near(detected.exposure.visit.midpoint_mjd_tai, ra, dec, config.radius_arcsec)
+    visit = detected.exposure.visit
+    site = config.observatory_at(visit)
+    predicted = known.predicted_near(visit.midpoint_mjd_tai, site, ra, dec, config.radius_arcsec)
     matched, row, distance_arcsec = match_one_to_one(
         ra, dec, predicted["ephRa"], predicted["ephDec"], config.radius_arcsec
     )
@@ -257,11 +325,11 @@ def _optional(table: pa.Table, name: str) -> np.ndarray | None:
     return table[name].cast(pa.float64()).fill_null(np.nan).to_numpy() if name in table.column_names else None
 
 
-def _from_ephemerides(table: pa.Table, visit: _Visit, near: np.ndarray) -> np.ndarray:
+def _from_ephemerides(table: pa.Table, places: Ephemerides, observer: Observer, near: np.ndarray) -> np.ndarray:
     """The predicted ssSources of the chosen objects; magnitude and designation from each object's first row."""
-    ids, ra, dec, rate_ra, rate_dec, distance, distance_rate = (column[near] for column in visit.places)
+    ids, ra, dec, rate_ra, rate_dec, distance, distance_rate = (column[near] for column in places)
     seen = positions_from_ranges(
-        ra, dec, rate_ra * _DEG_PER_DAY, rate_dec * _DEG_PER_DAY, distance, distance_rate, visit.observer
+        ra, dec, rate_ra * _DEG_PER_DAY, rate_dec * _DEG_PER_DAY, distance, distance_rate, observer
     )
     predicted = _records(ids, seen)
     known_ids, first = np.unique(table["ssObjectId"].to_numpy(), return_index=True)
@@ -274,10 +342,13 @@ def _from_ephemerides(table: pa.Table, visit: _Visit, near: np.ndarray) -> np.nd
     return predicted
 
 
-def _from_elements(elements: ElementTable, orbits: Orbits, visit: _Visit, near: np.ndarray) -> np.ndarray:
+def _rows_of(orbits: Orbits, rows: np.ndarray) -> Orbits:
+    return Orbits(*(column[rows] for column in orbits))
+
+
+def _from_elements(elements: ElementTable, orbits: Orbits, observer: Observer, near: np.ndarray) -> np.ndarray:
     """The predicted ssSources of the chosen objects."""
-    chosen = Orbits(orbits.mjd_tdb[near], orbits.position[near], orbits.velocity[near])
-    seen = predict_positions(propagate_perturbed(chosen, visit.observer.mjd_tdb), visit.observer)
+    seen = predict_positions(propagate_perturbed(_rows_of(orbits, near), observer.mjd_tdb), observer)
     predicted = _records(elements.ss_object_id[near], seen)
     predicted["designation"] = elements.designation[near]
     predicted["ephVmag"] = apparent_magnitude(
@@ -341,3 +412,56 @@ def _orbits_of(elements: ElementTable | None) -> Orbits:
         perihelion,
         elements.epoch_mjd,
     )
+
+
+def orbit_records(elements: ElementTable | None, ss_object_id: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(n,) MPC_ORBITS of objects, and which of them the table has; no object is 0."""
+    records, has = empty_records(MPC_ORBITS, len(ss_object_id)), np.zeros(len(ss_object_id), dtype=bool)
+    if elements is not None and len(elements.ss_object_id):
+        known = elements.ss_object_id
+        rows = np.minimum(np.searchsorted(known, ss_object_id), len(known) - 1)
+        has = known[rows] == ss_object_id
+        records[has] = _mpc_orbits(elements, rows[has])
+    return records, has
+
+
+def _mpc_orbits(elements: ElementTable, rows: np.ndarray) -> np.ndarray:
+    """MPC_ORBITS of rows of a table: what it gives, and of perihelion and mean anomaly each from the other."""
+    records = empty_records(MPC_ORBITS, len(rows))
+    q, perihelion, a, anomaly = (
+        column[rows]
+        for column in (
+            elements.perihelion_au,
+            elements.perihelion_mjd,
+            elements.semi_major_au,
+            elements.mean_anomaly_deg,
+        )
+    )
+    e, epoch = elements.eccentricity[rows], elements.epoch_mjd[rows]
+    without = np.isnan(q)
+    from_anomaly = perihelion_of_mean_anomaly(a[without], e[without], anomaly[without], epoch[without])
+    from_perihelion = mean_anomaly_of_perihelion(q[~without], e[~without], perihelion[~without], epoch[~without])
+    q[without], perihelion[without] = from_anomaly
+    a[~without], anomaly[~without] = from_perihelion
+    motion = mean_motion_deg_per_d(a)
+    columns = {
+        "designation": elements.designation[rows],
+        "packed_primary_provisional_designation": elements.packed_provisional[rows],
+        "unpacked_primary_provisional_designation": elements.unpacked_provisional[rows],
+        "a": a,
+        "q": q,
+        "e": e,
+        "i": elements.inclination_deg[rows],
+        "node": elements.node_deg[rows],
+        "argperi": elements.argument_deg[rows],
+        "peri_time": perihelion,
+        "mean_anomaly": anomaly,
+        "mean_motion": motion,
+        "period": np.where(a > 0.0, 360.0 / motion, np.nan),
+        "epoch_mjd": epoch,
+        "h": elements.absolute_h[rows],
+        "g": elements.slope_g[rows],
+    }
+    for name, values in columns.items():
+        records[name] = values
+    return records

@@ -37,6 +37,7 @@ class ConvertedExposure:
     path : where it was written
     fwhm_pix : width of its PSF, NaN when unknown
     ra_deg, dec_deg, radius_deg : centre of the image on the sky, half of its shorter side
+    observatory : where it was taken, as a manifest says it; None when unknown
     """
 
     source: str
@@ -51,6 +52,7 @@ class ConvertedExposure:
     ra_deg: float
     dec_deg: float
     radius_deg: float
+    observatory: str | None = None
 
     @property
     def seeing_pix(self) -> float:
@@ -272,6 +274,7 @@ def _visit(group: list[ConvertedExposure], templates: dict[Path, Path | None]) -
         observation_reason="science",
         target_name=first.target,
         detectors=tuple(detectors),
+        observatory=first.observatory,
     )
 
 

@@ -64,6 +64,7 @@ from schemas.exposures import (
     write_exposure,
 )
 from schemas.manifests import BANDS
+from schemas.observatories import observatory_of
 from transforms.numerics.background import BackgroundError, subtract_background
 from transforms.numerics.image_stacking import StackingError, stack_on_grid
 from transforms.numerics.psf_modelling import PsfEstimationError, estimate_psf, psf_fwhm_pix
@@ -149,6 +150,7 @@ class HeaderMap:
     saturation: Value | None = None
     fwhm_pix: Value | None = None
     target: Value | None = None
+    observatory: Value | None = None
     image_hdu: str | int | None = None
     mask: MaskPlane | None = None
     noise: NoisePlane | None = None
@@ -413,6 +415,7 @@ def _convert_opened(
     if not instrument:
         raise RefusedInput("instrument: the card is empty")
     named = None if header_map.target is None else str(opened.look_up(header_map.target, "target")).strip()
+    observatory = None if header_map.observatory is None else _observatory(opened, header_map.observatory)
     fwhm_pix = _fwhm_pix(opened, header_map, exposure)
     ra, dec, radius = write_checked(target, exposure, zero_point=zero_point, source=name)
     return ConvertedExposure(
@@ -428,7 +431,17 @@ def _convert_opened(
         ra_deg=ra,
         dec_deg=dec,
         radius_deg=radius,
+        observatory=observatory,
     )
+
+
+def _observatory(opened: _Opened, entry: Value) -> str:
+    text = str(opened.look_up(entry, "observatory")).strip()
+    try:
+        observatory_of(text)
+    except ValueError as error:
+        raise RefusedInput(f"observatory: {error}") from error
+    return text
 
 
 def _band(opened: _Opened, entry: BandValue) -> str:

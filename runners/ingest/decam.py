@@ -55,6 +55,7 @@ from transforms.numerics.psf_modelling import PsfEstimationError, psf_fwhm_pix
 # codes of the Community Pipeline since version 3.5 (NOIRLab data handbook); 7 is a difference to the stack: no defect
 PLANES_OF_CODES = {1: "BAD", 2: "NO_DATA", 3: "SAT", 4: "SAT", 5: "CR", 6: "BAD", 7: "SUSPECT", 8: "STREAK"}
 _BAND_OF_FILTER = {"u": "u", "g": "g", "r": "r", "i": "i", "z": "z", "zd": "z", "y": "y"}
+_OBSERVATORIES = {"DECam": "W84", "Mosaic3": "695", "90prime": "V00"}  # by INSTRUME; codes of the MPC
 _PSF_HALF_WIDTH_PIX = 31
 _ZERO_POINT_RANGE = (15.0, 35.0)
 _IMAGE_NAME = re.compile(r"_ooi_.*\.fits(\.\w+)?$")
@@ -323,6 +324,7 @@ def _convert(
         ra_deg=ra,
         dec_deg=dec,
         radius_deg=radius,
+        observatory=_OBSERVATORIES.get(images.instrument),
     )
 
 

@@ -39,6 +39,7 @@ from transforms.numerics.image_stacking import ExposureToStack, StackingError, a
 from transforms.numerics.psf_modelling import DetectedSources, PsfEstimationError, estimate_psf
 from transforms.numerics.registration import Registration, RegistrationError, StarList, find_stars, register
 
+OBSERVATORY = "K94"  # Sutherland
 PIXEL_SCALE_ARCSEC = 0.31
 NOMINAL_ZERO_POINT = 25.0  # of 1 adu in the whole exposure of the first of the template's frames
 BANDS_OF_FILTERS = {58: "i"}  # cards give a number per pair of filters: 58 is Cousins I
@@ -483,4 +484,5 @@ def _visit(frame: _Frame, exposure: Exposure, science: Path, template: Path) -> 
         observation_reason="science",
         target_name=f"{frame.target} (nominal WCS, nominal zero point)",
         detectors=(DetectorImages(0, str(science), str(template)),),
+        observatory=OBSERVATORY,
     )

@@ -5,7 +5,7 @@ Null rules of the packet (LSST's, unless said otherwise):
 - a source of an object: `diaObject` set; `prvDiaSources` is null for an object with one source, a list
   (perhaps empty) from the second on; `prvDiaForcedSources` is a list, empty when there are none;
 - a source of a solar-system object: `ssSource` set; `diaObject` and both histories null;
-- `mpc_orbits` is always null here (LSST sets it for solar-system objects);
+- `mpc_orbits` is set where the object's elements are known;
 - a NaN in a nullable float is null (LSST writes NaN).
 """
 
@@ -56,6 +56,8 @@ class AlertColumns:
     has_object : (n,) bool
     ss_sources : (n,) SS_SOURCE, read where `has_ss`
     has_ss : (n,) bool
+    mpc_orbits : (n,) MPC_ORBITS, read where `has_orbit`
+    has_orbit : (n,) bool
     cutouts : difference, science, template: n FITS files each, None where there is no stamp
 
     Raises
@@ -75,6 +77,8 @@ class AlertColumns:
     has_object: np.ndarray
     ss_sources: np.ndarray
     has_ss: np.ndarray
+    mpc_orbits: np.ndarray
+    has_orbit: np.ndarray
     cutouts: tuple[Sequence[bytes | None], Sequence[bytes | None], Sequence[bytes | None]]
 
     def __post_init__(self) -> None:
@@ -85,8 +89,10 @@ class AlertColumns:
             ("prv_forced", records.DIA_FORCED_SOURCE, None),
             ("dia_objects", records.DIA_OBJECT, n),
             ("ss_sources", records.SS_SOURCE, n),
+            ("mpc_orbits", records.MPC_ORBITS, n),
             ("has_object", np.dtype(bool), n),
             ("has_ss", np.dtype(bool), n),
+            ("has_orbit", np.dtype(bool), n),
         ):
             column = getattr(self, name)
             if column.dtype != dtype:
@@ -126,10 +132,11 @@ def encode_packets(schema: PacketSchema, batch: AlertColumns) -> list[bytes]:
     forced, forced_at = _encoded(schema, "diaForcedSource", batch.prv_forced)
     objects, object_at = _encoded(schema, "diaObject", batch.dia_objects)
     matches, match_at = _encoded(schema, "ssSource", batch.ss_sources)
+    orbits, orbit_at = _encoded(schema, "mpc_orbits", batch.mpc_orbits)
     ids = batch.dia_sources["diaSourceId"].tolist()
     has_history = ((batch.dia_objects["nDiaSources"] > 1) | (np.diff(batch.prv_offsets) > 0)).tolist()
     prv_offsets, forced_offsets = batch.prv_offsets.tolist(), batch.forced_offsets.tolist()
-    has_object, has_ss = batch.has_object.tolist(), batch.has_ss.tolist()
+    has_object, has_ss, has_orbit = batch.has_object.tolist(), batch.has_ss.tolist(), batch.has_orbit.tolist()
     visit = _optional_text(batch.observation_reason) + _optional_text(batch.target_name)
 
     bodies = []
@@ -145,7 +152,7 @@ def encode_packets(schema: PacketSchema, batch: AlertColumns) -> list[bytes]:
         else:
             parts.append(_NULL * 3)
         parts += (_VALUE, matches[match_at[i] : match_at[i + 1]]) if has_ss[i] else (_NULL,)
-        parts.append(_NULL)  # mpc_orbits
+        parts += (_VALUE, orbits[orbit_at[i] : orbit_at[i + 1]]) if has_orbit[i] else (_NULL,)
         for stamps in batch.cutouts:
             stamp = stamps[i]
             parts += (_NULL,) if stamp is None else (_VALUE, avro_long(len(stamp)), stamp)

@@ -121,6 +121,13 @@ def test_each_instrument_gets_a_night_folder(nights: dict[str, IngestedNight]) -
         assert read_manifest(night.folder).problems == ()
 
 
+def test_visits_say_from_where_they_were_taken(nights: dict[str, IngestedNight]) -> None:
+    found = {
+        name: {visit.observatory for visit in read_manifest(night.folder).visits} for name, night in nights.items()
+    }
+    assert found == {name: {code} for name, code in {"DECam": "W84", "Mosaic3": "695", "90prime": "V00"}.items()}
+
+
 def test_positions_are_those_of_the_input_wcs(nights: dict[str, IngestedNight]) -> None:
     for night in nights.values():
         for path in written(night):

@@ -199,6 +199,19 @@ def test_times_are_read_in_every_way_the_map_can_say(
     assert (midpoint - 60000.2) * 86400.0 == pytest.approx(seconds, abs=1e-4)
 
 
+def test_the_map_says_where_the_telescope_stands(tmp_path: Path) -> None:
+    (tmp_path / "map.yaml").write_text(shipped_maps()["generic"] + "\nobservatory: {card: SITE}\n")
+    write_frame(tmp_path / "in/a.fits", 0, SITE="I41")
+    write_frame(tmp_path / "in/b.fits", 1, SITE="243.14022 0.836322 0.546875")
+    write_frame(tmp_path / "in/c.fits", 2, SITE="here")
+    made = ingest_fits(tmp_path / "in", load_header_map(str(tmp_path / "map.yaml")), tmp_path / "night")
+    found = {visit.observatory for visit in read_manifest(made.folder).visits}
+    assert found and found <= {"I41", "243.14022 0.836322 0.546875"}
+    (refused,) = made.refused
+    assert refused.source == "c.fits" and "observatory: expected one of 500" in refused.reason
+    assert made.visits + 1 == 2  # the best of two is the template
+
+
 def test_planes_of_the_map_are_read(tmp_path: Path) -> None:
     wcs = pointing(0, 0)
     pixels = render(wcs, 1.8, seed=1)

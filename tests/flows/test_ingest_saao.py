@@ -111,6 +111,7 @@ def test_manifest_is_in_time_order_with_nights_and_midpoints(night: IngestedNigh
         expected = float(row["mjd"]) + (35.0 + 0.5 * float(row["exptime"])) / 86400.0
         assert visit.midpoint_mjd_tai == pytest.approx(expected, abs=1e-9)
         assert visit.band == "i"
+        assert visit.observatory == "K94"  # Sutherland
         assert visit.day_obs == day_obs_of(visit.midpoint_mjd_tai)
         assert visit.visit == visit.day_obs * 100_000 + visit.seq_num
         assert "nominal" in (visit.target_name or "")

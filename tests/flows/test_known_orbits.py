@@ -157,6 +157,22 @@ def test_every_field_of_an_ssource_is_filled_from_elements(by_elements: Any) -> 
         assert packet["ssSource"]["ephOffset"] < 1.0 and packet["diaObject"] is None
 
 
+def test_packets_of_known_orbits_carry_the_elements_given(asteroids: Any, by_elements: Any, first_run: Any) -> None:
+    given = {row["ssObjectId"]: row for row in asteroids[0].to_pylist()}
+    packets = [packet for packet in by_elements.packets() if packet["ssSource"] is not None]
+    assert packets
+    for packet in packets:
+        orbit, row = packet["mpc_orbits"], given[packet["ssSource"]["ssObjectId"]]
+        for name in ("designation", "q", "e", "i", "node", "argperi", "peri_time", "epoch_mjd", "h"):
+            assert orbit[name] == row[name], name
+        assert orbit["g"] is None and orbit["mpc_orb_jsonb"] is None
+        assert orbit["a"] == pytest.approx(row["q"] / (1.0 - row["e"]))
+    others = [packet for packet in by_elements.packets() if packet["ssSource"] is None]
+    assert others and all(packet["mpc_orbits"] is None for packet in others)
+    # With ephemerides only nothing is known of orbits.
+    assert all(packet["mpc_orbits"] is None for packet in first_run.packets())
+
+
 def test_bad_rows_of_a_csv_are_failures_and_the_rest_is_matched(
     asteroids: Any, night_with: Any, by_elements: Any, produce: Any, tmp_path: Path
 ) -> None:

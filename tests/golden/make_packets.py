@@ -17,7 +17,7 @@ import numpy as np
 from schemas.avro.encoding import AlertColumns, encode_packets
 from schemas.avro.schema_versions import VERSIONS, packet_schema
 from schemas.avro.wire import wrap
-from schemas.records import DIA_FORCED_SOURCE, DIA_OBJECT, DIA_SOURCE, SS_SOURCE, empty_records, field_types
+from schemas.records import DIA_FORCED_SOURCE, DIA_OBJECT, DIA_SOURCE, MPC_ORBITS, SS_SOURCE, empty_records, field_types
 
 SEED = 20261122
 FOLDER = Path(__file__).parent / "packets"
@@ -53,6 +53,8 @@ def golden_message(version: str) -> bytes:
         has_object=np.array([True]),
         ss_sources=empty_records(SS_SOURCE, 1),
         has_ss=np.array([False]),
+        mpc_orbits=empty_records(MPC_ORBITS, 1),
+        has_orbit=np.array([False]),
         cutouts=([None], [None], [None]),
     )
     schema = packet_schema(version)

@@ -22,6 +22,9 @@ from transforms.numerics.orbit_propagation import (
     Observer,
     Orbits,
     apparent_magnitude,
+    mean_anomaly_of_perihelion,
+    mean_motion_deg_per_d,
+    motion_reach,
     observer_at,
     orbits_from_elements,
     perihelion_of_mean_anomaly,
@@ -403,3 +406,51 @@ def test_planets_stand_in_their_table_by_day() -> None:
 
 def test_tdb_is_32_184_s_ahead_of_tai() -> None:
     assert (tdb_of_tai(60000.0) - 60000.0) * DAY_S == pytest.approx(32.184, abs=1e-6)
+
+
+@pytest.mark.parametrize("eccentricity", [0.0, 0.3, 0.99, 1.2, 6.1])
+def test_perihelion_and_mean_anomaly_lead_to_each_other(eccentricity: float) -> None:
+    elements = random_elements(np.random.default_rng(5), np.full(50, eccentricity))
+    q, passage, epoch = elements.perihelion_au, elements.perihelion_mjd, elements.epoch_mjd
+    a, anomaly = mean_anomaly_of_perihelion(q, elements.eccentricity, passage, epoch)
+    again, passage_again = perihelion_of_mean_anomaly(a, elements.eccentricity, anomaly, epoch)
+    np.testing.assert_allclose(again, q, rtol=1e-13 / abs(1.0 - eccentricity))
+    # The same passage up to whole turns, of which there are none for hyperbolas.
+    missed = mean_motion_deg_per_d(a) * (passage_again - passage)
+    if eccentricity < 1.0:
+        assert ((anomaly >= 0.0) & (anomaly < 360.0)).all()
+        missed = (missed + 180.0) % 360.0 - 180.0
+    # Rounding of a time of 6e4 days, and of angles of up to some thousand turns of 1e-16 each.
+    assert np.abs(missed).max() < 1e-11 * (360.0 + np.abs(anomaly).max())
+
+
+def test_a_parabola_has_no_mean_anomaly() -> None:
+    a, anomaly = mean_anomaly_of_perihelion([1.0], [1.0], [60000.0], [60010.0])
+    assert np.isnan(a[0]) and np.isnan(anomaly[0])
+
+
+def test_no_object_is_seen_farther_from_its_place_at_midnight_than_its_reach() -> None:
+    """Objects of every kind, half of them on their way past the Earth or the Sun, at times and places over a day."""
+    rng = np.random.default_rng(21)
+    n, span = 4000, 0.501
+    elements = random_elements(rng, rng.choice([0.0, 0.1, 0.5, 0.97, 1.0, 1.5, 6.1], n), EPOCH)
+    orbits = orbits_from_elements(*elements)
+    geocentre = observer_at(EPOCH, 0.0, 0.0, 0.0)
+    near = slice(0, n // 4)  # 0.001 to 0.3 au from the Earth
+    away = rng.normal(size=(n // 4, 3))
+    away *= (10.0 ** rng.uniform(-3.0, -0.5, n // 4) / np.linalg.norm(away, axis=1))[:, None]
+    orbits.position[near] = geocentre.position + away
+    sun = slice(n // 4, n // 2)  # within 0.05 to 0.8 au of the Sun
+    orbits.position[sun] *= (rng.uniform(0.05, 0.8, n // 4) / np.linalg.norm(orbits.position[sun], axis=1))[:, None]
+    directions, reach = motion_reach(orbits, geocentre, span)
+    widest = np.zeros(n)
+    for dt in (-span, -0.25, 0.0, 0.1, span):
+        for site in (RUBIN, (289.25058 + 180.0, 0.999, 0.0)):
+            seen = rough_directions(orbits, observer_at(EPOCH + dt, *site))
+            apart = 2.0 * np.arcsin(np.minimum(1.0, 0.5 * np.linalg.norm(seen - directions, axis=1)))
+            widest = np.maximum(widest, apart)
+    assert (widest <= reach).all()
+    # And it is of use: of objects beyond both it is less than twice as far as they get.
+    ordinary = reach[n // 2 :] < np.pi
+    assert ordinary.mean() > 0.8
+    assert np.median(reach[n // 2 :][ordinary] / widest[n // 2 :][ordinary]) < 2.0

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import math
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import numpy as np
 
 from schemas.avro.encoding import AlertColumns
 from schemas.avro.schema_versions import packet_schema
-from schemas.records import DIA_FORCED_SOURCE, DIA_OBJECT, DIA_SOURCE, SS_SOURCE, field_types
+from schemas.records import DIA_FORCED_SOURCE, DIA_OBJECT, DIA_SOURCE, MPC_ORBITS, SS_SOURCE, field_types
 
 ALERTED = {
     "diaSource": DIA_SOURCE,
     "diaForcedSource": DIA_FORCED_SOURCE,
     "diaObject": DIA_OBJECT,
     "ssSource": SS_SOURCE,
+    "mpc_orbits": MPC_ORBITS,
 }
 INT64 = np.array([0, 1, -1, 63, 64, -64, -65, 2**53 + 1, 2**63 - 1, -(2**63), -(2**63) + 1], dtype=np.int64)
 INT32 = np.array([0, 1, -1, 63, 64, 2**31 - 1, -(2**31), -(2**31) + 1], dtype=np.int32)
@@ -35,6 +37,8 @@ def random_records(record: str, n: int, rng: np.random.Generator) -> np.ndarray:
         elif kind == "int":
             some = rng.integers(-(2**31), 2**31 - 1, n, dtype=np.int32)
             rows[name] = np.where(rng.random(n) < 0.5, rng.choice(INT32, n), some)
+        elif kind == "timestamp-micros":  # of the years that Python has
+            rows[name] = np.where(rng.random(n) < 0.3, -(2**63), rng.integers(0, 2 * 10**15, n))
         elif kind == "boolean":
             rows[name] = rng.integers(-1, 2, n)
         elif kind == "string":
@@ -67,6 +71,8 @@ def random_batch(n: int, rng: np.random.Generator, *, longest: int = 5) -> Alert
         has_object=has_object,
         ss_sources=random_records("ssSource", n, rng),
         has_ss=~has_object,
+        mpc_orbits=random_records("mpc_orbits", n, rng),
+        has_orbit=~has_object & (rng.random(n) < 0.5),
         cutouts=tuple([_random_stamp(rng) for _ in range(n)] for _ in range(3)),  # type: ignore[arg-type]
     )
 
@@ -88,7 +94,7 @@ def expected_packet(version: str, batch: AlertColumns, i: int) -> dict[str, Any]
         ),
         "diaObject": expected_record(version, "diaObject", batch.dia_objects[i]) if known else None,
         "ssSource": expected_record(version, "ssSource", batch.ss_sources[i]) if batch.has_ss[i] else None,
-        "mpc_orbits": None,
+        "mpc_orbits": expected_record(version, "mpc_orbits", batch.mpc_orbits[i]) if batch.has_orbit[i] else None,
         "cutoutDifference": batch.cutouts[0][i],
         "cutoutScience": batch.cutouts[1][i],
         "cutoutTemplate": batch.cutouts[2][i],
@@ -101,7 +107,7 @@ def expected_record(version: str, record: str, row: np.void) -> dict[str, Any]:
     for field in packet_schema(version).records[record]:
         value = row[field.name].item()
         if field.kind == "string":
-            value = value.decode() or None
+            value = value.decode() or (None if field.nullable else "")
         elif field.nullable and field.kind in ("float", "double"):
             value = None if math.isnan(value) else value
         elif field.nullable and field.kind == "boolean":
@@ -110,6 +116,8 @@ def expected_record(version: str, record: str, row: np.void) -> dict[str, Any]:
             value = value or None
         elif field.nullable:
             value = None if value == -(2**31 if field.kind == "int" else 2**63) else value
+            if field.kind == "timestamp-micros" and value is not None:
+                value = datetime(1970, 1, 1, tzinfo=UTC) + timedelta(microseconds=value)
         values[field.name] = value
     return values
 

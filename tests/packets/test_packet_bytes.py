@@ -117,6 +117,8 @@ def test_packets_do_not_depend_on_the_batch_they_were_made_in() -> None:
             has_object=batch.has_object[i : i + 1],
             ss_sources=batch.ss_sources[i : i + 1],
             has_ss=batch.has_ss[i : i + 1],
+            mpc_orbits=batch.mpc_orbits[i : i + 1],
+            has_orbit=batch.has_orbit[i : i + 1],
             cutouts=tuple([stamps[i]] for stamps in batch.cutouts),
         )
         assert encode_packets(schema, one) == [together[i]]

@@ -85,7 +85,7 @@ def _batch(first_id: int, n: int, cell: int = 7) -> AlertBatch:
 def _part(batch: AlertBatch, columns: frozenset[str], packets: Path | None = None) -> bytes:
     n, ids = len(batch.dia_sources), batch.dia_sources["diaSourceId"]
     schema = packet_schema("11.0")
-    bodies = encode_packets(schema, _alert_columns(batch, ([None] * n, [None] * n, [None] * n)))
+    bodies = encode_packets(schema, _alert_columns(batch, ([None] * n, [None] * n, [None] * n), None))
     name = packet_file(VISIT, batch.context["cell"], ids)
     if packets is not None:
         write_blobs(packets / name, ids, [(wire_message(Packet(schema, body)),) for body in bodies])

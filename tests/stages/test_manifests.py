@@ -140,6 +140,7 @@ NO_VISIT_CHANGES = [
     ({"band": "x"}, "unknown band 'x', expected one of u, g, r, i, z, y"),
     ({"band": None}, "band must be a non-empty text, got None"),
     ({"band": 7}, "band must be a non-empty text, got 7"),
+    ({"observatory": 5}, "observatory must be a text or null, got 5"),
     ({"instrument": ""}, "instrument must be a non-empty text, got ''"),
     ({"exposure_time_s": 0}, "exposure_time_s must be in (0, 86400], got 0.0"),
     ({"exposure_time_s": -3.0}, "exposure_time_s must be in (0, 86400], got -3.0"),

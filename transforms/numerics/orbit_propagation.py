@@ -37,6 +37,9 @@ _PLANET_STEP_D = 1.0
 # nearer by at most some percent. Measured over 300 days: 5e-8 au in the main belt, 2e-8 au near the Earth (medians).
 _STEP_PER_FALL_TIME, _STEP_PER_PLANET_AU, _STEP_MIN_D, _STEP_MAX_D = 1.0 / 60.0, 3.0, 1e-3, 8.0
 
+# What `motion_reach` bounds pulls with: how near the Sun an object may come, the Earth ever comes; au / d of the Sun.
+_NEAR_SUN_AU, _EARTH_NEAREST_AU, _SUN_SPEED_MAX = 0.3, 0.98, 1e-5
+
 FloatArray = NDArray[np.float64]
 
 
@@ -126,6 +129,28 @@ def perihelion_of_mean_anomaly(
     nearest = np.where(a > 0.0, (anomaly + 180.0) % 360.0 - 180.0, anomaly)
     mean_motion = GAUSSIAN_CONSTANT / np.abs(a) ** 1.5
     return a * (1.0 - e), epoch - np.radians(nearest) / mean_motion
+
+
+def mean_anomaly_of_perihelion(
+    perihelion_au: ArrayLike, eccentricity: ArrayLike, perihelion_mjd: ArrayLike, epoch_mjd: ArrayLike
+) -> tuple[FloatArray, FloatArray]:
+    """Semi-major axis and mean anomaly of elements given by perihelion distance and time.
+
+    Returns
+    -------
+    semi_major_au : (n,), < 0 for hyperbolas, NaN for parabolas
+    mean_anomaly_deg : (n,) degrees; of an ellipse in [0, 360), NaN for parabolas
+    """
+    q, e = np.asarray(perihelion_au, np.float64), np.asarray(eccentricity, np.float64)
+    a = np.divide(q, 1.0 - e, out=np.full_like(q, np.nan), where=e != 1.0)
+    since = np.asarray(epoch_mjd, np.float64) - np.asarray(perihelion_mjd, np.float64)
+    anomaly = mean_motion_deg_per_d(a) * since
+    return a, np.where(a > 0.0, anomaly % 360.0, anomaly)
+
+
+def mean_motion_deg_per_d(semi_major_au: ArrayLike) -> FloatArray:
+    """(n,) mean motion, sqrt(GM / |a|^3) in degrees a day."""
+    return np.degrees(GAUSSIAN_CONSTANT / np.abs(np.asarray(semi_major_au, np.float64)) ** 1.5)
 
 
 def orbits_from_elements(
@@ -298,11 +323,49 @@ def rough_directions(orbits: Orbits, observer: Observer) -> FloatArray:
     For a first choice among many objects: unperturbed, and off by GM tau^2 / 2 r^2 over the distance: below 0.01
     arcsec beyond 0.5 au from the Sun, an arcminute at 0.005 au.
     """
-    now = propagate_two_body(orbits, observer.mjd_tdb)
+    towards = _rough_towards(propagate_two_body(orbits, observer.mjd_tdb), observer)
+    return towards / _length(towards)[:, None]
+
+
+def _rough_towards(now: Orbits, observer: Observer) -> FloatArray:
     towards = now.position - observer.position
     light_time = _length(towards) / LIGHT_AU_PER_D
     towards -= light_time[:, None] * (now.velocity + observer.sun_velocity)
-    return towards / _length(towards)[:, None]
+    return towards
+
+
+def motion_reach(orbits: Orbits, geocentre: Observer, span_d: float) -> tuple[FloatArray, FloatArray]:
+    """Where objects are at a time, and how far from there they can be seen a while before or after.
+
+    Within the span s an object and the Earth move against each other by at most
+    d = s |v| + s^2 / 2 (GM / r_min^2 + GM / r_earth^2) plus an Earth radius, which is asin(d / distance) on the sky.
+    Here r_min = r - s |v| - 0.001 au is the least distance from the Sun that the object can get to.
+
+    Parameters
+    ----------
+    orbits : Orbits
+        States near the time: motion from there is unperturbed.
+    geocentre : Observer
+    span_d : days, above 0, at most 1
+
+    Returns
+    -------
+    directions : (n, 3) unit vectors, as `rough_directions`
+    reach_rad : (n,) angle from there to any `rough_directions` of an observer on the Earth within the span; pi for
+        objects that can come within 0.3 au of the Sun or pass the Earth
+    """
+    now = propagate_two_body(orbits, geocentre.mjd_tdb)
+    towards = _rough_towards(now, geocentre)
+    distance, speed = _length(towards), _length(now.velocity)
+    nearest_sun = _length(now.position) - span_d * speed - 0.001
+    pull = GM_SUN / np.maximum(nearest_sun, _NEAR_SUN_AU) ** 2
+    way = span_d * _length(now.velocity - geocentre.velocity) + EARTH_RADIUS_AU
+    way += 0.5 * span_d**2 * (pull + GM_SUN / _EARTH_NEAREST_AU**2)
+    # What light time does: it is another by way / c, and the velocity it is taken with by the pull.
+    way += (way * (speed + _SUN_SPEED_MAX) + (distance + way) * span_d * pull) / LIGHT_AU_PER_D
+    ratio = np.where(nearest_sun < _NEAR_SUN_AU, 2.0, way / distance)
+    reach = np.where(ratio < 1.0, np.arcsin(np.minimum(ratio, 1.0)), math.pi)
+    return towards / distance[:, None], reach
 
 
 def predict_positions(orbits: Orbits, observer: Observer) -> PredictedPositions:
