@@ -26,7 +26,7 @@ FIRST_SEED = 1000
     type=click.Path(exists=True, file_okay=False, path_type=Path),
     help="A night folder with templates, real images; may be repeated.",
 )
-@click.option("--version", "version", default="gbm-1", show_default=True, help="The model's name in alerts.")
+@click.option("--version", "version", default="gbm-2", show_default=True, help="The model's name in alerts.")
 @click.option("--quiet", is_flag=True, help="No progress, no summary.")
 def train_reliability(
     out: Path,

@@ -122,8 +122,10 @@ def point(snr: float) -> Source:
 def test_clean_point_sources_of_either_sign_score_high(fwhm: float, snr: float) -> None:
     found = scores(point(snr), fwhm)
     assert found.size == N_SIDE**2
-    # 36 noisy copies: one may have an odd neighbour.
-    assert np.sort(found)[1] > 0.9
+    # By the model's card 98.6 % of transients beyond 6 sigma score above 0.9 and 99.5 % above the threshold of 0.5. So
+    # of 36 noisy copies two or more lie below 0.5 once in 70 fields; that 6 lie below 0.9 once in 100,000.
+    assert np.sort(found)[1] > 0.5
+    assert np.sort(found)[5] > 0.9
 
 
 @pytest.mark.parametrize("fwhm", FWHMS)
