@@ -100,11 +100,9 @@ def associate(
     pairs = _pairs_within(source_columns, object_columns, radius_arcsec / ARCSEC_PER_DEG)
     if len(pairs) == 0:
         return Assignment(nothing, nothing[:0], nothing[:0])
-    scores = _pair_scores(source_columns, object_columns, pairs, error_floor_arcsec, error_fallback_arcsec)
     group = _group_labels(pairs, len(sources), len(objects))
-    return Assignment(
-        *_match_groups(source_columns, object_columns, pairs, scores, group, len(sources), max_group_width_arcsec)
-    )
+    errors = error_floor_arcsec, error_fallback_arcsec
+    return Assignment(*_match_groups(source_columns, object_columns, pairs, group, *errors, max_group_width_arcsec))
 
 
 class _Columns(NamedTuple):
@@ -152,7 +150,7 @@ def _cells_of_gates(sources: _Columns, height_deg: float) -> tuple[np.ndarray, i
     low_zone, high_zone = 1 << 40, -1
     for i in range(len(sources.ra)):
         if math.isfinite(sources.ra[i]) and math.isfinite(sources.dec[i]):
-            zone = int((sources.dec[i] + 90.0) / height_deg)
+            zone = int((sources.dec[i] + 90.0) * (1.0 / height_deg))
             low_zone, high_zone = min(low_zone, zone - 1), max(high_zone, zone + 1)
     n_columns = np.empty(max(high_zone - low_zone + 1, 0), dtype=np.int64)
     for zone in range(low_zone, low_zone + len(n_columns)):
@@ -163,7 +161,7 @@ def _cells_of_gates(sources: _Columns, height_deg: float) -> tuple[np.ndarray, i
         ra, dec = sources.ra[i] % 360.0, sources.dec[i]
         if not (math.isfinite(ra) and math.isfinite(dec)):
             continue
-        own = int((dec + 90.0) / height_deg)
+        own = int((dec + 90.0) * (1.0 / height_deg))
         # The circle of the gate spans asin(sin(gate) / cos(dec)) in right ascension, everything around a pole.
         ratio = math.sin(math.radians(height_deg)) / max(math.cos(math.radians(dec)), 1e-300)
         reach = math.degrees(math.asin(ratio)) * (1.0 + 1e-6) if ratio < 1.0 else 180.0
@@ -205,7 +203,7 @@ def _pairs_within(sources: _Columns, objects: _Columns, radius_deg: float) -> np
     vectors = np.empty((n_sources, 3))
     for i in range(n_sources):
         vectors[i, 0], vectors[i, 1], vectors[i, 2] = unit_vector(sources.ra[i], sources.dec[i])
-    columns_per_deg = n_columns * _PER_DEG
+    columns_per_deg, zones_per_deg = n_columns * _PER_DEG, 1.0 / height
     chord2 = (2.0 * math.sin(0.5 * math.radians(radius_deg))) ** 2
     found = np.empty((2 * n_sources + 16, 2), dtype=np.int64)
     n_found = 0
@@ -213,7 +211,7 @@ def _pairs_within(sources: _Columns, objects: _Columns, radius_deg: float) -> np
         ra, dec = objects.ra[k], objects.dec[k]
         if not (math.isfinite(ra) and math.isfinite(dec)):
             continue
-        zone = int((dec + 90.0) / height)
+        zone = int((dec + 90.0) * zones_per_deg)
         row = zone - low_zone
         if row < 0 or row >= len(n_columns):
             continue
@@ -315,38 +313,47 @@ def _match_groups(
     sources: _Columns,
     objects: _Columns,
     pairs: np.ndarray,
-    scores: np.ndarray,
     group: np.ndarray,
-    n_sources: int,
+    floor_arcsec: float,
+    fallback_arcsec: float,
     max_width_arcsec: float,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The columns of `Assignment`; only contested pairs are scored."""
+    n_sources = len(sources.ra)
     assigned = np.full(n_sources, _NO_PAIR, dtype=np.int64)
     contested = np.empty(n_sources, dtype=np.int64)
     wide = np.empty(n_sources, dtype=np.int64)
     n_contested, n_wide = 0, 0
-    order = np.argsort(group, kind="mergesort")  # stable: pairs stay in order of (source, object)
+    # Counted, so that the pairs of a group stay in order of (source, object).
+    end = np.zeros(n_sources + 1, dtype=np.int64)
+    for p in range(len(pairs)):
+        end[group[p] + 1] += 1
+    for first in range(n_sources):
+        end[first + 1] += end[first]
+    order = np.empty(len(pairs), dtype=np.int64)
+    for p in range(len(pairs)):
+        order[end[group[p]]] = p
+        end[group[p]] += 1
     start = 0
-    while start < len(order):
-        end = start + 1
-        first = group[order[start]]
-        while end < len(order) and group[order[end]] == first:
-            end += 1
-        if end - start == 1:
-            assigned[first] = pairs[order[start], 1]
-        else:
-            members = order[start:end]
+    for first in range(n_sources):
+        members = order[start : end[first]]
+        start = end[first]
+        if len(members) == 1:
+            assigned[first] = pairs[members[0], 1]
+        elif len(members) > 1:
             contested[n_contested] = first
             n_contested += 1
-            if _width_arcsec(sources, objects, pairs[members]) > max_width_arcsec:
+            own = pairs[members]
+            scores = _pair_scores(sources, objects, own, floor_arcsec, fallback_arcsec)
+            if _width_arcsec(sources, objects, own) > max_width_arcsec:
                 wide[n_wide] = first
                 n_wide += 1
-                chosen = _mutual_nearest(pairs[members], scores[members])
+                chosen = _mutual_nearest(own, scores)
             else:
-                chosen = _best_matching(pairs[members], scores[members])
+                chosen = _best_matching(own, scores)
             for p in range(len(members)):
                 if chosen[p]:
-                    assigned[pairs[members[p], 0]] = pairs[members[p], 1]
-        start = end
+                    assigned[own[p, 0]] = own[p, 1]
     return assigned, contested[:n_contested].copy(), wide[:n_wide].copy()
 
 
