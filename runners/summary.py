@@ -383,7 +383,7 @@ def _filter_counts(visits: list[dict[str, Any]]) -> dict[str, FilterCount]:
 def _alerting_sources(out: Path) -> pa.Table:
     sources = read_table(out, "dia_sources", ["visit", "detector", "ra", "dec", "diaObjectId", "ssObjectId"])
     has_alert = [
-        dia is not None or ss is not None
+        bool(dia or ss)
         for dia, ss in zip(sources["diaObjectId"].to_pylist(), sources["ssObjectId"].to_pylist(), strict=True)
     ]
     return sources.filter(pa.array(has_alert, pa.bool_()))

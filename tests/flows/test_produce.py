@@ -215,17 +215,16 @@ def test_an_object_has_at_most_one_source_in_a_visit_and_every_id_is_unique(pack
 def test_tables_agree_with_the_packets(packets: list[dict[str, Any]], night_tables: dict[str, Any]) -> None:
     sources = {row["diaSourceId"]: row for row in night_tables["dia_sources"].to_pylist()}
     alerted = {packet["diaSourceId"] for packet in packets}
-    with_object = {
-        key for key, row in sources.items() if row["diaObjectId"] is not None or row["ssObjectId"] is not None
-    }
-    assert alerted == with_object
+    assert alerted == {key for key, row in sources.items() if row["diaObjectId"] or row["ssObjectId"]}
     for packet in packets:
         row = sources[packet["diaSourceId"]]
-        for name in ("psfFlux", "ra", "dec", "diaObjectId", "visit", "detector", "midpointMjdTai"):
+        for name in ("psfFlux", "ra", "dec", "visit", "detector", "midpointMjdTai"):
             assert packet["diaSource"][name] == row[name], name
+        for name in ("diaObjectId", "ssObjectId"):
+            assert (packet["diaSource"][name] or 0) == row[name], name
     objects = night_tables["dia_objects"].to_pylist()
     assert len({row["diaObjectId"] for row in objects}) == len(objects)
-    counted = Counter(row["diaObjectId"] for row in sources.values() if row["diaObjectId"] is not None)
+    counted = Counter(row["diaObjectId"] for row in sources.values() if row["diaObjectId"])
     assert {row["diaObjectId"]: row["nDiaSources"] for row in objects} == dict(counted)
     forced = night_tables["dia_forced_sources"]["diaForcedSourceId"].to_pylist()
     assert len(set(forced)) == len(forced) > 0
