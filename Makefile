@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 NIGHTS := nights
 
 .DEFAULT_GOAL := help
-.PHONY: help setup night test test-real test-oracles check format bench bench-differencing study-detection lock clean flink-setup flink-test
+.PHONY: help setup night test test-real test-oracles check format bench bench-differencing study-detection study-association lock clean flink-setup flink-test
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-18s %s\n", $$1, $$2}'
@@ -59,6 +59,9 @@ bench-differencing: setup ## differencing on simulated pairs; HOTPANTS=path runs
 
 study-detection: setup ## completeness, biases, errors and pulls of detection on simulated pairs
 	$(BIN)/python tests/benchmarks/study_detection.py --seeds 8
+
+study-association: setup ## association and object statistics against what surveys published
+	$(BIN)/python tests/benchmarks/study_association.py
 
 flink-setup: $(VENV)/.installed ## fetch and assemble what --runner flink needs (Maven, Java 17)
 	$(BIN)/python -m runners.flink_setup

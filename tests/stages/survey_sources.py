@@ -199,7 +199,10 @@ def _compared(sources: np.ndarray, survey: Survey) -> Comparison:
     main_name = {one: names.most_common(1)[0][0] for one, names in names_in.items()}
     main_object = {name: objects.most_common(1)[0][0] for name, objects in objects_of.items()}
     right = np.array(
-        [one != 0 and main_name[one] == name and main_object[name] == one for one, name in zip(found, truth, strict=True)]
+        [
+            one != 0 and main_name[one] == name and main_object[name] == one
+            for one, name in zip(found, truth, strict=True)
+        ]
     )
     alone = right & np.array([len(names_in[one]) == 1 for one in found])
     doubtful = _doubtful_objects(sources, truth, survey.radius_arcsec)

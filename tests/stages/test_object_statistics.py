@@ -15,7 +15,16 @@ from schemas.records import DIA_OBJECT
 
 FLOAT_COLUMNS = [name for name in DIA_OBJECT.names or () if DIA_OBJECT[name].kind == "f"]
 NEVER_NULL = ("validityStartMjdTai", "ra", "dec", "firstDiaSourceMjdTai", "lastDiaSourceMjdTai")
-DETECTIONS = "psfFluxMean psfFluxMeanErr psfFluxMin psfFluxMax psfFluxErrMean scienceFluxMean scienceFluxMeanErr".split()
+DETECTIONS = (
+    "psfFluxMean",
+    "psfFluxMeanErr",
+    "psfFluxMin",
+    "psfFluxMax",
+    "psfFluxErrMean",
+    "scienceFluxMean",
+    "scienceFluxMeanErr",
+)
+)
 
 
 def seen(rows: list[dict[str, Any]], measure: Any = no_images) -> np.ndarray:

@@ -8,7 +8,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from survey_sources import BEYOND, DATA, FOLLOWS, NEIGHBOURS, TWINS, UNFIT, Comparison, Survey, compare, elasticc, lsst, ztf
+from survey_sources import (
+    BEYOND,
+    DATA,
+    FOLLOWS,
+    NEIGHBOURS,
+    TWINS,
+    UNFIT,
+    Comparison,
+    Survey,
+    compare,
+    elasticc,
+    lsst,
+    ztf,
+)
 
 from transforms.association import AssociationConfig
 from transforms.sky_cells import _qualifies
@@ -31,7 +44,9 @@ MIN_RIGHT, MIN_RIGHT_ZTF = 0.995, 0.998
 def assert_well_explained(found: Comparison) -> None:
     """Every wrong detection has a reason, and one that fits it."""
     ids = found.sources["diaSourceId"].tolist()
-    assert sorted(found.reasons) == sorted(one for one, right in zip(ids, found.right.tolist(), strict=True) if not right)
+    assert sorted(found.reasons) == sorted(
+        one for one, right in zip(ids, found.right.tolist(), strict=True) if not right
+    )
     reason = np.array([found.reasons.get(one, "") for one in ids])
     assert not np.isin(reason[found.clear], [TWINS, NEIGHBOURS]).any()
     assert not np.isin(reason[~found.clear], [BEYOND, FOLLOWS]).any()
