@@ -9,9 +9,9 @@ Tables
   association   through the stage, cell by cell, at the survey's own gate: detections of objects whose true object the
                 survey tells; `right`: it lies in the object that holds most of its true object, and most of that are of
                 it; `alone`: and no other true object is in there. `clear` are the detections of true objects within
-                whose gate no other object of the survey lies and no visit has a second source, `right` of them. `unfit`:
-                without an object when the rules of today decide who may found one (flags and reliability of the
-                packets), `right` of the others
+                whose gate no other object of the survey lies and no visit has a second source, and `right` of those.
+                `unfit`: without an object when the rules of today decide who may found one (flags and reliability of
+                the packets), and `right` of the clear others
   wrong         why those that are not right are not, a line for each true object: the first reason that holds
   statistics    columns of diaObject in the band of the visit against LSST's packet, summed up over the light curve in
                 the packet: where both have a value, how many are the same bits, the largest relative difference, and

@@ -24,7 +24,6 @@ DETECTIONS = (
     "scienceFluxMean",
     "scienceFluxMeanErr",
 )
-)
 
 
 def seen(rows: list[dict[str, Any]], measure: Any = no_images) -> np.ndarray:
