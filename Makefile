@@ -5,8 +5,8 @@ BIN := $(VENV)/bin
 NIGHTS := nights
 
 .DEFAULT_GOAL := help
-.PHONY: help setup night test test-real test-oracles check format bench bench-differencing study-detection study-orbits \
-  lock clean flink-setup flink-test
+.PHONY: help setup night test test-real test-oracles check format bench bench-differencing study-association study-detection \
+  study-orbits lock clean flink-setup flink-test
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-18s %s\n", $$1, $$2}'
@@ -63,6 +63,9 @@ study-detection: setup ## completeness, biases, errors and pulls of detection on
 
 study-orbits: setup ## errors of orbits with days from their epoch, and matches in fields of known objects
 	$(BIN)/python tests/benchmarks/study_orbits.py
+
+study-association: setup ## association and object statistics against what surveys published
+	$(BIN)/python tests/benchmarks/study_association.py
 
 flink-setup: $(VENV)/.installed ## fetch and assemble what --runner flink needs (Maven, Java 17)
 	$(BIN)/python -m runners.flink_setup

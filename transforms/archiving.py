@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -21,6 +22,12 @@ from transforms.distribution import packet_messages
 from transforms.failures import FAILED, failure_of
 
 STAGE = "archiving"
+SORTED_BY = {
+    "dia_sources": "diaSourceId",
+    "dia_objects": "diaObjectId",
+    "dia_forced_sources": "diaForcedSourceId",
+    "ss_sources": "diaSourceId",
+}
 _PARTS = "_parts"
 
 
@@ -79,14 +86,36 @@ class _ArchiveFn(beam.DoFn):
             folder = archive / name / night
             if name == "dia_objects":
                 folder = archive / name / _PARTS / night
-            write_table(folder / f"{visit.visit}.parquet", records_to_arrow(records))
+            write_table(folder / f"{visit.visit}.parquet", archive_table(records), SORTED_BY[name])
 
 
-def write_table(path: Path, table: pa.Table) -> None:
-    """Write a Parquet file under a temporary name and rename it."""
+def archive_table(records: np.ndarray) -> pa.Table:
+    """Records as the archive keeps them: as `records_to_arrow`, with what pandas and astropy need to be told.
+
+    pandas turns whole numbers with nulls among them into floats, which round ids beyond 2^53, unless the metadata name
+    a type of its own that holds both. astropy cannot read null text, so text is empty instead, and takes its width
+    from the metadata.
+    """
+    table = records_to_arrow(records)
+    metadata, columns = {}, []
+    for index, field in enumerate(table.schema):
+        if pa.types.is_string(field.type):
+            table = table.set_column(index, field.with_nullable(False), table[index].fill_null(""))
+            metadata[f"table::len::{field.name}"] = str(records.dtype[field.name].itemsize)
+        elif pa.types.is_integer(field.type) and field.nullable:
+            kind = str(field.type)
+            named = {"name": field.name, "field_name": field.name, "pandas_type": kind}
+            columns.append({**named, "numpy_type": kind.capitalize(), "metadata": None})
+    pandas = {"index_columns": [], "column_indexes": [], "columns": columns, "creator": {}, "pandas_version": "2.0"}
+    return table.replace_schema_metadata({**metadata, "pandas": json.dumps(pandas)})
+
+
+def write_table(path: Path, table: pa.Table, sorted_by: str | None = None) -> None:
+    """Write a Parquet file under a temporary name and rename it; `sorted_by` goes into its row groups."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{os.getpid()}.{path.name}")
-    pq.write_table(table, partial, compression="zstd", row_group_size=100_000)
+    order = [pq.SortingColumn(table.column_names.index(sorted_by))] if sorted_by else None
+    pq.write_table(table, partial, compression="zstd", row_group_size=100_000, sorting_columns=order)
     partial.replace(path)
 
 
@@ -99,5 +128,6 @@ def finish_object_tables(archive: Path) -> None:
         # After a late visit two states begin at one time: the fuller one stands.
         order = np.lexsort((table["nDiaSources"].to_numpy(), table["validityStartMjdTai"].to_numpy(), ids))
         last = np.append(np.diff(ids[order]) != 0, True)
-        write_table(archive / "dia_objects" / night.name / "dia_objects.parquet", table.take(pa.array(order[last])))
+        path = archive / "dia_objects" / night.name / "dia_objects.parquet"
+        write_table(path, table.take(pa.array(order[last])), SORTED_BY["dia_objects"])
     shutil.rmtree(parts, ignore_errors=True)

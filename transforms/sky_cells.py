@@ -326,6 +326,11 @@ def _light_curves(rows: np.ndarray, offsets: np.ndarray) -> LightCurves:
     return LightCurves(offsets, band, *(rows[name].astype(np.float64) for name in columns))
 
 
+def _single(values: np.ndarray) -> np.ndarray:
+    """Values as float32 holds them, null where it cannot."""
+    return np.where(np.abs(values) <= np.finfo(np.float32).max, values, np.nan)
+
+
 def _summarised(objects: np.ndarray, rows: np.ndarray, forced_rows: np.ndarray, context: dict[str, Any]) -> np.ndarray:
     """Objects with counts, times, mean position and band statistics over the given rows."""
     if len(objects) == 0:
@@ -336,7 +341,7 @@ def _summarised(objects: np.ndarray, rows: np.ndarray, forced_rows: np.ndarray, 
     statistics = band_statistics(_light_curves(own, offsets), _light_curves(forced, forced_offsets))
     for key, column in _BAND_COLUMNS.items():
         for index in range(len(BANDS)):
-            objects[column.format(chr(BANDS[index]))] = statistics[key][:, index]
+            objects[column.format(chr(BANDS[index]))] = _single(statistics[key][:, index])
     objects["ra"], objects["dec"] = mean_positions(offsets, own["ra"], own["dec"])
     first = np.minimum.reduceat(own["midpointMjdTai"], offsets[:-1])
     # A first detection older than the history stays known; a later one may belong to a visit after this one.

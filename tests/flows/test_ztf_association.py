@@ -27,7 +27,7 @@ pytestmark = [
     pytest.mark.real_data,
     pytest.mark.skipif(not DATA.is_dir(), reason=f"the shared data are not there: {DATA}"),
 ]
-MIN_RIGHT = 0.995
+MIN_RIGHT = 0.998
 CUTOUTS = ("cutoutDifference", "cutoutScience", "cutoutTemplate")
 
 
