@@ -299,8 +299,8 @@ def test_a_window_that_cannot_be_read_costs_the_objects_in_it_and_no_other(tmp_p
     ra, dec = wcs.pixel_to_world_values(x.ravel(), y.ravel())
     whole, _ = measured(store, ra, dec)
     content = bytearray(store.path(7, 3).read_bytes())
-    chunk = store.open(7, 3).pixels.schunk.get_chunk(1)  # of rows 0 to 127, columns 128 to 255
-    header = content.index(chunk[:32])
+    pixels = store.open(7, 3).pixels
+    header = content.index(pixels.schunk.get_chunk(1)[:32])  # of the chunk of rows 0 to 127, columns 128 to 255
     content[header : header + 32] = bytes(32)
     store.path(7, 3).write_bytes(content)
     found, (failure,) = measured(store, ra, dec)
