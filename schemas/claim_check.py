@@ -24,6 +24,7 @@ from astropy.wcs import WCS
 PLANES = ("difference", "difference_variance", "science", "science_variance")
 _PSF_NAMES = ("psf", "science_psf")
 _CHUNK_PIX = 128
+_BLOCK_PIX = 32  # what a window is unpacked from: of all planes, so that one reading gives them together
 _MAGIC = b"NSBLOB01"
 _COUNT = struct.Struct("<II")
 
@@ -46,9 +47,9 @@ class StoredExposure:
     shape: tuple[int, int]
     pixels: Any
 
-    def window(self, plane: str, y0: int, y1: int, x0: int, x1: int) -> np.ndarray:
-        """Pixels [y0:y1, x0:x1] of one plane, which must lie inside the image; float32."""
-        return np.asarray(self.pixels[PLANES.index(plane), y0:y1, x0:x1])
+    def window(self, y0: int, y1: int, x0: int, x1: int) -> np.ndarray:
+        """Pixels [y0:y1, x0:x1], which must lie inside the image, of all `PLANES`; (4, y1 - y0, x1 - x0) float32."""
+        return np.asarray(self.pixels[:, y0:y1, x0:x1])
 
 
 @dataclass(frozen=True)
@@ -78,17 +79,20 @@ class ImageStore:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
         ny, nx = planes[0].shape
+        if any(plane.shape != (ny, nx) for plane in planes):
+            raise ValueError(f"planes of different shapes: {', '.join(str(plane.shape) for plane in planes)}")
         with _renamed_when_whole(path) as partial:
             stored = blosc2.empty(
                 shape=(len(PLANES), ny, nx),
                 dtype=np.float32,
-                chunks=(1, min(ny, _CHUNK_PIX), min(nx, _CHUNK_PIX)),
+                chunks=(len(PLANES), min(ny, _CHUNK_PIX), min(nx, _CHUNK_PIX)),
+                blocks=(len(PLANES), min(ny, _BLOCK_PIX), min(nx, _BLOCK_PIX)),
                 urlpath=str(partial),
                 mode="w",
                 cparams=blosc2.CParams(codec=blosc2.Codec.LZ4, clevel=1, nthreads=1),
             )
-            for index, plane in enumerate(planes):
-                stored[index] = plane
+            for y0 in range(0, ny, _CHUNK_PIX):
+                stored[:, y0 : y0 + _CHUNK_PIX] = np.stack([plane[y0 : y0 + _CHUNK_PIX] for plane in planes])
             stored.schunk.vlmeta["wcs"] = wcs_text
             del stored
             for name, images in zip(_PSF_NAMES, (psf, science_psf), strict=True):

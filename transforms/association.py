@@ -18,10 +18,11 @@ from apache_beam.transforms.timeutil import TimeDomain
 from apache_beam.transforms.userstate import BagStateSpec, ReadModifyWriteStateSpec, TimerSpec, on_timer
 from apache_beam.transforms.window import TimestampedValue
 from apache_beam.utils.timestamp import Timestamp
+from astropy.wcs import WCS, NoConvergence
 from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
-from schemas.claim_check import ImageStore, StoredExposure
+from schemas.claim_check import PLANES, ImageStore, StoredExposure
 from schemas.elements import CatalogueSources, DetectedSources, EarlierNights, FailureRecord, StageElement, VisitPart
 from schemas.framing import pack, unpack
 from schemas.manifests import Visit, event_time_s
@@ -50,7 +51,7 @@ from transforms.cell_state import (
 )
 from transforms.failures import FAILED, failure_of, failure_part
 from transforms.ingestion import visit_context
-from transforms.numerics.forced_photometry import PsfSplines, forced_psf_flux, psf_splines
+from transforms.numerics.forced_photometry import forced_psf_flux, psf_splines
 from transforms.numerics.psf_grid import PsfGrid
 from transforms.sky_cells import (
     AssociationRules,
@@ -449,48 +450,30 @@ class _ForcedPhotometer:
             return fluxes
         try:
             stored, psfs = self._open(self.store, visit, detector)
-            x, y = (np.asarray(axis) for axis in stored.wcs.world_to_pixel_values(ra, dec))
+            x, y = _pixels_of(stored.wcs, ra, dec)
             ny, nx = stored.shape
             fluxes.inside[:] = (x >= 0) & (x <= nx - 1) & (y >= 0) & (y <= ny - 1)
-            inside = np.flatnonzero(fluxes.inside)
-            splines = {plane: psf_splines(psf, x[inside], y[inside]) for plane, psf in psfs.items()}
+            x, y = x[fluxes.inside], y[fluxes.inside]
+            splines = {plane: psf_splines(psf, x, y) for plane, psf in psfs.items()}
         except Exception as error:
             self.failures.append(failure_of(error, STAGE, visit, detector, lost=f"forced photometry of {n} objects"))
             return fluxes
-        n_failed = 0
-        last_error: Exception | None = None
-        for rank, index in enumerate(inside):
-            of_source = {plane: prepared.of(rank) for plane, prepared in splines.items()}
-            try:
-                self._measure_one(stored, of_source, float(x[index]), float(y[index]), int(index), fluxes)
-            except Exception as error:
-                n_failed, last_error = n_failed + 1, error
-        if last_error is not None:
-            lost = f"forced photometry of {n_failed} objects"
-            self.failures.append(failure_of(last_error, STAGE, visit, detector, lost=lost))
-        return fluxes
-
-    def _measure_one(
-        self,
-        stored: StoredExposure,
-        psfs: dict[str, PsfSplines],
-        x: float,
-        y: float,
-        index: int,
-        fluxes: ForcedFluxes,
-    ) -> None:
-        half = max(splines.half_width for splines in psfs.values()) + 1
-        y0, x0 = max(round(y) - half, 0), max(round(x) - half, 0)
-        y1, x1 = min(round(y) + half + 1, stored.shape[0]), min(round(x) + half + 1, stored.shape[1])
-        at_x, at_y = np.array([x - x0]), np.array([y - y0])
+        half = max(of_plane.half_width for of_plane in splines.values())
+        # Never before the first pixel, so that subtracting it from a position rounds nothing.
+        x0, y0 = (np.maximum(np.floor(position + 0.5).astype(np.int64) - half, 0) for position in (x, y))
+        windows, errors = _windows(stored, x0, y0, 2 * half + 1)
+        if errors:
+            lost = f"forced photometry of {len(errors)} objects"
+            self.failures.append(failure_of(errors[-1], STAGE, visit, detector, lost=lost))
         for plane, flux, flux_err in (
             ("difference", fluxes.psf_flux, fluxes.psf_flux_err),
             ("science", fluxes.science_flux, fluxes.science_flux_err),
         ):
-            image = stored.window(plane, y0, y1, x0, x1)
-            variance = stored.window(plane + "_variance", y0, y1, x0, x1)
-            measured = forced_psf_flux(image, variance, psfs[plane], at_x, at_y)
-            flux[index], flux_err[index] = measured[0][0], measured[1][0]
+            image, variance = (windows[PLANES.index(name)] for name in (plane, plane + "_variance"))
+            flux[fluxes.inside], flux_err[fluxes.inside], _ = forced_psf_flux(
+                image, variance, splines[plane], x - x0, y - y0
+            )
+        return fluxes
 
     def _open(self, store: ImageStore, visit: int, detector: int) -> _OpenExposure:
         key = (visit, detector)
@@ -502,3 +485,32 @@ class _ForcedPhotometer:
                 self.opened.popitem(last=False)
         self.opened.move_to_end(key)
         return self.opened[key]
+
+
+def _pixels_of(wcs: WCS, ra: np.ndarray, dec: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Pixel positions, each to the bit as if it were alone; NaN so far outside that the distortion has no inverse."""
+    try:
+        x, y = wcs.all_world2pix(ra, dec, 0, adaptive=True)  # else all iterate as long as one of them needs it
+    except NoConvergence as error:
+        x, y = error.best_solution.T.copy()
+        for lost in (error.divergent, error.slow_conv):
+            if lost is not None:
+                x[lost] = y[lost] = np.nan
+    return np.asarray(x), np.asarray(y)
+
+
+def _windows(stored: StoredExposure, x0: np.ndarray, y0: np.ndarray, side: int) -> tuple[np.ndarray, list[Exception]]:
+    """Windows of all planes (4, n, side, side) from their first pixels on, and why some could not be read.
+
+    What could not be read, or lies beyond the image, has variance 0: it is not used.
+    """
+    windows = np.zeros((len(PLANES), len(x0), side, side), dtype=np.float32)
+    errors: list[Exception] = []
+    ny, nx = stored.shape
+    for k in range(len(x0)):
+        y1, x1 = min(y0[k] + side, ny), min(x0[k] + side, nx)
+        try:
+            windows[:, k, : y1 - y0[k], : x1 - x0[k]] = stored.window(y0[k], y1, x0[k], x1)
+        except Exception as error:
+            errors.append(error)
+    return windows, errors

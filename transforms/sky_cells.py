@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple
 
 import hpgeom
 import numpy as np
@@ -41,7 +42,7 @@ _QUALITY_FLAGS = (
     "pixelFlags_streakCenter",
     "glint_trail",
 )
-_BAND_COLUMNS = {
+BAND_COLUMNS = {
     "psf_mean": "{}_psfFluxMean",
     "psf_mean_err": "{}_psfFluxMeanErr",
     "psf_sigma": "{}_psfFluxSigma",
@@ -55,6 +56,7 @@ _BAND_COLUMNS = {
     "forced_mean": "{}_fpFluxMean",
     "forced_mean_err": "{}_fpFluxMeanErr",
 }
+_OBJECT_BYTES = np.dtype(f"V{DIA_OBJECT.itemsize}")
 
 
 @dataclass(frozen=True)
@@ -216,12 +218,13 @@ def process_visit(
     created = _new_objects(take_records(fixed, qualified))
     objects = _sorted_by(concatenate_records([known.objects, created], DIA_OBJECT), "diaObjectId")
     rows = concatenate_records([before, associated], DIA_SOURCE)
-    objects = _move_to_means(objects, touched, rows)
+    detections = _by_object(rows, touched)
+    objects = _replaced(objects, _moved_to_means(_of_ids(objects, touched), detections))
     new_forced = _forced_rows(objects, rows, arrived, rules, measure)
 
-    forced_rows = concatenate_records([forced_before, new_forced], DIA_FORCED_SOURCE)
+    forced = _by_object(concatenate_records([forced_before, new_forced], DIA_FORCED_SOURCE), touched)
     is_late = len(known.sources) > 0 and bool(np.any(_follows(known.sources, midpoint, visit)))
-    alert_objects = _summarised(_of_ids(objects, touched), rows, forced_rows, arrived.context)
+    alert_objects = _summarised(_of_ids(objects, touched), detections, forced, arrived.context)
     kept_objects = alert_objects
     if is_late:
         all_rows = concatenate_records([known.sources, associated], DIA_SOURCE)
@@ -237,8 +240,8 @@ def process_visit(
         fixed,
         alert_objects,
         kept_objects,
-        before,
-        forced_rows,
+        detections.without_visit(visit),
+        forced,
         new_forced,
         {"new": created["diaObjectId"], "contested": match.contested, "wide": match.wide},
     )
@@ -252,7 +255,8 @@ def _sorted_by(records: np.ndarray, key: np.ndarray | str) -> np.ndarray:
 
 def _preceding(rows: np.ndarray, midpoint: float, visit: int, days: float) -> np.ndarray:
     """Rows of earlier visits, not older than `days`."""
-    return take_records(rows, ~_follows(rows, midpoint, visit) & (rows["midpointMjdTai"] > midpoint - days))
+    preceding = ~_follows(rows, midpoint, visit) & (rows["midpointMjdTai"] > midpoint - days)
+    return rows if preceding.all() else take_records(rows, preceding)
 
 
 def _follows(rows: np.ndarray, midpoint: float, visit: int) -> np.ndarray:
@@ -263,8 +267,8 @@ def _follows(rows: np.ndarray, midpoint: float, visit: int) -> np.ndarray:
 
 def _without_visit_partner(known: CellKnowledge, visit: int) -> np.ndarray:
     """Objects that have no source of this visit yet (another detector of it may have come before)."""
-    taken = known.sources["diaObjectId"][known.sources["visit"] == visit]
-    return take_records(known.objects, ~np.isin(known.objects["diaObjectId"], taken))
+    taken = np.sort(known.sources["diaObjectId"][known.sources["visit"] == visit])
+    return take_records(known.objects, ~_among(known.objects["diaObjectId"], taken))
 
 
 def _positions(records: np.ndarray) -> Positions:
@@ -294,36 +298,94 @@ def _of_ids(objects: np.ndarray, ids: np.ndarray) -> np.ndarray:
 
 
 def _replaced(objects: np.ndarray, updated: np.ndarray) -> np.ndarray:
-    kept = take_records(objects, ~np.isin(objects["diaObjectId"], updated["diaObjectId"]))
-    return _sorted_by(concatenate_records([kept, updated], DIA_OBJECT), "diaObjectId")
+    """Objects with the updated ones, which are all among them, in their new state."""
+    replaced = objects.copy()
+    where = np.searchsorted(objects["diaObjectId"], updated["diaObjectId"])
+    replaced.view(_OBJECT_BYTES)[where] = updated.view(_OBJECT_BYTES)
+    return replaced
 
 
-def _by_object(rows: np.ndarray, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of the given (sorted) objects by (object, time, id) and their (n + 1,) offsets."""
-    own = take_records(rows, np.isin(rows["diaObjectId"], ids))
-    identifier = own["diaSourceId" if own.dtype == DIA_SOURCE else "diaForcedSourceId"]
-    own = take_records(own, np.lexsort((identifier, own["midpointMjdTai"], own["diaObjectId"])))
-    offsets = np.append(np.searchsorted(own["diaObjectId"], ids), len(own)).astype(np.int64)
-    return own, offsets
+def _among(values: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    """Which values are among the sorted ids: as `np.isin`, which takes longer than all else for a few."""
+    if len(ids) == 0:
+        return np.zeros(len(values), dtype=bool)
+    return np.asarray(ids[np.minimum(np.searchsorted(ids, values), len(ids) - 1)] == values)
 
 
-def _move_to_means(objects: np.ndarray, touched: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Objects with the touched ones moved to the mean position of their detections."""
-    if len(touched) == 0:
-        return objects
-    own, offsets = _by_object(rows, touched)
-    where = np.searchsorted(objects["diaObjectId"], touched)
-    objects["ra"][where], objects["dec"][where] = mean_positions(offsets, own["ra"], own["dec"])
+class _Histories(NamedTuple):
+    """Which rows are the history of which object; rows are wide, so they stay where they are until they are alerts'.
+
+    Attributes
+    ----------
+    ids : (n,) int64 diaObjectId, ascending
+    rows : records in any order
+    order : indices of rows by (object, time, id)
+    offsets : (n + 1,) int64; object i owns order[offsets[i]:offsets[i + 1]]
+    """
+
+    ids: np.ndarray
+    rows: np.ndarray
+    order: np.ndarray
+    offsets: np.ndarray
+
+    def column(self, name: str) -> np.ndarray:
+        return np.asarray(self.rows[name][self.order])
+
+    def without_visit(self, visit: int) -> _Histories:
+        kept = self.column("visit") != visit
+        before = np.concatenate(([0], np.cumsum(kept)))
+        return self._replace(order=self.order[kept], offsets=before[self.offsets])
+
+    def of_each(self, object_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Rows of each of these objects behind each other (none where the id is 0), and offsets."""
+        known = object_ids != 0
+        where = np.searchsorted(self.ids, object_ids[known])
+        starts, lengths = np.zeros((2, len(object_ids)), dtype=np.int64)
+        starts[known], lengths[known] = self.offsets[where], np.diff(self.offsets)[where]
+        ends = np.cumsum(lengths)
+        chosen = np.arange(lengths.sum()) + np.repeat(starts - (ends - lengths), lengths)
+        return take_records(self.rows, self.order[chosen]), np.concatenate(([0], ends))
+
+
+def _by_object(rows: np.ndarray, ids: np.ndarray) -> _Histories:
+    """The histories of objects given by their sorted ids."""
+    own = np.flatnonzero(_among(rows["diaObjectId"], ids))
+    identifier = "diaSourceId" if rows.dtype == DIA_SOURCE else "diaForcedSourceId"
+    object_ids, times, identifiers = (rows[name][own] for name in ("diaObjectId", "midpointMjdTai", identifier))
+    order = np.lexsort((identifiers, times, object_ids))
+    offsets = np.append(np.searchsorted(object_ids[order], ids), len(own)).astype(np.int64)
+    return _Histories(ids, rows, own[order], offsets)
+
+
+def _moved_to_means(objects: np.ndarray, detections: _Histories) -> np.ndarray:
+    """Objects at the mean position of their detections."""
+    if len(objects):
+        position = detections.column("ra"), detections.column("dec")
+        objects["ra"], objects["dec"] = mean_positions(detections.offsets, *position)
     return objects
 
 
-def _light_curves(rows: np.ndarray, offsets: np.ndarray) -> LightCurves:
-    band = np.full(len(rows), -1, dtype=np.int8)
+def across_bands(objects: np.ndarray, column: str) -> np.ndarray:
+    """One quantity in all bands as a view (n, 6) of DIA_OBJECT records, whose fields for it are equally far apart."""
+    dtype, offset, step = _band_layout(column)
+    return np.ndarray((len(objects), len(BANDS)), dtype, objects, offset, (DIA_OBJECT.itemsize, step))
+
+
+@cache
+def _band_layout(column: str) -> tuple[np.dtype, int, int]:
+    places = {name: (field[0], field[1]) for name, field in (DIA_OBJECT.fields or {}).items()}
+    (dtype, first), (_, second) = (places[column.format(chr(band))] for band in BANDS[:2])
+    return dtype, first, second - first
+
+
+def _light_curves(histories: _Histories) -> LightCurves:
+    letters = histories.column("band")
+    band = np.full(len(letters), -1, dtype=np.int8)
     for index in range(len(BANDS)):
-        band[rows["band"] == BANDS[index : index + 1]] = index
+        band[letters == BANDS[index : index + 1]] = index
     # Copied: a single packed row counts as contiguous but is not aligned, which would compile the loops anew.
     columns = ("midpointMjdTai", "psfFlux", "psfFluxErr", "scienceFlux", "scienceFluxErr")
-    return LightCurves(offsets, band, *(rows[name].astype(np.float64) for name in columns))
+    return LightCurves(histories.offsets, band, *(histories.column(name).astype(np.float64) for name in columns))
 
 
 def _single(values: np.ndarray) -> np.ndarray:
@@ -331,23 +393,19 @@ def _single(values: np.ndarray) -> np.ndarray:
     return np.where(np.abs(values) <= np.finfo(np.float32).max, values, np.nan)
 
 
-def _summarised(objects: np.ndarray, rows: np.ndarray, forced_rows: np.ndarray, context: dict[str, Any]) -> np.ndarray:
-    """Objects with counts, times, mean position and band statistics over the given rows."""
+def _summarised(objects: np.ndarray, detections: _Histories, forced: _Histories, context: dict[str, Any]) -> np.ndarray:
+    """Objects with counts, times and band statistics of their histories."""
     if len(objects) == 0:
         return objects
-    ids = objects["diaObjectId"]
-    own, offsets = _by_object(rows, ids)
-    forced, forced_offsets = _by_object(forced_rows, ids)
-    statistics = band_statistics(_light_curves(own, offsets), _light_curves(forced, forced_offsets))
-    for key, column in _BAND_COLUMNS.items():
-        for index in range(len(BANDS)):
-            objects[column.format(chr(BANDS[index]))] = _single(statistics[key][:, index])
-    objects["ra"], objects["dec"] = mean_positions(offsets, own["ra"], own["dec"])
-    first = np.minimum.reduceat(own["midpointMjdTai"], offsets[:-1])
+    statistics = band_statistics(_light_curves(detections), _light_curves(forced))
+    for key, column in BAND_COLUMNS.items():
+        across_bands(objects, column)[:] = _single(statistics[key])
+    times, offsets = detections.column("midpointMjdTai"), detections.offsets
+    first = np.minimum.reduceat(times, offsets[:-1])
     # A first detection older than the history stays known; a later one may belong to a visit after this one.
     known_first = objects["firstDiaSourceMjdTai"]
     objects["firstDiaSourceMjdTai"] = np.where(known_first < first, known_first, first)
-    objects["lastDiaSourceMjdTai"] = np.maximum.reduceat(own["midpointMjdTai"], offsets[:-1])
+    objects["lastDiaSourceMjdTai"] = np.maximum.reduceat(times, offsets[:-1])
     objects["nDiaSources"] = np.diff(offsets)
     objects["validityStartMjdTai"] = context["readout_end_mjd_tai"]
     return objects
@@ -361,14 +419,17 @@ def _brought_up_to_date(
     newest = np.full(len(ids), -np.inf)
     np.maximum.at(newest, inverse, rows["midpointMjdTai"])
 
-    def in_reach(history: np.ndarray) -> np.ndarray:
-        known = take_records(history, np.isin(history["diaObjectId"], ids))
+    def in_reach(history: np.ndarray) -> _Histories:
+        known = take_records(history, _among(history["diaObjectId"], ids))
         end = newest[np.searchsorted(ids, known["diaObjectId"])]
         times = known["midpointMjdTai"]
-        return take_records(known, (times <= end) & (times > end - rules.history_days))
+        reached = take_records(known, (times <= end) & (times > end - rules.history_days))
+        return _by_object(reached, objects["diaObjectId"])
 
     valid_from = np.fmax(objects["validityStartMjdTai"], context["readout_end_mjd_tai"])
-    return _summarised(objects, in_reach(rows), in_reach(forced_rows), {**context, "readout_end_mjd_tai": valid_from})
+    detections = in_reach(rows)
+    moved = _moved_to_means(objects, detections)
+    return _summarised(moved, detections, in_reach(forced_rows), {**context, "readout_end_mjd_tai": valid_from})
 
 
 def _forced_rows(
@@ -410,7 +471,7 @@ def _forced_candidates(objects: np.ndarray, rows: np.ndarray, rules: Association
         & (rows["isDipole"] != 1)
     )
     ids, counts = np.unique(rows["diaObjectId"][good], return_counts=True)
-    return take_records(objects, np.isin(objects["diaObjectId"], ids[counts >= rules.forced_min_sources]))
+    return take_records(objects, _among(objects["diaObjectId"], ids[counts >= rules.forced_min_sources]))
 
 
 def _alert_batch(
@@ -421,8 +482,8 @@ def _alert_batch(
     fixed: np.ndarray,
     alert_objects: np.ndarray,
     kept_objects: np.ndarray,
-    before: np.ndarray,
-    forced_rows: np.ndarray,
+    before: _Histories,
+    forced: _Histories,
     new_forced: np.ndarray,
     decisions: dict[str, Any],
 ) -> AlertBatch:
@@ -439,8 +500,8 @@ def _alert_batch(
     objects = empty_records(DIA_OBJECT, len(alerts))
     objects[is_fixed] = _of_ids(alert_objects, ids)
     states = _of_ids(kept_objects, ids)
-    prv, prv_offsets = _histories(before, alerts["diaObjectId"])
-    forced, forced_offsets = _histories(forced_rows, alerts["diaObjectId"])
+    prv, prv_offsets = before.of_each(alerts["diaObjectId"])
+    forced_rows, forced_offsets = forced.of_each(alerts["diaObjectId"])
     ss_sources = np.zeros(len(alerts), dtype=arrived.ss_sources.dtype)
     if (~is_fixed).any():
         ss_by_id = _sorted_by(arrived.ss_sources, "diaSourceId")
@@ -448,13 +509,13 @@ def _alert_batch(
             ss_by_id, np.searchsorted(ss_by_id["diaSourceId"], alerts["diaSourceId"][~is_fixed])
         )
     forced_owned = take_records(new_forced, cells_of(new_forced["ra"], new_forced["dec"], order) == cell)
-    n_new = int(np.isin(ids, decisions["new"]).sum())
+    n_new = int(_among(ids, decisions["new"]).sum())
     return AlertBatch(
         context={**arrived.context, "cell": cell, "detectors": list(arrived.detectors)},
         dia_sources=alerts,
         prv_dia_sources=prv,
         prv_offsets=prv_offsets,
-        prv_forced_sources=forced,
+        prv_forced_sources=forced_rows,
         forced_offsets=forced_offsets,
         dia_objects=objects,
         ss_sources=ss_sources,
@@ -469,19 +530,3 @@ def _alert_batch(
             "wide_groups": int(owned[decisions["wide"]].sum()),
         },
     )
-
-
-def _histories(rows: np.ndarray, object_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Flattened rows of each alert's object (none where the id is 0), and offsets."""
-    ids = np.unique(object_ids[object_ids != 0])
-    own, offsets = _by_object(rows, ids)
-    position = np.searchsorted(ids, object_ids)
-    slices = []
-    lengths = np.zeros(len(object_ids), dtype=np.int64)
-    for index, object_id in enumerate(object_ids):
-        if object_id != 0:
-            start, end = offsets[position[index]], offsets[position[index] + 1]
-            slices.append(np.arange(start, end))
-            lengths[index] = end - start
-    chosen = np.concatenate(slices) if slices else np.empty(0, dtype=np.int64)
-    return take_records(own, chosen), np.concatenate(([0], np.cumsum(lengths)))

@@ -116,17 +116,12 @@ def test_every_source_is_fitted_with_the_psf_of_its_cell_and_of_no_other() -> No
     x = np.concatenate([rng.uniform(-3, 303, 60), [127.4, 127.6, 260.0, 20.0]])
     y = np.concatenate([rng.uniform(-3, 258, 60), [127.6, 127.4, 20.0, 200.0]])
     together = linear_psf_fit(image, variance, PsfGrid(images), x, y)
-    splines = psf_splines(PsfGrid(images), x, y)
     seen = set()
     for source in range(x.size):
         cell = min(max(int(y[source] + 0.5) // 128, 0), 1), min(max(int(x[source] + 0.5) // 128, 0), 2)
         seen.add(cell)
-        at = x[source : source + 1], y[source : source + 1]
-        for alone in (
-            linear_psf_fit(image, variance, images[cell], *at),
-            linear_psf_fit(image, variance, splines.of(source), *at),
-        ):
-            assert [one.tobytes() for one in alone] == [one[source : source + 1].tobytes() for one in together]
+        alone = linear_psf_fit(image, variance, images[cell], x[source : source + 1], y[source : source + 1])
+        assert [one.tobytes() for one in alone] == [one[source : source + 1].tobytes() for one in together]
     assert len(seen) == 6
 
 
@@ -150,6 +145,26 @@ def test_a_window_gives_the_same_bytes_as_the_whole_image() -> None:
     part = forced_psf_flux(image[window], variance[window], gaussian_psf(4.0), x - 135.0, y - 85.0)
     for of_whole, of_part in zip(whole, part, strict=True):
         assert of_whole.tobytes() == of_part.tobytes()
+
+
+def test_windows_each_of_its_own_source_give_the_same_bytes_as_the_whole_image() -> None:
+    rng = np.random.default_rng(7)
+    image = rng.normal(0, 1, (140, 300)).astype(np.float32)
+    variance = rng.uniform(-0.1, 2, image.shape).astype(np.float32)
+    x, y = np.append(rng.uniform(0, 299, 60), [0, 299, 0.4]), np.append(rng.uniform(0, 139, 60), [0, 139, 70.5])
+    splines = psf_splines(PsfGrid(np.array([[gaussian_psf(row, 21) for row in (3.0, 4.0, 5.0)]])), x, y)
+    x0, y0 = (np.maximum(np.floor(axis + 0.5).astype(int) - 10, 0) for axis in (x, y))
+    windows = np.zeros((2, 63, 21, 21), np.float32)
+    for k in range(63):
+        for plane, whole in enumerate((image, variance)):
+            part = whole[y0[k] : y0[k] + 21, x0[k] : x0[k] + 21]
+            windows[plane, k, : part.shape[0], : part.shape[1]] = part
+    of_windows = forced_psf_flux(*windows, splines, x - x0, y - y0)
+    of_image = forced_psf_flux(image, variance, splines, x, y)
+    assert [one.tobytes() for one in of_windows] == [one.tobytes() for one in of_image]
+    assert of_windows[2].sum() > 55
+    with pytest.raises(ValueError, match="must be 62 images of one shape"):
+        forced_psf_flux(*windows, splines, x[1:], y[1:])
 
 
 def test_flux_pulls_have_mean_zero_and_unit_width() -> None:

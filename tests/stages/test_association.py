@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from astropy.wcs import WCS, Sip
 from sky_runs import (
     Outcome,
     Sky,
@@ -224,34 +225,92 @@ def test_broken_image_of_one_detector_leaves_the_others_alone(sky: Sky, sorted_r
     assert forced(found) == forced(sorted_run)
 
 
-def test_forced_fluxes_are_those_of_the_whole_image_with_the_psf_of_each_place(tmp_path: Path) -> None:
+SHAPE = (220, 300)
+
+
+def bent_wcs() -> WCS:
+    """A detector with a distortion that only iterations invert, 2 pixels at its corners and without end far outside."""
+    wcs = detector_wcs(0.0, -60.0, 0)
+    forward, none = np.zeros((4, 4)), np.zeros((4, 4))
+    forward[2, 0], forward[1, 2], forward[0, 3] = 1e-5, 1e-7, -1e-7
+    wcs.sip = Sip(forward, forward.T.copy(), none, none, wcs.wcs.crpix)
+    wcs.wcs.ctype = ["RA---TAN-SIP", "DEC--TAN-SIP"]
+    return wcs
+
+
+def stored_image(folder: Path, wcs: WCS) -> tuple[ImageStore, list[np.ndarray], np.ndarray]:
+    """Noise as visit 7, detector 3; its planes and the PSF grids of difference and science image."""
     rng = np.random.default_rng(5)
-    shape = (220, 300)
-    planes = [plane(rng.random(shape)).astype(np.float32) for plane in (np.negative, np.sqrt, np.square, np.exp)]
+    planes = [plane(rng.random(SHAPE)).astype(np.float32) for plane in (np.negative, np.sqrt, np.square, np.exp)]
     v, u = np.mgrid[-8:9, -8:9]
     sigmas = np.array([[[1.2, 1.5, 1.9], [1.0, 1.3, 1.7]], [[1.1, 1.4, 1.8], [1.6, 2.0, 2.1]]])
     psfs = np.exp(-0.5 * (u**2 + v**2) / sigmas[..., np.newaxis, np.newaxis] ** 2).astype(np.float32)
+    store = ImageStore(str(folder))
+    store.write(7, 3, planes, wcs.to_header(relax=True).tostring(sep="\n"), *psfs)
+    return store, planes, psfs
+
+
+def measured(store: ImageStore, ra: np.ndarray, dec: np.ndarray) -> tuple[np.ndarray, list[FailureRecord]]:
+    """Of each position: whether it is inside, and the four numbers; what failed."""
+    photometer = _ForcedPhotometer(store)
+    return np.array(list(vars(photometer.measure(7, 3, ra, dec)).values())).T, photometer.take_failures()
+
+
+def test_forced_fluxes_are_those_of_the_whole_image_with_the_psf_of_each_place(tmp_path: Path) -> None:
     wcs = detector_wcs(0.0, -60.0, 0)
-    store = ImageStore(str(tmp_path))
-    store.write(7, 3, planes, wcs.to_header().tostring(sep="\n"), *psfs)
+    store, planes, psfs = stored_image(tmp_path, wcs)
+    rng = np.random.default_rng(6)
     x, y = rng.uniform(-30.0, 330.0, 80), rng.uniform(-30.0, 250.0, 80)
     ra, dec = wcs.pixel_to_world_values(x, y)
-    found = _ForcedPhotometer(store).measure(7, 3, ra, dec)
+    found, failures = measured(store, ra, dec)
+    assert failures == []
     inside = (x >= 0) & (x <= 299) & (y >= 0) & (y <= 219)
-    np.testing.assert_array_equal(found.inside, inside)
+    np.testing.assert_array_equal(found[:, 0], inside)
     assert {(int(b + 0.5) // 128, int(a + 0.5) // 128) for a, b in zip(x[inside], y[inside], strict=True)} == {
         (row, column) for row in range(2) for column in range(3)
     }
-    x, y = wcs.world_to_pixel_values(ra[inside], dec[inside])
-    for image, variance, psf, measured in (
-        (*planes[:2], psfs[0], (found.psf_flux, found.psf_flux_err)),
-        (*planes[2:], psfs[1], (found.science_flux, found.science_flux_err)),
-    ):
+    x, y = store.open(7, 3).wcs.world_to_pixel_values(ra[inside], dec[inside])
+    for image, variance, psf, columns in ((*planes[:2], psfs[0], found[:, 1:3]), (*planes[2:], psfs[1], found[:, 3:])):
         expected = linear_psf_fit(image, variance, PsfGrid(psf), x, y)
-        for of_store, of_image in zip(measured, (expected.flux, expected.flux_err), strict=True):
-            # A place as seen from a window's corner is rounded to 3e-14 pixels.
-            np.testing.assert_allclose(of_store[inside], of_image, rtol=1e-11)
-            assert np.isnan(of_store[~inside]).all()
+        np.testing.assert_array_equal(columns[inside], np.transpose([expected.flux, expected.flux_err]))
+        assert np.isnan(columns[~inside]).all()
+
+
+def test_a_forced_flux_is_the_same_to_the_bit_whatever_else_is_asked_for(tmp_path: Path) -> None:
+    """Cells ask for their own objects, so anything else would show the cell order in the alerts."""
+    wcs = bent_wcs()
+    store, _, _ = stored_image(tmp_path, wcs)
+    rng = np.random.default_rng(8)
+    ra, dec = wcs.pixel_to_world_values(rng.uniform(-5.0, 305.0, 60), rng.uniform(-5.0, 225.0, 60))
+    # The last lie where the iterations diverge.
+    ra, dec = np.append(ra, [20.0, 340.0, 0.0]), np.append(dec, [-50.0, -70.0, -80.0])
+    together, failures = measured(store, ra, dec)
+    assert failures == []
+    assert 45 < np.isfinite(together[:, 1]).sum() < 60
+    assert not together[-3:, 0].any()
+    for chosen in (*np.split(np.arange(63), 63), *(rng.permutation(63)[:20] for _ in range(20))):
+        assert measured(store, ra[chosen], dec[chosen])[0].tobytes() == together[chosen].tobytes()
+
+
+def test_a_window_that_cannot_be_read_costs_the_objects_in_it_and_no_other(tmp_path: Path) -> None:
+    wcs = detector_wcs(0.0, -60.0, 0)
+    store, _, _ = stored_image(tmp_path, wcs)
+    x, y = np.meshgrid(np.arange(20.0, 290.0, 30.0), np.arange(20.0, 210.0, 30.0))
+    ra, dec = wcs.pixel_to_world_values(x.ravel(), y.ravel())
+    whole, _ = measured(store, ra, dec)
+    content = bytearray(store.path(7, 3).read_bytes())
+    pixels = store.open(7, 3).pixels
+    header = content.index(pixels.schunk.get_chunk(1)[:32])  # of the chunk of rows 0 to 127, columns 128 to 255
+    content[header : header + 32] = bytes(32)
+    store.path(7, 3).write_bytes(content)
+    found, (failure,) = measured(store, ra, dec)
+    # Windows reach 8 pixels, as the PSF does.
+    lost = (x.ravel() + 8 >= 128) & (x.ravel() - 8 < 256) & (y.ravel() - 8 < 128)
+    np.testing.assert_array_equal(np.isnan(found[:, 1:]).all(axis=1), lost)
+    assert found[~lost].tobytes() == whole[~lost].tobytes()
+    assert found[:, 0].all()
+    assert failure.lost == f"forced photometry of {lost.sum()} objects"
+    assert (failure.visit, failure.detector) == (7, 3)
 
 
 def test_parts_of_a_visit_come_out_once_it_is_due(sky: Sky, tmp_path: Path) -> None:

@@ -117,7 +117,7 @@ def planes() -> list[np.ndarray]:
     return made
 
 
-def test_every_window_of_every_plane_comes_back_as_it_was_stored(tmp_path: Path, planes: list[np.ndarray]) -> None:
+def test_every_window_comes_back_in_all_planes_as_it_was_stored(tmp_path: Path, planes: list[np.ndarray]) -> None:
     store, psf = ImageStore(str(tmp_path)), np.arange(54, dtype=np.float32).reshape(2, 3, 3, 3)
     science_psf = psf[:1, :1, :1, :1]
     store.write(17, 4, planes, _wcs_text(), psf, science_psf)
@@ -127,11 +127,10 @@ def test_every_window_of_every_plane_comes_back_as_it_was_stored(tmp_path: Path,
         assert (back.dtype, back.shape) == (np.float32, images.shape)
         np.testing.assert_array_equal(back, images)
     np.testing.assert_allclose(stored.wcs.pixel_to_world_values(99, 79), (150.1, 2.2), atol=1e-9)
-    for name, plane in zip(PLANES, planes, strict=True):
-        for y0, y1, x0, x1 in ((0, 150, 0, 200), (0, 1, 0, 1), (120, 135, 100, 140), (149, 150, 199, 200)):
-            window = stored.window(name, y0, y1, x0, x1)
-            assert window.dtype == np.float32
-            np.testing.assert_array_equal(window, plane[y0:y1, x0:x1])
+    for y0, y1, x0, x1 in ((0, 150, 0, 200), (0, 1, 0, 1), (120, 135, 100, 140), (149, 150, 199, 200)):
+        window = stored.window(y0, y1, x0, x1)
+        assert window.dtype == np.float32
+        np.testing.assert_array_equal(window, [plane[y0:y1, x0:x1] for plane in planes])
     assert _files(tmp_path) == ["004.b2nd", "004.psf.npy", "004.science_psf.npy"]
 
 
@@ -139,7 +138,7 @@ def test_the_first_writing_of_an_image_stands(tmp_path: Path, planes: list[np.nd
     store, psf = ImageStore(str(tmp_path)), np.ones((1, 1, 1, 1))
     store.write(1, 0, planes, _wcs_text(), psf, 2.0 * psf)
     store.write(1, 0, [plane + 1 for plane in planes], _wcs_text(), psf, 2.0 * psf)
-    np.testing.assert_array_equal(store.open(1, 0).window("science", 0, 9, 0, 9), planes[2][:9, :9])
+    np.testing.assert_array_equal(store.open(1, 0).window(0, 9, 0, 9), [plane[:9, :9] for plane in planes])
 
 
 def test_a_missing_image_is_refused_by_name(tmp_path: Path) -> None:
@@ -170,10 +169,11 @@ def test_an_image_without_its_psf_is_refused_by_name(tmp_path: Path, planes: lis
 
 
 def test_a_writing_that_fails_leaves_nothing_behind(tmp_path: Path, planes: list[np.ndarray]) -> None:
-    with pytest.raises((ValueError, RuntimeError)):
-        ImageStore(str(tmp_path)).write(
-            1, 0, [planes[0], planes[1][:9]], _wcs_text(), np.ones((1, 1, 3, 3)), np.ones((1, 1, 3, 3))
-        )
+    psf = np.ones((1, 1, 3, 3))
+    with pytest.raises(ValueError, match=r"planes of different shapes: \(150, 200\), \(149, 200\)"):
+        ImageStore(str(tmp_path)).write(1, 0, [planes[0], planes[1][:149], *planes[2:]], _wcs_text(), psf, psf)
+    with pytest.raises(ValueError, match="could not convert string to float"):
+        ImageStore(str(tmp_path)).write(1, 0, [*planes[:3], np.full((150, 200), "text")], _wcs_text(), psf, psf)
     with pytest.raises(TypeError):
         write_blobs(tmp_path / "x.packets", np.array([1]), [(b"abc", "text")])  # type: ignore[list-item]
     assert _files(tmp_path) == []

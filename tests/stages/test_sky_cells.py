@@ -21,8 +21,8 @@ from sky_samples import (
 )
 
 from schemas.identifiers import dia_forced_source_id
-from schemas.records import DIA_SOURCE, SS_SOURCE, concatenate_records, empty_records
-from transforms.sky_cells import ForcedFluxes, cells_of, cells_overlapping, cells_with_halo
+from schemas.records import DIA_OBJECT, DIA_SOURCE, SS_SOURCE, concatenate_records, empty_records
+from transforms.sky_cells import BAND_COLUMNS, ForcedFluxes, across_bands, cells_of, cells_overlapping, cells_with_halo
 
 YEAR = 365.25
 
@@ -428,3 +428,16 @@ def test_polygon_covers_every_cell_with_a_point_inside(order: int, ra0: float, d
     # Not wasteful: at most the cells of a polygon one cell larger on each side, twice over.
     side_in_cells = 2 * half / (58.6 / (1 << order))
     assert len(found) <= 2 * (side_in_cells + 2.0) ** 2
+
+
+def test_the_fields_of_a_quantity_are_filled_band_by_band() -> None:
+    names = list(DIA_OBJECT.names or ())
+    objects = empty_records(DIA_OBJECT, 2)
+    for value, name in enumerate(names):
+        objects[name] = value
+    for column in BAND_COLUMNS.values():
+        of_bands = [column.format(band) for band in "ugrizy"]
+        in_bands = across_bands(objects, column)
+        assert in_bands.tolist() == [[names.index(name) for name in of_bands]] * 2
+        in_bands[1] = -1.0
+        assert [objects[name].tolist() for name in of_bands] == [[names.index(name), -1.0] for name in of_bands]

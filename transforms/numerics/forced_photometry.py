@@ -40,10 +40,6 @@ class PsfSplines(NamedTuple):
     half_width: int
     of_source: NDArray[np.int64]
 
-    def of(self, source: int) -> PsfSplines:
-        """Those of one source."""
-        return self._replace(of_source=self.of_source[source : source + 1])
-
 
 class LinearPsfFit(NamedTuple):
     """Linear PSF fits of n sources; every array has shape (n,).
@@ -145,55 +141,74 @@ def linear_psf_fit(
     """
     pixels, pixel_variance, masked = checked_planes(image, variance, bad)
     x_pix, y_pix = _checked_positions(x, y)
+    planes = (pixels[np.newaxis], pixel_variance[np.newaxis], masked[np.newaxis])
+    return _fits(planes, np.zeros(x_pix.size, dtype=np.int64), psf, x_pix, y_pix)
+
+
+def _fits(
+    planes: tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.bool_]],
+    image_of: NDArray[np.int64],
+    psf: ArrayLike | PsfGrid | PsfSplines,
+    x_pix: NDArray[np.float64],
+    y_pix: NDArray[np.float64],
+) -> LinearPsfFit:
     splines = psf if isinstance(psf, PsfSplines) else psf_splines(psf, x_pix, y_pix)
     n_sources = x_pix.size
     real = np.full((5, n_sources), np.nan)
     n_pixels = np.zeros(n_sources, dtype=np.int32)
     edge = np.ones(n_sources, dtype=np.bool_)
-    _fit_fluxes(pixels, pixel_variance, masked, *splines, x_pix, y_pix, real, n_pixels, edge)
+    _fit_fluxes(*planes, image_of, *splines, x_pix, y_pix, real, n_pixels, edge)
     return LinearPsfFit(real[0], real[1], real[2], real[3], n_pixels, real[4], edge, np.isfinite(real[0]))
 
 
 def forced_psf_flux(
     image: ArrayLike, variance: ArrayLike, psf: ArrayLike | PsfSplines, x: ArrayLike, y: ArrayLike
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.bool_]]:
-    """Measure PSF fluxes at known positions, on an image or on a window of one.
+    """Measure PSF fluxes at known positions, on one image or each on a window of its own.
 
     The method, its limits and errors are those of `linear_psf_fit`.
 
     Parameters
     ----------
-    image, variance : (ny, nx); masks arrive as a variance that is not a positive finite number
+    image, variance : (ny, nx), or (n, ny, nx) windows; masks arrive as a variance that is not a positive finite number
     psf : (k, k) odd image summing to 1, or the prepared `PsfSplines` of these sources: cells of a grid count from the
-        first pixel of the whole image, so a window needs its own choice
-    x, y : (n,) pixels, 0-based; for a window: position minus the window's integer origin
+        first pixel of the whole image, so windows need their own choice
+    x, y : (n,) pixels, 0-based; for windows: position minus the window's integer origin
 
     Returns
     -------
     flux, flux_err : (n,) float64, image units, NaN where not good
     good : (n,) bool, at least half of the PSF's effective weight sum(P^2) lies on usable pixels
     """
-    fit = linear_psf_fit(image, variance, psf, x, y)
+    if np.ndim(image) != 3:
+        fit = linear_psf_fit(image, variance, psf, x, y)
+    else:
+        x_pix, y_pix = _checked_positions(x, y)
+        planes = checked_planes(image, variance, None, n_images=x_pix.size)
+        fit = _fits(planes, np.arange(x_pix.size), psf, x_pix, y_pix)
     return fit.flux, fit.flux_err, fit.good
 
 
 def checked_planes(
-    image: ArrayLike, variance: ArrayLike, bad: NDArray[np.bool_] | None
+    image: ArrayLike, variance: ArrayLike, bad: NDArray[np.bool_] | None, n_images: int | None = None
 ) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.bool_]]:
     """Return the three planes in the layout the compiled loops take, after comparing their shapes.
 
     Raises
     ------
     ValueError
-        The planes are not images of one shape.
+        The planes are not images of one shape, or not `n_images` of one shape each.
     """
     with np.errstate(over="ignore", invalid="ignore"):  # a value beyond float32 becomes inf, which masks the pixel
         pixels = np.ascontiguousarray(image, dtype=np.float32)
         pixel_variance = np.ascontiguousarray(variance, dtype=np.float32)
     masked = np.zeros(pixels.shape, np.bool_) if bad is None else np.ascontiguousarray(bad, dtype=np.bool_)
-    if pixels.ndim != 2 or pixels.shape != pixel_variance.shape or pixels.shape != masked.shape:
+    shape = pixels.shape if n_images is None else (n_images, *pixels.shape[1:])
+    n_axes = 2 if n_images is None else 3
+    if pixels.ndim != n_axes or not shape == pixels.shape == pixel_variance.shape == masked.shape:
+        count = "images" if n_images is None else f"{n_images} images"
         raise ValueError(
-            "image, variance and bad must be images of one shape, got "
+            f"image, variance and bad must be {count} of one shape, got "
             f"{pixels.shape}, {pixel_variance.shape} and {masked.shape}"
         )
     return pixels, pixel_variance, masked
@@ -211,29 +226,30 @@ def _checked_positions(x: ArrayLike, y: ArrayLike) -> tuple[NDArray[np.float64],
 def _prefilter(coefficients: NDArray[np.float64]) -> None:
     """Turn (m, w, w) samples, zero beyond their borders, into quintic B-spline coefficients, in place.
 
-    Each pole z takes a causal and an anti-causal recursion along either axis (Unser, Aldroubi, Eden 1993).
+    Each pole z takes a causal and an anti-causal recursion along either axis (Unser, Aldroubi, Eden 1993); both run
+    along the first axis, all columns at once, on the image and on the image turned.
     """
-    n_images, side, _ = coefficients.shape
-    for image in range(n_images):
+    for image in range(len(coefficients)):
         plane = coefficients[image]
         for z in _SPLINE_POLES:
-            end, gain = -z / (1.0 - z * z), (1.0 - z) * (1.0 - 1.0 / z)
-            for j in range(1, side):
-                for i in range(side):
-                    plane[j, i] += z * plane[j - 1, i]
-            for i in range(side):
-                plane[side - 1, i] *= end
-            for j in range(side - 2, -1, -1):
-                for i in range(side):
-                    plane[j, i] = z * (plane[j + 1, i] - plane[j, i])
-            for j in range(side):
-                for i in range(1, side):
-                    plane[j, i] += z * plane[j, i - 1]
-                plane[j, side - 1] *= end
-                for i in range(side - 2, -1, -1):
-                    plane[j, i] = z * (plane[j, i + 1] - plane[j, i])
-                for i in range(side):
-                    plane[j, i] *= gain * gain
+            gain = (1.0 - z) * (1.0 - 1.0 / z)
+            _recur_along_columns(plane, z)
+            turned = plane.T.copy()
+            _recur_along_columns(turned, z)
+            plane[:] = turned.T * (gain * gain)
+
+
+@njit(cache=True)
+def _recur_along_columns(plane: NDArray[np.float64], z: float) -> None:
+    side = len(plane)
+    for j in range(1, side):
+        for i in range(side):
+            plane[j, i] += z * plane[j - 1, i]
+    for i in range(side):
+        plane[side - 1, i] *= -z / (1.0 - z * z)
+    for j in range(side - 2, -1, -1):
+        for i in range(side):
+            plane[j, i] = z * (plane[j + 1, i] - plane[j, i])
 
 
 @njit(cache=True)
@@ -316,9 +332,10 @@ def evaluate_psf(
 
 @njit(cache=True)
 def _fit_fluxes(
-    image: NDArray[np.float32],
-    variance: NDArray[np.float32],
-    bad: NDArray[np.bool_],
+    images: NDArray[np.float32],
+    variances: NDArray[np.float32],
+    bad_planes: NDArray[np.bool_],
+    image_of: NDArray[np.int64],
     coefficients: NDArray[np.float64],
     half_width: int,
     of_source: NDArray[np.int64],
@@ -329,11 +346,13 @@ def _fit_fluxes(
     edge: NDArray[np.bool_],
 ) -> None:
     """Fill `real` (flux, error, chi2, ln likelihood, good weight), `n_pixels` and `edge` for each source."""
-    ny, nx = image.shape
+    _, ny, nx = images.shape
     width = 2 * half_width + 1
     model = np.empty((width, width))
     for source in range(x.size):
         real[4, source] = 0.0
+        k = image_of[source]
+        image, variance, bad = images[k], variances[k], bad_planes[k]
         if not (abs(x[source]) < _POSITION_LIMIT_PIX and abs(y[source]) < _POSITION_LIMIT_PIX):
             continue
         centre_x, centre_y = math.floor(x[source] + 0.5), math.floor(y[source] + 0.5)
