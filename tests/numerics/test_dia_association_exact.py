@@ -76,7 +76,7 @@ def test_assignments_are_those_of_the_exact_oracle(name: str) -> None:
     # Each field has what it is for.
     assert (total["contested"] > 20) == (name != "sparse")
     assert (total["tied"] > 20) == (name in ("grid of the gate", "doubled", "1e-13 degrees"))
-    assert (total["wide"] > 5) == (name in ("chains", "clumps"))
+    assert (total["wide"] > 5) == (name in ("chains", "grid of the gate", "clumps"))
 
 
 @pytest.mark.long

@@ -428,6 +428,27 @@ def elements(sky: Sky) -> list[Step]:
     return [step for step in sky.steps() if step[1] is not None]
 
 
+def any_delivery(sky: Sky, rng: np.random.Generator) -> list[Step]:
+    """All detectors in any order, some several times; the watermark passes visits of which all are there, or lags."""
+    deliveries: list[tuple[float, Step]] = []
+    spread, again = rng.choice([0.3, 2.0, 20.0]), rng.choice([0.0, 0.3, 1.0])
+    for number, detectors in enumerate(sky.visits):
+        for one in detectors:
+            step: Step = (one.exposure.visit.event_time_s, one)
+            arrival = number + rng.uniform(0.0, spread)
+            deliveries.append((arrival, step))
+            deliveries += [(arrival + rng.exponential(3.0), step) for _ in range(rng.binomial(2, again))]
+    deliveries.sort(key=lambda delivery: delivery[0])
+    missing = {id(one): one.exposure.visit.event_time_s for detectors in sky.visits for one in detectors}
+    steps: list[Step] = []
+    for _, step in deliveries:
+        steps.append(step)
+        missing.pop(id(step[1]), None)
+        if rng.random() < 0.4:
+            steps.append((min(missing.values(), default=3e9) - 2.0, None))
+    return steps
+
+
 def late_steps(sky: Sky, visit: int, detector: int) -> list[Step]:
     """One detector of one visit comes when all others are through."""
     late = sky.visits[visit][detector]
