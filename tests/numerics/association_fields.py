@@ -103,7 +103,7 @@ def _doubled(rng: np.random.Generator) -> Field:
 
 
 def _next_to_each_other(rng: np.random.Generator) -> Field:
-    """Separations of 1e-13 degrees, what a double barely holds, in clumps of up to four a side, half with equal errors."""
+    """Up to four a side 1e-13 degrees apart, what a double barely holds; half of them with equal errors."""
     places = np.stack([rng.uniform(0.0, 360.0, 30), rng.uniform(-80.0, 80.0, 30)])
     sides = []
     for _ in range(2):
