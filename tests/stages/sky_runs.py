@@ -481,11 +481,14 @@ def any_delivery(sky: Sky, rng: np.random.Generator) -> list[Step]:
     deliveries.sort(key=lambda delivery: delivery[0])
     missing = {id(one): one.exposure.visit.event_time_s for detectors in sky.visits for one in detectors}
     steps: list[Step] = []
+    told = 0.0
     for _, step in deliveries:
         steps.append(step)
         missing.pop(id(step[1]), None)
-        if rng.random() < 0.4:
-            steps.append((min(missing.values(), default=3e9) - 2.0, None))
+        until = min(missing.values(), default=3e9) - 2.0
+        if until > told and rng.random() < 0.4:
+            steps.append((until, None))
+            told = until
     return steps
 
 
