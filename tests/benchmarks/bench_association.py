@@ -27,7 +27,6 @@ from __future__ import annotations
 import argparse
 import os
 import platform
-import resource
 import subprocess
 import sys
 import tempfile
@@ -445,19 +444,19 @@ def history(seed: int) -> None:
         with tempfile.TemporaryDirectory() as folder:
             write_archive_of(rng, n_sources, Path(folder))
             code = f"from bench_association import archive_costs; archive_costs({folder!r})"
-            beside = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
-            subprocess.run([sys.executable, "-W", "ignore", "-c", code], env=beside, check=True)
+            subprocess.run([sys.executable, "-W", "ignore", "-c", code], env=_with_paths(), check=True)
 
 
 def archive_costs(folder: str) -> None:
     """A line about reading one archive; in a process of its own, for its memory."""
     config = AssociationConfig()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    status = Path("/proc/self/status")
+    before = peak_mb(status.read_text())
     read_s, known = timed(lambda: read_archive((folder,)), 1)
     n_sources, n_objects = len(known.sources), len(known.objects)
     del known
     send_s, sizes = timed(lambda: [len(message) for _, message in history_messages((folder,), config)], 1)
-    peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    peak = peak_mb(status.read_text()) - before
     sent = sum(sizes) / 1e6
     print(f"{n_sources:16d} {n_objects:8d} {len(sizes):6d} {read_s:7.1f} {send_s:16.1f} {sent:8.0f} {peak:13.0f}")
 
@@ -488,16 +487,22 @@ def night_table(rng: np.random.Generator, night: int, places: np.ndarray) -> pa.
 def run_apart(table: Path, out: Path, options: list[str]) -> tuple[float, float]:
     """CPU seconds and peak MB of `nightstream associate` in a process of its own."""
     code = (
-        "import resource, sys; from runners.cli import main; main(sys.argv[1:], standalone_mode=False); "
-        "used = resource.getrusage(resource.RUSAGE_SELF); print(used.ru_utime + used.ru_stime, used.ru_maxrss / 1024)"
+        "import sys, time; from runners.cli import main; main(sys.argv[1:], standalone_mode=False); "
+        "print(time.process_time()); print(open('/proc/self/status').read())"
     )
     arguments = ["associate", str(table), "--out", str(out), "--quiet", *options]
-    beside = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code, *arguments], env=beside, check=True, capture_output=True, text=True
-    )
-    seconds, peak = done.stdout.splitlines()[-1].split()
-    return float(seconds), float(peak)
+    command = [sys.executable, "-W", "ignore", "-c", code, *arguments]
+    done = subprocess.run(command, env=_with_paths(), check=True, capture_output=True, text=True)
+    return float(done.stdout.splitlines()[0]), peak_mb(done.stdout)
+
+
+def peak_mb(status: str) -> float:
+    """Peak memory by /proc/PID/status; what getrusage tells includes that of the program which started this one."""
+    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")) / 1024
+
+
+def _with_paths() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
 
 
 def write_archive_of(rng: np.random.Generator, n_sources: int, folder: Path) -> None:
