@@ -5,8 +5,8 @@ BIN := $(VENV)/bin
 NIGHTS := nights
 
 .DEFAULT_GOAL := help
-.PHONY: help setup night test test-real test-oracles check format bench bench-differencing study-association study-detection \
-  study-orbits lock clean flink-setup flink-test
+.PHONY: help setup night test test-real test-long test-oracles check format bench bench-differencing lock clean \
+  study-association study-detection study-orbits flink-setup flink-test
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-18s %s\n", $$1, $$2}'
@@ -37,6 +37,9 @@ test: setup ## run the tests
 
 test-real: setup ## run the long tests on whole sets of precursor data
 	$(BIN)/python -m pytest -m real_data
+
+test-long: setup ## run the properties over hundreds of seeds
+	$(BIN)/python -m pytest -m long
 
 test-oracles: setup ## run the tests that compare with other libraries, which this adds to .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-oracles.txt

@@ -6,6 +6,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import replace
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -65,6 +66,7 @@ from transforms.sky_cells import (
 
 STAGE = "association"
 _OPEN_EXPOSURES = 8
+_ROWS_AT_ONCE = 50_000
 _HALO_PER_RADIUS = 6.0
 _CELL_ARCSEC_AT_ORDER_0 = 58.6 * 3600.0
 
@@ -214,24 +216,54 @@ def _unwrapped(corner: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.nd
 
 def history_messages(folders: tuple[str, ...], config: AssociationConfig) -> Iterator[Any]:
     """The archive tables of earlier nights as messages to the cells that need them."""
-    knowledge = read_archive(folders)
-    source_cells = cells_with_halo(
-        knowledge.sources["ra"], knowledge.sources["dec"], config.cell_order, config.halo_arcsec
-    )
-    object_cells = cells_with_halo(
-        knowledge.objects["ra"], knowledge.objects["dec"], config.cell_order, config.halo_arcsec
-    )
-    for cell in np.unique(np.concatenate([source_cells.ravel(), object_cells.ravel()])):
-        sources = take_records(knowledge.sources, (source_cells == cell).any(axis=1))
-        here = (object_cells == cell).any(axis=1) | np.isin(knowledge.objects["diaObjectId"], sources["diaObjectId"])
-        objects = take_records(knowledge.objects, here)
-        forced = take_records(knowledge.forced, np.isin(knowledge.forced["diaObjectId"], objects["diaObjectId"]))
-        buffers = tuple(records_to_bytes(rows) for rows in (objects, sources, forced))
+    known = read_archive(folders, config.rules().history_days + LATEST_DAYS)
+    objects, sources, forced = known.objects, known.sources, known.forced
+    ids, n = objects["diaObjectId"], max(len(objects), 1)
+    source_cell, source_row = _cells_needing(sources, config)
+    object_cell, object_row = _cells_needing(objects, config)
+    # An object goes where it is needed, and where its sources are.
+    of_source = np.searchsorted(ids, sources["diaObjectId"])
+    has_object = np.append(ids, -1)[of_source] == sources["diaObjectId"]
+    with_object = has_object[source_row]
+    also = source_cell[with_object] * n + of_source[source_row[with_object]]
+    object_cell, object_row = np.divmod(np.unique(np.concatenate([object_cell * n + object_row, also])), n)
+    forced = take_records(forced, np.argsort(forced["diaObjectId"], kind="stable"))
+    first, last = (np.searchsorted(forced["diaObjectId"], ids, side=side) for side in ("left", "right"))
+    for cell in np.unique(np.concatenate([source_cell, object_cell])):
+        object_rows, source_rows = (
+            rows[slice(*np.searchsorted(cells, [cell, cell + 1]))]
+            for cells, rows in ((object_cell, object_row), (source_cell, source_row))
+        )
+        forced_rows = [np.arange(first[row], last[row]) for row in object_rows if last[row] > first[row]]
+        buffers = (
+            records_to_bytes(take_records(objects, object_rows)),
+            records_to_bytes(take_records(sources, source_rows)),
+            records_to_bytes(take_records(forced, np.concatenate(forced_rows) if forced_rows else slice(0))),
+        )
         yield int(cell), pack({"kind": "history"}, buffers)
 
 
-def read_archive(folders: tuple[str, ...]) -> CellKnowledge:
-    """Objects (the latest state of each), associated sources and forced sources of output folders.
+def _cells_needing(rows: np.ndarray, config: AssociationConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Pairs (cell, row) of the cells that need each row, in this order."""
+    pairs = []
+    for start in range(0, len(rows), _ROWS_AT_ONCE):
+        part = rows[start : start + _ROWS_AT_ONCE]
+        needed = np.sort(cells_with_halo(part["ra"], part["dec"], config.cell_order, config.halo_arcsec), axis=1)
+        index, column = np.nonzero(np.diff(needed, axis=1, prepend=-1))
+        pairs.append(needed[index, column] * len(rows) + start + index)
+    if not pairs:
+        return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
+    cell, row = np.divmod(np.sort(np.concatenate(pairs)), len(rows))
+    return cell, row
+
+
+def read_archive(folders: tuple[str, ...], reach_days: float = np.inf) -> CellKnowledge:
+    """Objects (the latest state of each, in order of id), associated sources and forced sources of output folders.
+
+    Parameters
+    ----------
+    folders : output folders of produce
+    reach_days : nights that lie further back than this from the newest are passed over, but for their objects
 
     Raises
     ------
@@ -241,32 +273,58 @@ def read_archive(folders: tuple[str, ...]) -> CellKnowledge:
     for folder in folders:
         if not (Path(folder) / "archive").is_dir():
             raise FileNotFoundError(f"{folder} holds no archive: --history wants an output folder of produce")
-    sources = _read_tables(folders, "dia_sources", DIA_SOURCE)
-    sources = take_records(sources, sources["diaObjectId"] != 0)
-    objects = _read_tables(folders, "dia_objects", DIA_OBJECT)
-    # Two states of one time: a late visit has put another source into the second.
-    age = (objects["nDiaSources"], objects["validityStartMjdTai"], objects["diaObjectId"])
-    objects = take_records(objects, np.lexsort(age))
-    latest = np.append(np.diff(objects["diaObjectId"]) != 0, True) if len(objects) else np.zeros(0, dtype=bool)
-    forced = _read_tables(folders, "dia_forced_sources", DIA_FORCED_SOURCE)
+    sources = [
+        take_records(rows, rows["diaObjectId"] != 0)
+        for rows in _read_tables(folders, "dia_sources", DIA_SOURCE, reach_days)
+    ]
+    forced = _read_tables(folders, "dia_forced_sources", DIA_FORCED_SOURCE, reach_days)
     return CellKnowledge(
-        take_records(objects, latest),
-        _first_of_each(sources, "diaSourceId"),
-        _first_of_each(forced, "diaForcedSourceId"),
+        _latest_states(_read_tables(folders, "dia_objects", DIA_OBJECT)),
+        _first_of_each(concatenate_records(sources, DIA_SOURCE), "diaSourceId"),
+        _first_of_each(concatenate_records(list(forced), DIA_FORCED_SOURCE), "diaForcedSourceId"),
     )
+
+
+def _latest_states(tables: Iterator[np.ndarray]) -> np.ndarray:
+    """The latest state of each object; at no time are more than thrice as many in memory."""
+    latest, n_waiting = empty_records(DIA_OBJECT, 0), 0
+    waiting: list[np.ndarray] = []
+
+    def merged() -> np.ndarray:
+        states = concatenate_records([latest, *waiting], DIA_OBJECT)
+        # Two states of one time: a late visit has put another source into the second.
+        age = (states["nDiaSources"], states["validityStartMjdTai"], states["diaObjectId"])
+        states = take_records(states, np.lexsort(age))
+        return take_records(states, np.diff(states["diaObjectId"], append=-1) != 0)
+
+    for rows in tables:
+        waiting.append(rows)
+        n_waiting += len(rows)
+        if n_waiting > max(len(latest), _ROWS_AT_ONCE):
+            latest, waiting, n_waiting = merged(), [], 0
+    return merged()
 
 
 def _first_of_each(records: np.ndarray, key: str) -> np.ndarray:
     return take_records(records, np.unique(records[key], return_index=True)[1])
 
 
-def _read_tables(folders: tuple[str, ...], name: str, dtype: np.dtype) -> np.ndarray:
-    parts = [
-        records_from_arrow(pq.ParquetFile(path).read(), dtype)
-        for folder in folders
-        for path in sorted((Path(folder) / "archive" / name).glob("day_obs=*/*.parquet"))
-    ]
-    return concatenate_records(parts, dtype)
+def _read_tables(
+    folders: tuple[str, ...], name: str, dtype: np.dtype, reach_days: float = np.inf
+) -> Iterator[np.ndarray]:
+    """The rows of each file of a table, of the nights within reach of the newest."""
+    nights = [path for folder in folders for path in sorted((Path(folder) / "archive" / name).glob("day_obs=*"))]
+    newest = max((_day(night) for night in nights), default=0)
+    for night in nights:
+        # A day more, as a night's visits are up to a day after the noon it is named for.
+        if newest - _day(night) <= reach_days + 1:
+            for path in sorted(night.glob("*.parquet")):
+                yield records_from_arrow(pq.ParquetFile(path).read(), dtype)
+
+
+def _day(night: Path) -> int:
+    """The number of the day of a folder day_obs=YYYYMMDD."""
+    return datetime.strptime(night.name, "day_obs=%Y%m%d").toordinal()
 
 
 class _AssociateInCellsFn(beam.DoFn):

@@ -176,8 +176,9 @@ def process_visit(
 ) -> CellOutcome:
     """Associate one visit's sources in one cell, measure forced fluxes, make alerts.
 
-    Only history that precedes the visit enters its alerts, so a visit that comes late gets the
-    alerts it would have got in time. The objects that stay are summarised up to their newest source.
+    A visit that comes late is decided as it would have been in time: by objects where they were then, and only
+    history that precedes it enters its alerts. Of objects founded since, those are joined by what would have founded
+    them. The objects that stay are summarised up to their newest source.
 
     Parameters
     ----------
@@ -198,7 +199,9 @@ def process_visit(
 
     moving = sources["ssObjectId"] != 0
     fixed = take_records(sources, ~moving)
-    free = _without_visit_partner(known, visit)
+    is_late = bool(np.any(_follows(known.sources, midpoint, visit)))
+    objects_then = _as_they_were(known, before, midpoint, visit) if is_late else known.objects
+    free = _without_visit_partner(objects_then, known.sources, visit)
     match = associate(
         _positions(fixed),
         _positions(free),
@@ -207,8 +210,10 @@ def process_visit(
         error_fallback_arcsec=rules.error_fallback_arcsec,
         max_group_width_arcsec=rules.halo_arcsec / 2.0,
     )
+    fit = _qualifies(fixed, rules.new_object_min_reliability)
     matched = match.object_index >= 0
-    qualified = ~matched & _qualifies(fixed, rules.new_object_min_reliability)
+    matched[matched] &= fit[matched] | ~(free["firstDiaSourceMjdTai"][match.object_index[matched]] > midpoint)
+    qualified = ~matched & fit
     fixed["diaObjectId"] = 0
     fixed["diaObjectId"][matched] = free["diaObjectId"][match.object_index[matched]]
     fixed["diaObjectId"][qualified] = fixed["diaSourceId"][qualified]
@@ -216,21 +221,20 @@ def process_visit(
     touched = np.sort(associated["diaObjectId"])
 
     created = _new_objects(take_records(fixed, qualified))
-    objects = _sorted_by(concatenate_records([known.objects, created], DIA_OBJECT), "diaObjectId")
+    objects = _with(objects_then, created)
     rows = concatenate_records([before, associated], DIA_SOURCE)
     detections = _by_object(rows, touched)
     objects = _replaced(objects, _moved_to_means(_of_ids(objects, touched), detections))
     new_forced = _forced_rows(objects, rows, arrived, rules, measure)
 
     forced = _by_object(concatenate_records([forced_before, new_forced], DIA_FORCED_SOURCE), touched)
-    is_late = len(known.sources) > 0 and bool(np.any(_follows(known.sources, midpoint, visit)))
     alert_objects = _summarised(_of_ids(objects, touched), detections, forced, arrived.context)
     kept_objects = alert_objects
     if is_late:
         all_rows = concatenate_records([known.sources, associated], DIA_SOURCE)
         all_forced = concatenate_records([known.forced, new_forced], DIA_FORCED_SOURCE)
         kept_objects = _brought_up_to_date(_of_ids(objects, touched), all_rows, all_forced, arrived.context, rules)
-    objects = _replaced(objects, kept_objects)
+    objects = _replaced(_with(known.objects, created), kept_objects)
 
     batch = _alert_batch(
         cell,
@@ -265,10 +269,17 @@ def _follows(rows: np.ndarray, midpoint: float, visit: int) -> np.ndarray:
     return later | ((rows["midpointMjdTai"] == midpoint) & (rows["visit"] > visit))
 
 
-def _without_visit_partner(known: CellKnowledge, visit: int) -> np.ndarray:
+def _as_they_were(known: CellKnowledge, before: np.ndarray, midpoint: float, visit: int) -> np.ndarray:
+    """Objects with those that were detected since put back to the mean of what preceded."""
+    since = known.sources["diaObjectId"][_follows(known.sources, midpoint, visit)]
+    moved = np.intersect1d(np.intersect1d(since, before["diaObjectId"]), known.objects["diaObjectId"])
+    return _replaced(known.objects, _moved_to_means(_of_ids(known.objects, moved), _by_object(before, moved)))
+
+
+def _without_visit_partner(objects: np.ndarray, sources: np.ndarray, visit: int) -> np.ndarray:
     """Objects that have no source of this visit yet (another detector of it may have come before)."""
-    taken = np.sort(known.sources["diaObjectId"][known.sources["visit"] == visit])
-    return take_records(known.objects, ~_among(known.objects["diaObjectId"], taken))
+    taken = np.sort(sources["diaObjectId"][sources["visit"] == visit])
+    return take_records(objects, ~_among(objects["diaObjectId"], taken))
 
 
 def _positions(records: np.ndarray) -> Positions:
@@ -295,6 +306,10 @@ def _new_objects(sources: np.ndarray) -> np.ndarray:
 
 def _of_ids(objects: np.ndarray, ids: np.ndarray) -> np.ndarray:
     return take_records(objects, np.searchsorted(objects["diaObjectId"], ids))
+
+
+def _with(objects: np.ndarray, created: np.ndarray) -> np.ndarray:
+    return _sorted_by(concatenate_records([objects, created], DIA_OBJECT), "diaObjectId")
 
 
 def _replaced(objects: np.ndarray, updated: np.ndarray) -> np.ndarray:

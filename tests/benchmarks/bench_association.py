@@ -1,6 +1,7 @@
 """Sky space: association and statistics beside their peers, and the whole of it through Beam.
 
-    python tests/benchmarks/bench_association.py [--big] [--only numerics|statistics|space|years] [--runner flink]
+    python tests/benchmarks/bench_association.py [--big] [--runner flink]
+        [--only numerics|rules|statistics|space|years|history]
 
 Times are CPU seconds, best of three where the call is short. Peers run in the same process on the same input:
 
@@ -12,17 +13,23 @@ Times are CPU seconds, best of three where the call is short. Peers run in the s
 
 Tables
   numerics      ms per visit; `differ`: sources that the whole-visit rule gives another object or none
+  rules         groups of sources and objects that the whole-visit rule decides differently, 100 fields of each kind
+                (`tests/numerics/association_fields.py`); `alone`: groups it decides differently once the rest is away
   statistics    microseconds per object of 21 sources in six bands
   space         DIA-source batches in, packets out, through Beam without cutouts: alerts per CPU second by cell order
                 (alerts per cell and visit), history length, objects per cell; state per cell. On the local runner, or
                 on an embedded Flink with one slot and with two, Java's CPU seconds among them
   years         10,000 visits of one cell in two simulated years, a history of 12 months: ms per visit, bytes of state
+  history       30 nights of `nightstream associate`, each started with --history of all earlier ones, and one long run;
+                then what reading and sending an archive of so many sources costs
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import platform
+import subprocess
 import sys
 import tempfile
 import time
@@ -35,6 +42,8 @@ import apache_beam as beam
 import hpgeom
 import numpy as np
 import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
 from astropy import units
 from astropy.coordinates import SkyCoord
 from scipy.sparse import coo_matrix
@@ -42,17 +51,20 @@ from scipy.sparse.csgraph import min_weight_full_bipartite_matching
 from scipy.spatial import cKDTree
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "stages"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "numerics"))
 
+from association_fields import FIELDS, Candidates, candidates, whole_batch_matching
 from sky_runs import CellByHand, Step, send_in_order
 
+from runners.cli import main as run_cli
 from runners.flink import flink_engine
 from runners.local import Run, local_engine
 from schemas.elements import CatalogueSources, EarlierNights
 from schemas.identifiers import dia_source_ids
 from schemas.manifests import Visit
-from schemas.records import DIA_OBJECT, DIA_SOURCE, concatenate_records, empty_records, records_to_arrow
+from schemas.records import DIA_OBJECT, DIA_SOURCE, concatenate_records, empty_records, records_to_arrow, take_records
 from transforms.archiving import write_table
-from transforms.association import AssociateDiaSources, AssociationConfig
+from transforms.association import AssociateDiaSources, AssociationConfig, history_messages, read_archive
 from transforms.delivery import Delivery
 from transforms.numerics.dia_association import Positions, associate
 from transforms.numerics.dia_object_statistics import LightCurves, band_statistics
@@ -72,16 +84,18 @@ REPEATS = 3
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--big", action="store_true", help="also 40,000 sources by 2,000,000 objects, minutes of peers")
-    parser.add_argument("--only", choices=("numerics", "statistics", "space", "years"))
+    parser.add_argument("--only", choices=("numerics", "rules", "statistics", "space", "years", "history"))
     parser.add_argument("--runner", choices=("local", "flink"), default="local", help="for the table space")
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
     print(f"python {platform.python_version()}, numpy {np.__version__}, {platform.machine()}, seed {options.seed}")
     tables: dict[str, Callable[[], None]] = {
         "numerics": lambda: numerics(options.seed, options.big),
+        "rules": lambda: rules(options.seed),
         "statistics": lambda: statistics(options.seed),
         "space": lambda: space(options.seed, options.runner),
         "years": lambda: years(options.seed),
+        "history": lambda: history(options.seed),
     }
     for name, table in tables.items():
         if options.only in (None, name):
@@ -173,6 +187,38 @@ def whole_visit(sources: Positions, objects: Positions, radius_arcsec: float = 1
     assigned = np.full(n, -1, dtype=np.int64)
     assigned[matched_row] = np.where(matched_column < m, matched_column, -1)
     return assigned
+
+
+def rules(seed: int) -> None:
+    print("rules               groups  contested  wide  differ  (wide  fewer pairs  other pairs)  alone")
+    for name, field_of in FIELDS.items():
+        total = np.zeros(7, dtype=np.int64)
+        for number in range(100):
+            total += compare_rules(*field_of(np.random.default_rng(1000 * seed + number)))
+        groups, contested, n_wide, wide_differ, fewer, other, alone = total.tolist()
+        print(
+            f"{name:18s} {groups:7d} {contested:10d} {n_wide:5d} {wide_differ + fewer + other:7d} {wide_differ:6d} "
+            f"{fewer:12d} {other:12d} {alone:7d}"
+        )
+
+
+def compare_rules(sources: Positions, objects: Positions) -> np.ndarray:
+    """What `rules` counts, of one field."""
+    found, assignment = candidates(sources, objects), associate(sources, objects)
+    ours, wide = assignment.object_index, set(assignment.wide.tolist())
+    theirs = whole_batch_matching(found, len(sources), len(objects))
+    differ = np.zeros(3, dtype=np.int64)
+    alone = 0
+    labels = np.unique(found.group)
+    for label in labels:
+        own = found.group == label
+        members = np.unique(found.pairs[own, 0])
+        part = Candidates(found.pairs[own], found.scores[own], found.group[own])
+        alone += bool(np.any(whole_batch_matching(part, len(sources), len(objects))[members] != theirs[members]))
+        if np.any(ours[members] != theirs[members]):
+            fewer = np.count_nonzero(theirs[members] >= 0) < np.count_nonzero(ours[members] >= 0)
+            differ[0 if int(members[0]) in wide else 1 if fewer else 2] += 1
+    return np.array([len(labels), len(assignment.contested), len(wide), *differ, alone])
 
 
 def astropy_nearest(sources: Positions, objects: Positions) -> Any:
@@ -388,6 +434,116 @@ def years(seed: int) -> None:
                 f"{cell.n_objects():8d} {cell.nbytes() / 1e3:9.0f} {cell.n_blocks():7d} {alerts:7d} {longest:20d}"
             )
             started, alerts, longest = now, 0, 0
+
+
+def history(seed: int) -> None:
+    n_nights, told = 30, (1, 11, 31)
+    rng = np.random.default_rng(seed)
+    with tempfile.TemporaryDirectory() as folder:
+        base, n_rows = Path(folder), 0
+        places = np.stack([150.0 + rng.uniform(0, 0.7, 500), -30.0 + rng.uniform(0, 0.7, 500)])
+        tables = [night_table(rng, night, places) for night in range(n_nights + 1)]
+        print("history  night  sources before  CPU s  without history  peak MB  without history", flush=True)
+        for night, table in enumerate(tables):
+            path, out = base / f"{night}.parquet", base / f"out-{night}"
+            pq.write_table(table, path)
+            earlier = [f"--history={base / f'out-{number}'}" for number in range(night)]
+            if night + 1 not in told:
+                run_cli(["associate", str(path), "--out", str(out), "--quiet", *earlier], standalone_mode=False)
+            else:
+                seconds, peak = run_apart(path, out, earlier)
+                bare_seconds, bare_peak = run_apart(path, base / f"bare-{night}", [])
+                print(f"{night + 1:14d} {n_rows:15d} {seconds:6.1f} {bare_seconds:16.1f} {peak:8.0f} {bare_peak:16.0f}")
+            n_rows += table.num_rows
+        pq.write_table(pa.concat_tables(tables), base / "all.parquet")
+        seconds, peak = run_apart(base / "all.parquet", base / "whole", [])
+        last = base / f"out-{n_nights}" / "archive"
+        files = [path.relative_to(last) for path in sorted(last.rglob("day_obs=*/*")) if path.is_file()]
+        same = [(last / path).read_bytes() == (base / "whole" / "archive" / path).read_bytes() for path in files]
+        print(f"one long run: {seconds:.1f} s, {peak:.0f} MB; files of the last night: {len(same)}, equal: {sum(same)}")
+    print("history  sources  objects  cells  read s  read and send s  MB sent  peak MB more")
+    for n_sources in (100_000, 400_000, 1_000_000):
+        with tempfile.TemporaryDirectory() as folder:
+            write_archive_of(rng, n_sources, Path(folder))
+            code = f"from bench_association import archive_costs; archive_costs({folder!r})"
+            subprocess.run([sys.executable, "-W", "ignore", "-c", code], env=_with_paths(), check=True)
+
+
+def archive_costs(folder: str) -> None:
+    """A line about reading one archive; in a process of its own, for its memory."""
+    config = AssociationConfig()
+    status = Path("/proc/self/status")
+    before = peak_mb(status.read_text())
+    read_s, known = timed(lambda: read_archive((folder,)), 1)
+    n_sources, n_objects = len(known.sources), len(known.objects)
+    del known
+    send_s, sizes = timed(lambda: [len(message) for _, message in history_messages((folder,), config)], 1)
+    peak = peak_mb(status.read_text()) - before
+    sent = sum(sizes) / 1e6
+    print(f"{n_sources:16d} {n_objects:8d} {len(sizes):6d} {read_s:7.1f} {send_s:16.1f} {sent:8.0f} {peak:13.0f}")
+
+
+def night_table(rng: np.random.Generator, night: int, places: np.ndarray) -> pa.Table:
+    """Six visits, each seeing three objects of ten, as a table for `associate`."""
+    tables = []
+    for number in range(6):
+        seen = np.flatnonzero(rng.random(places.shape[1]) < 0.3)
+        n = len(seen)
+        visit, midpoint = (20261122 + night) * 100 + number, START_MJD + night + number / 48.0
+        columns = {
+            "diaSourceId": (night * 6 + number + 1) * 10_000 + np.arange(n),
+            "visit": np.full(n, visit),
+            "detector": np.zeros(n, dtype=np.int32),
+            "band": np.full(n, "gri"[number % 3]),
+            "midpointMjdTai": np.full(n, midpoint),
+            "ra": places[0][seen] + rng.normal(0, 0.1 * ARCSEC, n),
+            "dec": places[1][seen] + rng.normal(0, 0.1 * ARCSEC, n),
+            "psfFlux": rng.normal(900.0, 20.0, n).astype(np.float32),
+            "psfFluxErr": np.full(n, 20.0, dtype=np.float32),
+            "snr": np.full(n, 45.0, dtype=np.float32),
+        }
+        tables.append(pa.table(columns))
+    return pa.concat_tables(tables)
+
+
+def run_apart(table: Path, out: Path, options: list[str]) -> tuple[float, float]:
+    """CPU seconds and peak MB of `nightstream associate` in a process of its own."""
+    code = (
+        "import sys, time; from runners.cli import main; main(sys.argv[1:], standalone_mode=False); "
+        "print(time.process_time()); print(open('/proc/self/status').read())"
+    )
+    arguments = ["associate", str(table), "--out", str(out), "--quiet", *options]
+    command = [sys.executable, "-W", "ignore", "-c", code, *arguments]
+    done = subprocess.run(command, env=_with_paths(), check=True, capture_output=True, text=True)
+    return float(done.stdout.splitlines()[0]), peak_mb(done.stdout)
+
+
+def peak_mb(status: str) -> float:
+    """Peak memory by /proc/PID/status; what getrusage tells includes that of the program which started this one."""
+    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")) / 1024
+
+
+def _with_paths() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+
+
+def write_archive_of(rng: np.random.Generator, n_sources: int, folder: Path) -> None:
+    """Ten nights of objects of 20 sources each, 5,000 objects a square degree."""
+    n_objects = n_sources // 20
+    own, side = rng.integers(0, n_objects, n_sources), np.sqrt(n_objects / 5000.0)
+    objects = empty_records(DIA_OBJECT, n_objects)
+    objects["diaObjectId"], objects["nDiaSources"] = 1 + np.arange(n_objects), 20
+    objects["ra"], objects["dec"] = 150.0 + rng.uniform(0, side, n_objects), -30.0 + rng.uniform(0, side, n_objects)
+    sources = empty_records(DIA_SOURCE, n_sources)
+    sources["diaSourceId"], sources["diaObjectId"] = 1 + np.arange(n_sources), 1 + own
+    sources["ra"], sources["dec"] = objects["ra"][own], objects["dec"][own]
+    sources["visit"] = 1 + np.arange(n_sources) * 200 // n_sources
+    sources["midpointMjdTai"], sources["band"] = START_MJD + sources["visit"] / 20.0, b"r"
+    for night in range(10):
+        rows = take_records(sources, (sources["visit"] - 1) // 20 == night)
+        path = folder / "archive" / "dia_sources" / f"day_obs=202611{night + 1:02d}" / "1.parquet"
+        write_table(path, records_to_arrow(rows))
+    write_table(folder / "archive" / "dia_objects" / "day_obs=20261110" / "1.parquet", records_to_arrow(objects))
 
 
 class _SkySpace:

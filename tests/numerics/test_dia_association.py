@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
+from association_fields import around
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,27 +19,6 @@ WIDE_OPEN = 1e4  # no group is ever too wide
 # differs from the arc by 5 (5 arcsec in rad)^2 / 6 < 1e-9 arcsec and, through the convergence of the meridians,
 # by 5^2 tan(dec) / 2 in units of 1 / 206265 arcsec: 1.1e-4 at dec 60 for 5 arcsec, 4.2e-6 for 1 arcsec.
 OFFSET_TOLERANCE_ARCSEC = 5e-6
-
-
-def around(
-    ra: float, dec: float, east: list[float], north: list[float], err: float = 0.1, err_dec: float | None = None
-) -> Positions:
-    """Positions at offsets in arcsec on the sky from a point."""
-    x, y = np.radians(np.array(east) * ARCSEC), np.radians(np.array(north) * ARCSEC)
-    ra0, dec0 = math.radians(ra), math.radians(dec)
-    vectors = (
-        np.array([math.cos(dec0) * math.cos(ra0), math.cos(dec0) * math.sin(ra0), math.sin(dec0)])
-        + x[:, None] * np.array([-math.sin(ra0), math.cos(ra0), 0.0])
-        + y[:, None] * np.array([-math.sin(dec0) * math.cos(ra0), -math.sin(dec0) * math.sin(ra0), math.cos(dec0)])
-    )
-    vectors /= np.linalg.norm(vectors, axis=1)[:, None]
-    n = len(x)
-    return Positions(
-        np.degrees(np.arctan2(vectors[:, 1], vectors[:, 0])) % 360.0,
-        np.degrees(np.arctan2(vectors[:, 2], np.hypot(vectors[:, 0], vectors[:, 1]))),
-        np.full(n, err * ARCSEC),
-        np.full(n, (err if err_dec is None else err_dec) * ARCSEC),
-    )
 
 
 def rows(positions: Positions, index: np.ndarray) -> Positions:

@@ -107,12 +107,48 @@ def make_sky(
             position = field.pixel_to_world_values(all_u[inside], all_v[inside])
             detectors.append(_detected(visit, detector, position, detector_wcs(ra, dec, detector), rng))
             if images:
-                planes = [rng.normal(0.0, 5.0, (SIZE_PIX, SIZE_PIX)).astype(np.float32) for _ in range(2)]
-                variance = np.full((SIZE_PIX, SIZE_PIX), 25.0, dtype=np.float32)
-                header = detector_wcs(ra, dec, detector).to_header().tostring(sep="\n")
-                store.write(visit.visit, detector, [planes[0], variance, planes[1], variance], header, _psf(), _psf())
+                _write_images(store, visit, detector, detector_wcs(ra, dec, detector), rng)
         visits.append(tuple(detectors))
     return Sky(tuple(visits), store)
+
+
+def apart_sky(seed: int, ra: float, dec: float, folder: Path, *, images: bool = False) -> tuple[Sky, dict[int, int]]:
+    """Objects so far apart that who belongs to whom is beyond doubt; which object each diaSourceId is of.
+
+    They stand 18 arcsec apart, on one detector each, and scatter by at most 0.3 arcsec: any two detections of one are
+    within 0.85 arcsec, and so are a detection and a mean of others. Some are rarely seen; three detections in ten are
+    too unreliable to found an object.
+    """
+    rng = np.random.default_rng(seed)
+    field = detector_wcs(ra, dec, 0)
+    columns = np.concatenate([np.arange(6.0, 56.0, 6.0), np.arange(70.0, 120.0, 6.0)])
+    places = rng.permutation(np.stack(np.meshgrid(columns, np.arange(4.0, 60.0, 6.0)), axis=-1).reshape(-1, 2))
+    places = places[: int(rng.integers(10, 40))]
+    often = rng.uniform(0.1, 1.0, len(places))
+    store = ImageStore(str(folder / f"images-{seed}"))
+    object_of: dict[int, int] = {}
+    visits = []
+    for number in range(8):
+        visit, detectors = _visit(number, ra, dec), []
+        for detector in (0, 1):
+            seen = np.flatnonzero((rng.random(len(places)) < often) & ((places[:, 0] > 62.0) == (detector == 1)))
+            offset = np.clip(rng.normal(0.0, 0.12, (2, len(seen))), -0.3, 0.3) / PIXEL_ARCSEC
+            wcs = detector_wcs(ra, dec, detector)
+            found = _detected(visit, detector, field.pixel_to_world_values(*(places[seen].T + offset)), wcs, rng)
+            found.dia_sources["reliability"] = np.where(rng.random(len(seen)) < 0.3, 0.05, 0.9)
+            object_of.update(zip(found.dia_sources["diaSourceId"].tolist(), seen.tolist(), strict=True))
+            detectors.append(found)
+            if images:
+                _write_images(store, visit, detector, wcs, rng)
+        visits.append(tuple(detectors))
+    return Sky(tuple(visits), store), object_of
+
+
+def _write_images(store: ImageStore, visit: Visit, detector: int, wcs: WCS, rng: np.random.Generator) -> None:
+    planes = [rng.normal(0.0, 5.0, (SIZE_PIX, SIZE_PIX)).astype(np.float32) for _ in range(2)]
+    variance = np.full((SIZE_PIX, SIZE_PIX), 25.0, dtype=np.float32)
+    header = wcs.to_header().tostring(sep="\n")
+    store.write(visit.visit, detector, [planes[0], variance, planes[1], variance], header, _psf(), _psf())
 
 
 def _psf() -> np.ndarray:
@@ -405,19 +441,23 @@ class _EmitSlicesFn(beam.DoFn):
 
 def write_archive(batches: list[AlertBatch], out: Path) -> None:
     """The tables of a night as `produce` leaves them."""
-    states = concatenate_records([one.object_states for one in batches], batches[0].object_states.dtype)
-    order = np.lexsort((states["nDiaSources"], states["validityStartMjdTai"], states["diaObjectId"]))
-    states = take_records(states, order)
-    last = np.append(np.diff(states["diaObjectId"]) != 0, True)[: len(states)]
-    states = take_records(states, last)
     sources = [rows for one in batches for rows in (one.dia_sources, one.unassociated)]
     forced = [one.forced_sources for one in batches]
     for name, rows in (
         ("dia_sources", concatenate_records(sources, DIA_SOURCE)),
-        ("dia_objects", states),
+        ("dia_objects", final_objects(batches)),
         ("dia_forced_sources", concatenate_records(forced, forced[0].dtype)),
     ):
         write_table(out / "archive" / name / "day_obs=20261122" / "1.parquet", records_to_arrow(rows))
+
+
+def final_objects(batches: list[AlertBatch]) -> np.ndarray:
+    """The last state of each object, in order of diaObjectId."""
+    states = concatenate_records([one.object_states for one in batches], batches[0].object_states.dtype)
+    order = np.lexsort((states["nDiaSources"], states["validityStartMjdTai"], states["diaObjectId"]))
+    states = take_records(states, order)
+    last = np.append(np.diff(states["diaObjectId"]) != 0, True)[: len(states)]
+    return take_records(states, last)
 
 
 def together(outcome: Outcome) -> tuple[dict[int, bytes], dict[str, list[bytes]]]:
@@ -426,6 +466,44 @@ def together(outcome: Outcome) -> tuple[dict[int, bytes], dict[str, list[bytes]]
 
 def elements(sky: Sky) -> list[Step]:
     return [step for step in sky.steps() if step[1] is not None]
+
+
+def any_delivery(sky: Sky, rng: np.random.Generator) -> list[Step]:
+    """All detectors in any order, some several times; the watermark passes visits of which all are there, or lags."""
+    deliveries: list[tuple[float, Step]] = []
+    spread, again = rng.choice([0.3, 2.0, 20.0]), rng.choice([0.0, 0.3, 1.0])
+    for number, detectors in enumerate(sky.visits):
+        for one in detectors:
+            step: Step = (one.exposure.visit.event_time_s, one)
+            arrival = number + rng.uniform(0.0, spread)
+            deliveries.append((arrival, step))
+            deliveries += [(arrival + rng.exponential(3.0), step) for _ in range(rng.binomial(2, again))]
+    deliveries.sort(key=lambda delivery: delivery[0])
+    missing = {id(one): one.exposure.visit.event_time_s for detectors in sky.visits for one in detectors}
+    steps: list[Step] = []
+    told = 0.0
+    for _, step in deliveries:
+        steps.append(step)
+        missing.pop(id(step[1]), None)
+        until = min(missing.values(), default=3e9) - 2.0
+        if until > told and rng.random() < 0.4:
+            steps.append((until, None))
+            told = until
+    return steps
+
+
+def late_by(sky: Sky, late: dict[tuple[int, int], int]) -> list[Step]:
+    """Visits in order, but for some detectors, (visit, detector), that come so many visits after their own."""
+    steps: list[Step] = []
+    for number, detectors in enumerate(sky.visits):
+        time = detectors[0].exposure.visit.event_time_s
+        steps += [(time, one) for detector, one in enumerate(detectors) if (number, detector) not in late]
+        steps.append((time + 2.0, None))
+        for (of_visit, detector), visits_late in late.items():
+            if min(of_visit + visits_late, len(sky.visits) - 1) == number:
+                one = sky.visits[of_visit][detector]
+                steps.append((one.exposure.visit.event_time_s, one))
+    return steps
 
 
 def late_steps(sky: Sky, visit: int, detector: int) -> list[Step]:

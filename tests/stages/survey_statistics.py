@@ -12,7 +12,7 @@ import pyarrow as pa
 from survey_sources import read_alerts
 
 from schemas.records import DIA_FORCED_SOURCE, DIA_OBJECT, DIA_SOURCE, arrow_schema, records_from_arrow, take_records
-from transforms.sky_cells import BANDS, _new_objects, _summarised
+from transforms.sky_cells import BANDS, _by_object, _moved_to_means, _new_objects, _summarised
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,9 @@ def summaries(name: str) -> Iterator[Summary]:
         created["diaObjectId"] = alert["diaObject"]["diaObjectId"]
         forced = _records(alert["prvDiaForcedSources"] or [], DIA_FORCED_SOURCE)
         processed = float(rows["timeProcessedMjdTai"][-1])
-        ours = _summarised(created, rows, forced, {"readout_end_mjd_tai": processed})
+        of_object = [_by_object(history, created["diaObjectId"]) for history in (rows, forced)]
+        moved = _moved_to_means(created, of_object[0])
+        ours = _summarised(moved, *of_object, {"readout_end_mjd_tai": processed})
         yield Summary(alert["diaObject"], ours, rows, forced, alert["diaSource"]["band"])
 
 

@@ -26,10 +26,13 @@ from sky_samples import alerts_of, tables_of
 
 from schemas.claim_check import ImageStore
 from schemas.elements import EarlierNights, FailureRecord, VisitPart
-from schemas.records import take_records
-from transforms.association import AssociationConfig, _ForcedPhotometer, read_archive
+from schemas.framing import unpack
+from schemas.records import DIA_FORCED_SOURCE, DIA_OBJECT, records_from_bytes, take_records
+from transforms import association
+from transforms.association import AssociationConfig, _ForcedPhotometer, history_messages, read_archive
 from transforms.numerics.forced_photometry import linear_psf_fit
 from transforms.numerics.psf_grid import PsfGrid
+from transforms.sky_cells import cells_with_halo
 
 CONFIG = AssociationConfig(cell_order=11)
 
@@ -187,6 +190,58 @@ def test_history_keeps_the_fullest_of_two_states_of_one_time(sky: Sky, tmp_path:
     counts = {int(row["diaObjectId"]): int(row["nDiaSources"]) for row in known.objects}
     ids, sources = np.unique(known.sources["diaObjectId"], return_counts=True)
     assert counts == dict(zip(ids.tolist(), sources.tolist(), strict=True))
+
+
+def test_nights_out_of_reach_are_passed_over_but_for_their_objects(
+    sky: Sky, sorted_run: Outcome, tmp_path: Path
+) -> None:
+    """A night of 2025 and one of 2026, 400 days apart: a year and a month reach to one of them only."""
+    write_archive(sorted_run.batches[:60], tmp_path / "old")
+    write_archive(sorted_run.batches[60:], tmp_path / "new")
+    for table in (tmp_path / "old" / "archive").iterdir():
+        (table / "day_obs=20261122").rename(table / "day_obs=20251018")
+    folders = tuple(str(tmp_path / name) for name in ("old", "new"))
+    whole, reaching = read_archive(folders), read_archive(folders, 396.0)
+    assert reaching.objects.tobytes() == whole.objects.tobytes()
+    newer = read_archive(folders[1:])
+    assert 0 < len(newer.sources) < len(whole.sources) and 0 < len(newer.forced) < len(whole.forced)
+    assert reaching.sources.tobytes() == newer.sources.tobytes()
+    assert reaching.forced.tobytes() == newer.forced.tobytes()
+    assert read_archive(folders, 399.0).sources.tobytes() == whole.sources.tobytes()
+
+
+def test_history_read_and_sent_in_small_portions_is_the_same(
+    sorted_run: Outcome, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number, part in enumerate((sorted_run.batches[:30], sorted_run.batches[30:60], sorted_run.batches[60:])):
+        write_archive(part, tmp_path / str(number))
+    folders = tuple(str(path) for path in sorted(tmp_path.iterdir()))
+    expected = list(history_messages(folders, CONFIG))
+    monkeypatch.setattr(association, "_ROWS_AT_ONCE", 7)
+    assert list(history_messages(folders, CONFIG)) == expected
+    assert len(expected) > 5
+
+
+def test_history_goes_to_every_cell_that_needs_it_and_to_no_other(sorted_run: Outcome, tmp_path: Path) -> None:
+    write_archive(sorted_run.batches, tmp_path)
+    known = read_archive((str(tmp_path),))
+    sent = dict(history_messages((str(tmp_path),), CONFIG))
+    assert len(sent) > 5
+    needed = [
+        cells_with_halo(rows["ra"], rows["dec"], CONFIG.cell_order, CONFIG.halo_arcsec)
+        for rows in (known.objects, known.sources)
+    ]
+    assert set(sent) == {int(cell) for cells in needed for cell in cells.ravel()}
+    for cell, message in sent.items():
+        here = [(cells == cell).any(axis=1) for cells in needed]
+        sources = take_records(known.sources, here[1])
+        ids = np.union1d(known.objects["diaObjectId"][here[0]], sources["diaObjectId"])
+        forced = known.forced["diaForcedSourceId"][np.isin(known.forced["diaObjectId"], ids)]
+        _, buffers = unpack(message)
+        assert records_from_bytes(DIA_OBJECT, buffers[0])["diaObjectId"].tolist() == ids.tolist()
+        assert bytes(buffers[1]) == sources.tobytes()
+        told = records_from_bytes(DIA_FORCED_SOURCE, buffers[2])
+        assert sorted(told["diaForcedSourceId"].tolist()) == sorted(forced.tolist())
 
 
 def test_missing_history_folder_is_refused(tmp_path: Path) -> None:

@@ -194,6 +194,39 @@ def test_late_visit_before_all_others_leaves_their_alerts_objects_first_time() -
     assert len(history(outcome, 0)) == 0
 
 
+def test_late_visit_finds_objects_where_they_were() -> None:
+    """Visit 3 moves the object from 0 to 0.4 arcsec: what visit 2 saw at -0.7 is within the gate of 0 only."""
+    cell = Cell(everywhere)
+    for number, place in ((1, 0.0), (3, 0.8)):
+        cell.see(context(number), sources(context(number), [place]))
+    outcome = cell.see(context(2), sources(context(2), [-0.7]))
+    assert outcome.batch.dia_sources["diaObjectId"].tolist() == [100_001]
+    assert outcome.batch.object_states["nDiaSources"].tolist() == [3]
+
+
+def test_late_visit_measures_forced_fluxes_where_objects_were() -> None:
+    """Of an object that it did not detect; the flux of these tests is the place in arcsec."""
+    cell = Cell(everywhere)
+    for number, place in ((1, 0.0), (2, 0.2), (4, 0.7)):
+        cell.see(context(number), sources(context(number), [place]))
+    before = cell.known.objects.tobytes()
+    outcome = cell.see(context(3), sources(context(3), []))
+    assert outcome.new_forced["psfFlux"] == pytest.approx(0.1, abs=1e-6)  # degrees in double precision: 1e-10 arcsec
+    assert cell.known.objects.tobytes() == before
+
+
+@pytest.mark.parametrize(("reliability", "expected"), [(0.9, 300_001), (0.05, 0)])
+def test_late_source_joins_an_object_founded_since_if_it_could_have_founded_it(
+    reliability: float, expected: int
+) -> None:
+    cell = Cell()
+    cell.see(context(3), sources(context(3), [0.0]))
+    outcome = cell.see(context(1), sources(context(1), [0.1], reliability=reliability))
+    told = [*outcome.batch.dia_sources["diaObjectId"], *outcome.batch.unassociated["diaObjectId"]]
+    assert told == [expected]
+    assert cell.known.objects["diaObjectId"].tolist() == [300_001]
+
+
 def test_late_visit_elsewhere_in_the_cell_changes_no_state() -> None:
     """A cell that knows later visits of other objects must decide as one that does not."""
     outcomes = []
