@@ -120,6 +120,14 @@ def test_a_stored_pair_is_known_until_features_change(tmp_path: Path) -> None:
     assert not is_stored(tmp_path, SMALL)
 
 
+@pytest.mark.parametrize("part", [0.0, 0.5])
+def test_a_stored_pair_that_was_cut_off_is_made_anew(tmp_path: Path, part: float) -> None:
+    store_labelled(tmp_path, SMALL, LabelledSources(np.zeros(1, LABELLED_DTYPE), np.zeros((1, len(FEATURES)), "f4")))
+    path = stored_path(tmp_path, SMALL)
+    path.write_bytes(path.read_bytes()[: int(part * path.stat().st_size)])
+    assert not is_stored(tmp_path, SMALL)
+
+
 def test_no_seed_is_in_two_parts() -> None:
     pairs = training_pairs(["lsst", "crowded"], 100, 10)
     parts = {seed: {pair.part for pair in pairs if pair.seed == seed} for seed in range(100, 110)}
