@@ -109,7 +109,7 @@ class DetectionConfig:
     """What counts as a diaSource. Defaults are LSST's where it has one; the rules: docs/detection.md."""
 
     threshold_snr: float = Field(default=5.0, ge=3, le=50)
-    min_science_snr: float = Field(default=-2.0)
+    min_science_snr: float = Field(default=-2.0, allow_inf_nan=False)
     max_motion_deg_per_day: float = Field(default=10.0, gt=0)
     max_sources: int = Field(default=5_000, ge=1, le=MAX_COUNTER)
     release: int = Field(default=0, ge=0, le=63)

@@ -261,7 +261,8 @@ class KnownObjects:
         centre, reach_arcsec = sky_cap(ra_deg, dec_deg)
         reach_arcsec += radius_arcsec
         parts = []
-        with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, then null
+        # What float32 cannot hold becomes infinite, then null.
+        with np.errstate(over="ignore", invalid="ignore"):
             if self._ephemerides is not None:
                 near = within_cap(unit_vectors(places.ra_deg, places.dec_deg), centre, reach_arcsec)
                 parts.append(_from_ephemerides(self._ephemerides, places, observer, np.flatnonzero(near)))

@@ -19,6 +19,7 @@ from transforms.reliability_fitting import is_stored, store_labelled, stored_pat
 from transforms.reliability_training import (
     AMBIGUOUS,
     CLASSES,
+    LABELLED_DTYPE,
     LabelledSources,
     LabelPairs,
     TrainingPair,
