@@ -119,7 +119,7 @@ def check_history(history: tuple[Path, ...], out: Path) -> None:
 
 
 def usable_ephemerides(night: Path) -> tuple[str | None, tuple[FailureRecord, ...]]:
-    """The night's ephemerides, and what of them cannot be used; without them, or with broken ones, the night goes on."""
+    """The night's ephemerides, and what of them cannot be used; without them the night goes on."""
     path = night_folder(night) / EPHEMERIDES
     if not path.is_file():
         return None, ()
