@@ -119,15 +119,18 @@ def check_history(history: tuple[Path, ...], out: Path) -> None:
 
 
 def usable_ephemerides(night: Path) -> tuple[str | None, tuple[FailureRecord, ...]]:
-    """The night's ephemerides; without them, or with broken ones, the night goes on."""
+    """The night's ephemerides, and what of them cannot be used; without them the night goes on."""
     path = night_folder(night) / EPHEMERIDES
     if not path.is_file():
         return None, ()
     try:
-        read_ephemerides(str(path))
+        _, problems = read_ephemerides(str(path))
     except EphemeridesError as error:
         return None, (failure_of(error, STAGE, None, lost="solar-system association with the night's ephemerides"),)
-    return str(path), ()
+    return str(path), tuple(
+        FailureRecord(None, None, STAGE, "UnusableEphemerides", f"{path.name}: {reason}", f"{count} rows")
+        for reason, count in problems.items()
+    )
 
 
 def usable_elements(night: Path) -> tuple[str | None, tuple[FailureRecord, ...]]:

@@ -91,9 +91,10 @@ def read_element_table(path: Path) -> ElementTable:
     """
     try:
         table, n_broken = _read_csv(path) if path.suffix == ".csv" else (_read_parquet(path), 0)
-    except (OSError, pa.ArrowException) as error:
+        names = table.column_names
+    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:  # the last: names that are no UTF-8
         raise ElementsError(f"{path}: cannot be read: {error}") from error
-    if len(set(table.column_names)) < len(table.column_names):
+    if len(set(names)) < len(names):
         raise ElementsError(f"{path}: two columns of one name")
     missing = [name for name in REQUIRED_COLUMNS if name not in table.column_names]
     if missing:
@@ -218,7 +219,7 @@ def _usable(columns: dict[str, np.ndarray], problems: list[ElementsProblem]) -> 
     """The rows that can be used, by id, and why the others cannot."""
     q, e = columns["q"], columns["e"]
     perihelion_given = np.isfinite(q)
-    with np.errstate(invalid="ignore"):
+    with np.errstate(invalid="ignore", over="ignore"):
         perihelion = np.where(perihelion_given, q, columns["a"] * (1.0 - e))
     shape_known = perihelion_given | (np.isfinite(columns["a"]) & np.isfinite(columns["mean_anomaly"]))
     oriented = [np.isfinite(columns[name]) for name in ("epoch_mjd", "e", "i", "node", "argperi")]

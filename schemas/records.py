@@ -135,6 +135,14 @@ def concatenate_records(parts: Iterable[np.ndarray], dtype: np.dtype) -> np.ndar
     return np.concatenate(views).view(dtype)
 
 
+def null_infinite(records: np.ndarray) -> None:
+    """Make infinite numbers NaN, in place: null in packets and tables."""
+    for name in records.dtype.names or ():
+        column = records[name]
+        if column.dtype.kind == "f":
+            column[np.isinf(column)] = np.nan
+
+
 def take_records(records: np.ndarray, selection: np.ndarray | slice) -> np.ndarray:
     """Records at an integer index array or boolean mask, as `records[selection]` but faster: not field by field."""
     return records.view(_void(records.dtype))[selection].view(records.dtype)

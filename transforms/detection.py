@@ -14,7 +14,7 @@ from pydantic.dataclasses import dataclass
 from schemas.elements import DetectedSources, FailureRecord, StageElement, SubtractedExposure
 from schemas.exposures import MASK_BITS, mask_bits
 from schemas.identifiers import MAX_COUNTER, dia_source_ids
-from schemas.records import BOOLEAN_NULL, DIA_SOURCE, SS_SOURCE, empty_records, take_records
+from schemas.records import BOOLEAN_NULL, DIA_SOURCE, SS_SOURCE, empty_records, null_infinite, take_records
 from transforms.failures import FAILED, StageFn, failed_in, failure_of
 from transforms.numerics.detection import Detections, find_peaks, lobe_distance, significance_map, take_strongest
 from transforms.numerics.dipole_fitting import Dipoles
@@ -109,7 +109,7 @@ class DetectionConfig:
     """What counts as a diaSource. Defaults are LSST's where it has one; the rules: docs/detection.md."""
 
     threshold_snr: float = Field(default=5.0, ge=3, le=50)
-    min_science_snr: float = Field(default=-2.0)
+    min_science_snr: float = Field(default=-2.0, allow_inf_nan=False)
     max_motion_deg_per_day: float = Field(default=10.0, gt=0)
     max_sources: int = Field(default=5_000, ge=1, le=MAX_COUNTER)
     release: int = Field(default=0, ge=0, le=63)
@@ -256,7 +256,7 @@ def search(exposure: SubtractedExposure, config: DetectionConfig) -> SearchedSou
         records = _records(exposure, _centred_on_trails(measured, shapes), flags, ids)
         _fill_shape_flags(records, measured, found)
         _fill_shapes(records, exposure, shapes)
-    _null_infinite(records)
+    null_infinite(records)
     records["glint_trail"] = _are_glints(measured, found, exposure.difference.shape)
     kept, rejected = _select(records, found, shapes, ~flags.centre["usable"], exposure, config)
     rejected[ON_REJECTED_PIXELS] = int(found.n_rejected)
@@ -316,13 +316,6 @@ def _records(
     records["pixelFlags"] = flags.off_image  # the flags of the centre then mean nothing
     records["pixelFlags_offimage"] = flags.off_image
     return records
-
-
-def _null_infinite(records: np.ndarray) -> None:
-    for name in records.dtype.names or ():
-        column = records[name]
-        if column.dtype.kind == "f":
-            column[np.isinf(column)] = np.nan
 
 
 def _fill_shape_flags(records: np.ndarray, measured: Measurements, found: Detections) -> None:

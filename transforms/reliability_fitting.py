@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import zipfile
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -85,7 +87,8 @@ def stored_path(folder: Path, pair: TrainingPair | TrainingExposure) -> Path:
 
 def is_stored(folder: Path, pair: TrainingPair | TrainingExposure) -> bool:
     """Whether the sources of a pair are there, with the features of this release."""
-    with contextlib.suppress(OSError, ValueError, KeyError), np.load(stored_path(folder, pair)) as file:
+    damaged = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
+    with contextlib.suppress(*damaged), np.load(stored_path(folder, pair)) as file:
         return file["names"].tolist() == list(FEATURES) and file["rows"].dtype == LABELLED_DTYPE
     return False
 

@@ -20,9 +20,9 @@ from pydantic.dataclasses import dataclass
 
 from schemas.element_tables import ElementTable, read_element_table, record_designation
 from schemas.elements import DetectedSources, StageElement
-from schemas.manifests import Visit
+from schemas.manifests import SURVEY_MJD_RANGE, Visit
 from schemas.observatories import Observatory, observatory_of
-from schemas.records import MPC_ORBITS, SS_SOURCE, concatenate_records, empty_records, take_records
+from schemas.records import MPC_ORBITS, SS_SOURCE, concatenate_records, empty_records, null_infinite, take_records
 from transforms.failures import FAILED, StageFn, failed_in, failure_of
 from transforms.numerics.orbit_propagation import (
     Observer,
@@ -148,8 +148,8 @@ class _MatchEphemeridesFn(StageFn):
         yield detected
 
 
-def read_ephemerides(path: str) -> pa.Table:
-    """The ephemeris table of a night folder.
+def read_ephemerides(path: str) -> tuple[pa.Table, dict[str, int]]:
+    """The usable rows of a night folder's ephemerides, and how many others there are, by reason.
 
     Raises
     ------
@@ -158,8 +158,10 @@ def read_ephemerides(path: str) -> pa.Table:
     """
     try:
         table = pq.ParquetFile(Path(path)).read()
-    except (OSError, pa.ArrowInvalid) as error:
+    except (OSError, pa.ArrowException) as error:
         raise EphemeridesError(f"{path}: cannot be read: {error}") from error
+    if len(set(table.column_names)) < len(table.column_names):
+        raise EphemeridesError(f"{path}: two columns of one name")
     missing = [name for name in _REQUIRED if name not in table.column_names]
     if missing:
         raise EphemeridesError(f"{path}: no column {', '.join(missing)}; there are {', '.join(table.column_names)}")
@@ -167,12 +169,27 @@ def read_ephemerides(path: str) -> pa.Table:
         if name in table.column_names and not _is_number(table[name].type):
             raise EphemeridesError(f"{path}: {name} is {table[name].type}")
     for name, kind in _REQUIRED.items():
-        column = table[name]
-        if column.null_count:
-            raise EphemeridesError(f"{path}: {column.null_count} rows have no {name}")
-        if not kind(column.type):
-            raise EphemeridesError(f"{path}: {name} is {column.type}")
-    return table.set_column(table.column_names.index("ssObjectId"), "ssObjectId", table["ssObjectId"].cast(pa.int64()))
+        if not kind(table[name].type):
+            raise EphemeridesError(f"{path}: {name} is {table[name].type}")
+    # Ids that int64 cannot hold become negative.
+    ids = table["ssObjectId"].fill_null(0).cast(pa.int64(), safe=False)
+    table = table.set_column(table.column_names.index("ssObjectId"), "ssObjectId", ids)
+    mjd, ra, dec = (table[name].fill_null(np.nan).to_numpy() for name in ("mjd_tai", "ra", "dec"))
+    first_mjd, last_mjd = SURVEY_MJD_RANGE
+    rules = {
+        "ssObjectId is missing or not positive": ids.to_numpy() < 1,
+        f"mjd_tai outside [{first_mjd:.0f}, {last_mjd:.0f}]": ~((mjd >= first_mjd) & (mjd <= last_mjd)),
+        "no place on the sky: ra in [-180, 360], dec in [-90, 90]": ~(
+            (ra >= -180.0) & (ra <= 360.0) & (np.abs(dec) <= 90.0)
+        ),
+    }
+    kept = np.ones(len(table), dtype=bool)
+    problems = {}
+    for reason, wrong in rules.items():
+        if (kept & wrong).any():
+            problems[reason] = int(np.count_nonzero(kept & wrong))
+        kept &= ~wrong
+    return (table.filter(pa.array(kept)) if problems else table), problems
 
 
 def known_objects(ephemerides: str | None, elements: str | None) -> KnownObjects:
@@ -212,7 +229,7 @@ def _element_table(elements: _FileState) -> ElementTable:
 @lru_cache(maxsize=1)
 def _loaded(ephemerides: _FileState | None, elements: _FileState | None) -> KnownObjects:
     return KnownObjects(
-        None if ephemerides is None else read_ephemerides(ephemerides[0]),
+        None if ephemerides is None else read_ephemerides(ephemerides[0])[0],
         None if elements is None else _element_table(elements),
     )
 
@@ -244,16 +261,19 @@ class KnownObjects:
         centre, reach_arcsec = sky_cap(ra_deg, dec_deg)
         reach_arcsec += radius_arcsec
         parts = []
-        if self._ephemerides is not None:
-            near = within_cap(unit_vectors(places.ra_deg, places.dec_deg), centre, reach_arcsec)
-            parts.append(_from_ephemerides(self._ephemerides, places, observer, np.flatnonzero(near)))
-        if self._elements is not None:
-            rows = night.rows_about(centre, reach_arcsec + _ROUGH_ARCSEC)
-            rows = rows[~np.isin(self._elements.ss_object_id[rows], places.ss_object_id)]
-            directions = rough_directions(_rows_of(night.orbits, rows), observer)
-            rows = rows[within_cap(directions, centre, reach_arcsec + _ROUGH_ARCSEC)]
-            parts.append(_from_elements(self._elements, night.orbits, observer, rows))
+        # What float32 cannot hold becomes infinite, then null.
+        with np.errstate(over="ignore", invalid="ignore"):
+            if self._ephemerides is not None:
+                near = within_cap(unit_vectors(places.ra_deg, places.dec_deg), centre, reach_arcsec)
+                parts.append(_from_ephemerides(self._ephemerides, places, observer, np.flatnonzero(near)))
+            if self._elements is not None:
+                rows = night.rows_about(centre, reach_arcsec + _ROUGH_ARCSEC)
+                rows = rows[~np.isin(self._elements.ss_object_id[rows], places.ss_object_id)]
+                directions = rough_directions(_rows_of(night.orbits, rows), observer)
+                rows = rows[within_cap(directions, centre, reach_arcsec + _ROUGH_ARCSEC)]
+                parts.append(_from_elements(self._elements, night.orbits, observer, rows))
         predicted = concatenate_records(parts, SS_SOURCE)
+        null_infinite(predicted)
         return take_records(predicted, np.argsort(predicted["ssObjectId"]))
 
     def _compute_places(self, mjd_tai: float) -> Ephemerides:
@@ -462,6 +482,8 @@ def _mpc_orbits(elements: ElementTable, rows: np.ndarray) -> np.ndarray:
         "h": elements.absolute_h[rows],
         "g": elements.slope_g[rows],
     }
-    for name, values in columns.items():
-        records[name] = values
+    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, then null
+        for name, values in columns.items():
+            records[name] = values
+    null_infinite(records)
     return records

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from astropy.io import fits
@@ -253,6 +254,24 @@ def test_broken_ephemerides_cost_the_solar_system_and_nothing_else(
     (record,) = run.failures()
     assert (record["visit"], record["stage"], record["error"]) == (None, "solar_system", "EphemeridesError")
     assert "ephemerides.parquet" in record["reason"] and "solar-system association" in record["lost"]
+
+
+def test_bad_rows_of_ephemerides_are_reported_and_the_others_matched(
+    one_visit: Path, produce: Any, tmp_path: Path
+) -> None:
+    night = tmp_path / "night"
+    shutil.copytree(one_visit, night, symlinks=True)
+    path = night / "ephemerides.parquet"
+    table = pq.read_table(path)
+    nobody = pa.array([0] * len(table), table.schema.field("ssObjectId").type)
+    path.unlink()
+    at = table.column_names.index("ssObjectId")
+    pq.write_table(pa.concat_tables([table, table.set_column(at, table.schema.field(at), nobody)]), path)
+    run = produce(night, tmp_path / "out")
+    assert run.exit_code == 0 and run.summary["ss_matches"] > 0
+    (record,) = run.failures()
+    assert (record["stage"], record["error"]) == ("solar_system", "UnusableEphemerides")
+    assert record["lost"] == f"{len(table)} rows" and "ssObjectId" in record["reason"]
 
 
 def test_what_lies_beside_the_manifest_may_be_missing_or_of_no_use_and_the_manifest_stands_for_its_folder(

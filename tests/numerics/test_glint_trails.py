@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import pytest
 
@@ -77,3 +79,14 @@ def test_few_sources_and_sources_at_one_place_are_no_row() -> None:
     assert not find_glint_trails(np.full(9, 50.0), np.full(9, 50.0), SHAPE).any()
     with pytest.raises(ValueError, match="one length"):
         find_glint_trails([1.0, 2.0], [1.0], SHAPE)
+
+
+def test_a_storm_in_a_corner_costs_what_one_all_over_the_detector_costs() -> None:
+    places = np.random.default_rng(3).uniform(0.0, 1.0, (2, 2_000))
+    seconds = []
+    for side in (4096.0, 4096.0, 640.0):  # the first compiles
+        started = time.process_time()
+        find_glint_trails(*(side * places), (4096, 4096))
+        seconds.append(time.process_time() - started)
+    # Within 450 pixels, as in an even field, were two thirds of all: 150 times the work.
+    assert seconds[2] < 5.0 * seconds[1]

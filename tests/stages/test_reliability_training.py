@@ -19,6 +19,7 @@ from transforms.reliability_fitting import is_stored, store_labelled, stored_pat
 from transforms.reliability_training import (
     AMBIGUOUS,
     CLASSES,
+    LABELLED_DTYPE,
     LabelledSources,
     LabelPairs,
     TrainingPair,
@@ -117,6 +118,14 @@ def test_a_stored_pair_is_known_until_features_change(tmp_path: Path) -> None:
     assert [path.name for path in stored_path(tmp_path, SMALL).parent.iterdir()] == [f"{SMALL.name}.npz"]
     with stored_path(tmp_path, SMALL).open("wb") as file:
         np.savez(file, rows=rows, features=np.zeros((1, 1)), names=np.array(["snr"]))
+    assert not is_stored(tmp_path, SMALL)
+
+
+@pytest.mark.parametrize("part", [0.0, 0.5])
+def test_a_stored_pair_that_was_cut_off_is_made_anew(tmp_path: Path, part: float) -> None:
+    store_labelled(tmp_path, SMALL, LabelledSources(np.zeros(1, LABELLED_DTYPE), np.zeros((1, len(FEATURES)), "f4")))
+    path = stored_path(tmp_path, SMALL)
+    path.write_bytes(path.read_bytes()[: int(part * path.stat().st_size)])
     assert not is_stored(tmp_path, SMALL)
 
 

@@ -51,7 +51,7 @@ def _written(tmp_path: Path, table: pa.Table) -> str:
 
 
 def test_sources_at_the_interpolated_places_get_ids_beyond_2_53(tmp_path: Path) -> None:
-    known = KnownObjects(read_ephemerides(_written(tmp_path, _table())), None)
+    known = KnownObjects(read_ephemerides(_written(tmp_path, _table()))[0], None)
     named = associate_ss_objects(
         detected_sources([150.001, 150.1, 150.05], [2.0, 2.101, 2.0]), known, SolarSystemConfig()
     )
@@ -63,7 +63,7 @@ def test_sources_at_the_interpolated_places_get_ids_beyond_2_53(tmp_path: Path) 
 
 
 def test_long_designation_is_cut_between_characters(tmp_path: Path) -> None:
-    known = KnownObjects(read_ephemerides(_written(tmp_path, _table())), None)
+    known = KnownObjects(read_ephemerides(_written(tmp_path, _table()))[0], None)
     named = associate_ss_objects(detected_sources([150.001], [2.0]), known, SolarSystemConfig())
     assert named.ss_sources["designation"][0].decode() == "x" * 31
 
@@ -71,14 +71,49 @@ def test_long_designation_is_cut_between_characters(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"ssObjectId": pa.array([None, BIG_ID, BIG_ID, BIG_ID], pa.int64())}, "1 rows have no ssObjectId"),
         ({"ssObjectId": ["a", "a", "b", "b"]}, "ssObjectId is string"),
-        ({"ra": pa.array([None, 150.0, 150.1, 150.1], pa.float64())}, "1 rows have no ra"),
+        ({"ra": ["150", "150", "150", "150"]}, "ra is string"),
+        ({"magnitude": ["20", "20", "21", "21"]}, "magnitude is string"),
     ],
 )
 def test_unusable_ephemerides_are_refused_with_the_reason(tmp_path: Path, changes: Any, reason: str) -> None:
     with pytest.raises(EphemeridesError, match=reason):
         read_ephemerides(_written(tmp_path, _table(**changes)))
+
+
+def test_ephemerides_with_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(EphemeridesError, match="two columns of one name"):
+        read_ephemerides(_written(tmp_path, _table().append_column("ra", _table()["ra"])))
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"ssObjectId": pa.array([None, 0, -5, BIG_ID], pa.int64())}, "ssObjectId is missing or not positive"),
+        ({"ssObjectId": pa.array([0, 0, 2**63 + 1, BIG_ID], pa.uint64())}, "ssObjectId is missing or not positive"),
+        ({"mjd_tai": pa.array([None, np.nan, 2461367.5, 61367.0])}, "mjd_tai outside [10000, 100000]"),
+        ({"ra": pa.array([None, np.nan, np.inf, 150.0])}, "no place on the sky"),
+        ({"dec": [np.nan, 1e6, -90.1, 2.0]}, "no place on the sky"),
+    ],
+)
+def test_rows_of_ephemerides_that_cannot_be_used_are_counted_and_the_rest_goes_on(
+    tmp_path: Path, changes: Any, reason: str
+) -> None:
+    table, problems = read_ephemerides(_written(tmp_path, _table(**changes)))
+    ((named, count),) = problems.items()
+    assert named.startswith(reason) and count == 3
+    assert len(table) == 1
+
+
+def test_numbers_that_a_record_cannot_hold_are_null(tmp_path: Path) -> None:
+    table = _table(magnitude=[np.inf] * 2 + [1e300] * 2, topo_range_au=[2.0, 2.0, 1e300, 1e300])
+    predicted = KnownObjects(read_ephemerides(_written(tmp_path, table))[0], None).predicted_near(
+        MIDPOINT, RUBIN, *EVERYWHERE
+    )
+    assert np.isnan(predicted["ephVmag"]).all() and not np.isinf(predicted["topoRange"]).any()
+    elements = _read(tmp_path, h=[np.inf, 15.0])
+    assert not np.isinf(KnownObjects(None, elements).predicted_near(MIDPOINT, RUBIN, *EVERYWHERE)["ephVmag"]).any()
+    assert not np.isinf(orbit_records(elements, elements.ss_object_id)[0]["h"]).any()
 
 
 def _orbit_table(**changes: Any) -> dict[str, Any]:
@@ -164,6 +199,13 @@ def test_a_table_of_elements_that_is_none_is_refused(tmp_path: Path, changes: An
         read_element_table(path)
 
 
+def test_a_csv_with_names_that_are_no_text_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "orbits.csv"
+    path.write_bytes(b"\xff\xfe,ssObjectId\n1,2\n")
+    with pytest.raises(ElementsError, match="cannot be read"):
+        read_element_table(path)
+
+
 def _places_of(elements: ElementTable) -> tuple[np.ndarray, np.ndarray]:
     known = KnownObjects(None, elements)
     found = known.predicted_near(MIDPOINT, RUBIN, *EVERYWHERE)
@@ -193,7 +235,7 @@ def test_what_is_predicted_depends_on_the_visit_alone(tmp_path: Path) -> None:
 
 
 def test_an_object_in_both_tables_is_where_the_ephemerides_put_it(tmp_path: Path) -> None:
-    ephemerides = read_ephemerides(_written(tmp_path, _table()))
+    ephemerides, _ = read_ephemerides(_written(tmp_path, _table()))
     known = KnownObjects(ephemerides, _read(tmp_path))
     found = known.predicted_near(MIDPOINT, RUBIN, *EVERYWHERE)
     assert found["ssObjectId"].tolist() == [BIG_ID, BIG_ID + 2, BIG_ID + 4]
@@ -219,7 +261,7 @@ def test_of_two_objects_near_one_source_the_nearer_gets_it_and_the_other_the_nex
         "ra": [150.0] * 4,
         "dec": [2.0, 2.0, 2.0 + 0.4 * arcsec, 2.0 + 0.4 * arcsec],
     }
-    known = KnownObjects(read_ephemerides(_written(tmp_path, _table(**ephemerides))), None)
+    known = KnownObjects(read_ephemerides(_written(tmp_path, _table(**ephemerides)))[0], None)
     one = associate_ss_objects(detected_sources([150.0], [2.0 + 0.3 * arcsec]), known, SolarSystemConfig())
     assert one.ss_sources["ssObjectId"].tolist() == [2] and one.ss_sources["diaDistanceRank"].tolist() == [1]
     # The source between both goes to object 2; object 1 takes the farther one, its second nearest.

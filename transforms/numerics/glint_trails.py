@@ -15,7 +15,7 @@ APART_PIX = 12.0  # sources nearer to each other count once: pieces of one resid
 FALSE_ROWS = 1e-3  # expected per detector, if sources lie at random around each other
 BESIDE = 10.0  # half-widths of a row that a row of chance, out of clumps, would fill as well
 FILLED_BY_CHANCE = 5e-3  # 3 of 3 have 1e-3, 3 of 5 have 9e-3
-_NEIGHBOURS = 100.0  # on average within reach: bounds the cost in crowds, where long rows are chance
+_NEIGHBOURS = 100.0  # at most on average within reach: bounds the cost in crowds, where long rows are chance
 
 
 def find_glint_trails(x: ArrayLike, y: ArrayLike, shape: tuple[int, int]) -> NDArray[np.bool_]:
@@ -45,7 +45,8 @@ def find_glint_trails(x: ArrayLike, y: ArrayLike, shape: tuple[int, int]) -> NDA
 
     Notes
     -----
-    Exact: no row is missed for want of tries. 100 neighbours a source are looked at on average: O(n (n + 100^2)).
+    Exact: no row is missed for want of tries. At most 100 neighbours a source are looked at on average, however they
+    are clumped; in even fields O(n (n + 100^2)).
     """
     x_pix, y_pix = np.ascontiguousarray(x, dtype=np.float64), np.ascontiguousarray(y, dtype=np.float64)
     if x_pix.ndim != 1 or x_pix.shape != y_pix.shape:
@@ -54,7 +55,11 @@ def find_glint_trails(x: ArrayLike, y: ArrayLike, shape: tuple[int, int]) -> NDA
     if x_pix.size >= LEAST_GLINTS:
         counted = _first_of_groups(x_pix, y_pix)
         reach = min(REACH_PIX, math.sqrt(_NEIGHBOURS * shape[0] * shape[1] / (4.0 * counted.sum())))
-        rows = _find_rows(x_pix[counted], y_pix[counted], shape[0], shape[1], reach)
+        n_pairs = _pairs_within(x_pix[counted], y_pix[counted], reach)
+        while n_pairs > _NEIGHBOURS * counted.sum():  # sources in clumps
+            reach *= 0.8
+            n_pairs = _pairs_within(x_pix[counted], y_pix[counted], reach)
+        rows = _find_rows(x_pix[counted], y_pix[counted], shape[0], shape[1], reach, n_pairs)
         for x0, y0, x1, y1 in rows:
             in_row |= _between(x_pix, y_pix, x0, y0, x1, y1)
     return in_row
@@ -85,14 +90,22 @@ def _first_of_groups(x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[
 
 
 @njit(cache=True)
-def _find_rows(x: NDArray[np.float64], y: NDArray[np.float64], ny: int, nx: int, reach: float) -> NDArray[np.float64]:
+def _pairs_within(x: NDArray[np.float64], y: NDArray[np.float64], reach: float) -> int:
+    """Number of ordered pairs."""
+    n_pairs = 0
+    for i in range(x.size):
+        for j in range(i):
+            if math.hypot(x[j] - x[i], y[j] - y[i]) <= reach:
+                n_pairs += 2
+    return n_pairs
+
+
+@njit(cache=True)
+def _find_rows(
+    x: NDArray[np.float64], y: NDArray[np.float64], ny: int, nx: int, reach: float, n_pairs: int
+) -> NDArray[np.float64]:
     """(n_rows, 4) ends x0, y0, x1, y1 of the rows that chance does not explain."""
     n = x.size
-    n_pairs = 0
-    for i in range(n):
-        for j in range(n):
-            if i != j and math.hypot(x[j] - x[i], y[j] - y[i]) <= reach:
-                n_pairs += 1
     rows = []
     near = np.empty(n, dtype=np.int64)
     for i in range(n):
