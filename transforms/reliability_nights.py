@@ -88,8 +88,13 @@ class TrainingExposure:
     digest: int
 
     @property
+    def title(self) -> str:
+        """What it is, wherever its files lie."""
+        return f"night_{self.night}_{self.visit.visit}_{self.detector}_{self.kind}"
+
+    @property
     def name(self) -> str:
-        return f"night_{self.night}_{self.visit.visit}_{self.detector}_{self.kind}_{self.digest:08x}"
+        return f"{self.title}_{self.digest:08x}"
 
 
 class TrainingNights(NamedTuple):
@@ -272,7 +277,7 @@ def label_exposure(wanted: TrainingExposure) -> LabelledSources:
     rows["true_snr"], rows["good_pixels"] = np.nan, True
     for name in ("snr", "x", "y", "ra", "dec"):
         rows[name] = records[name]
-    injected = inject(first, second, zlib.crc32(wanted.name.encode()))
+    injected = inject(first, second, zlib.crc32(wanted.title.encode()))
     scale_deg = np.sqrt(np.abs(np.linalg.det(first.wcs.pixel_scale_matrix)))
     rows["near_deg"] = scale_deg * max(_LEAST_SAME_PLACE_PIX, _SAME_PLACE_FWHM * injected.fwhm_pix)
     with_fakes = _searched(wanted, injected.first, injected.second)
