@@ -11,6 +11,7 @@ from numba import njit
 
 ARCSEC_PER_DEG = 3600.0
 _NO_PAIR = -1
+_CELL_PER_GATE = 4.0  # most gates then touch one or two cells, and cells still hold few
 _PER_DEG = (1.0 - 1e-15) / 360.0  # so that no right ascension below 360 rounds up to the column after the last
 
 
@@ -134,70 +135,79 @@ def _columns_of_zone(zone: int, height_deg: float) -> int:
 
 
 @njit(cache=True)
-def _slot(zone: int, column: int, mask: int) -> int:
-    mixed = zone * 1_000_003 + column
+def _cell(zone: int, column: int) -> int:
+    """One number for a cell: there are at most 2^31 zones and 2^32 columns."""
+    return (zone << 32) | column
+
+
+@njit(cache=True)
+def _slot(cell: int, mask: int) -> int:
+    mixed = (cell >> 32) * 1_000_003 + (cell & 0xFFFFFFFF)
     mixed = (mixed ^ (mixed >> 15)) * 0x2C1B3C6D
     return (mixed ^ (mixed >> 12)) & mask
 
 
 @njit(cache=True)
-def _cells_of_gates(sources: _Columns, height_deg: float) -> tuple[np.ndarray, int, np.ndarray]:
+def _cells_of_gates(
+    sources: _Columns, reach_deg: float, height_deg: float
+) -> tuple[np.ndarray, np.ndarray, int, np.ndarray]:
     """Enter every source in all cells that its gate touches, so that an object need look up its own cell only.
 
     The sky is cut into zones of declination, counted from the south pole, each zone into equal cells of right
-    ascension. Returns (n, 3) zone, column, source; the first zone; and the number of columns of each zone from there.
+    ascension. Returns (n,) cell and source of each entry; the first zone; the columns of each zone from there.
     """
+    zones_per_deg = 1.0 / height_deg
     low_zone, high_zone = 1 << 40, -1
     for i in range(len(sources.ra)):
         if math.isfinite(sources.ra[i]) and math.isfinite(sources.dec[i]):
-            zone = int((sources.dec[i] + 90.0) * (1.0 / height_deg))
-            low_zone, high_zone = min(low_zone, zone - 1), max(high_zone, zone + 1)
+            low_zone = min(low_zone, math.floor((sources.dec[i] - reach_deg + 90.0) * zones_per_deg))
+            high_zone = max(high_zone, math.floor((sources.dec[i] + reach_deg + 90.0) * zones_per_deg))
     n_columns = np.empty(max(high_zone - low_zone + 1, 0), dtype=np.int64)
     for zone in range(low_zone, low_zone + len(n_columns)):
         n_columns[zone - low_zone] = _columns_of_zone(zone, height_deg)
-    entries = np.empty((16 * len(sources.ra), 3), dtype=np.int64)
+    cells, holders = np.empty(4 * len(sources.ra), dtype=np.int64), np.empty(4 * len(sources.ra), dtype=np.int32)
     n_entries = 0
     for i in range(len(sources.ra)):
         ra, dec = sources.ra[i] % 360.0, sources.dec[i]
         if not (math.isfinite(ra) and math.isfinite(dec)):
             continue
-        own = int((dec + 90.0) * (1.0 / height_deg))
         # The circle of the gate spans asin(sin(gate) / cos(dec)) in right ascension, everything around a pole.
-        ratio = math.sin(math.radians(height_deg)) / max(math.cos(math.radians(dec)), 1e-300)
+        ratio = math.sin(math.radians(reach_deg)) / max(math.cos(math.radians(dec)), 1e-300)
         reach = math.degrees(math.asin(ratio)) * (1.0 + 1e-6) if ratio < 1.0 else 180.0
-        for zone in range(own - 1, own + 2):
+        first_zone = math.floor((dec - reach_deg + 90.0) * zones_per_deg)
+        for zone in range(first_zone, math.floor((dec + reach_deg + 90.0) * zones_per_deg) + 1):
             n = n_columns[zone - low_zone]
-            if 2.0 * (reach + 360.0 / n) >= 360.0:
+            if 2.0 * reach + 360.0 / n >= 360.0:
                 first, count = 0, n
             else:
                 first = math.floor((ra - reach) * (n * _PER_DEG))
                 count = math.floor((ra + reach) * (n * _PER_DEG)) - first + 1
-            if n_entries + count > len(entries):
-                longer = np.empty((2 * len(entries) + count, 3), dtype=np.int64)
-                longer[:n_entries] = entries[:n_entries]
-                entries = longer
+            if n_entries + count > len(cells):
+                cells = np.concatenate((cells, np.empty(len(cells) + count, dtype=np.int64)))
+                holders = np.concatenate((holders, np.empty(len(holders) + count, dtype=np.int32)))
             for column in range(first, first + count):
                 inside = column + n if column < 0 else column - n if column >= n else column
-                entries[n_entries, 0], entries[n_entries, 1], entries[n_entries, 2] = zone, inside, i
+                cells[n_entries], holders[n_entries] = _cell(zone, inside), i
                 n_entries += 1
-    return entries[:n_entries], low_zone, n_columns
+    return cells[:n_entries], holders[:n_entries], low_zone, n_columns
 
 
 @njit(cache=True)
 def _pairs_within(sources: _Columns, objects: _Columns, radius_deg: float) -> np.ndarray:
     """(n, 2) pairs (source, object) within the gate, in order of source, then object."""
     n_sources = len(sources.ra)
-    # A hair higher than the gate, so that rounding cannot put a neighbour two zones away.
-    height = max(radius_deg * (1.0 + 1e-6), 1e-7)
-    entries, low_zone, n_columns = _cells_of_gates(sources, height)
+    # A hair more than the gate, so that rounding loses no pair on its edge.
+    reach = max(radius_deg * (1.0 + 1e-6), 1e-7)
+    height = _CELL_PER_GATE * reach
+    cells, holders, low_zone, n_columns = _cells_of_gates(sources, reach, height)
     size = 16
-    while size < 2 * len(entries):
+    while size < 2 * len(cells):
         size *= 2
     mask = size - 1
     head = np.full(size, -1, dtype=np.int32)
-    following = np.empty(len(entries), dtype=np.int32)
-    for e in range(len(entries)):
-        slot = _slot(entries[e, 0], entries[e, 1], mask)
+    following = np.empty(len(cells), dtype=np.int32)
+    for e in range(len(cells)):
+        slot = _slot(cells[e], mask)
         following[e] = head[slot]
         head[slot] = e
     vectors = np.empty((n_sources, 3))
@@ -217,12 +227,12 @@ def _pairs_within(sources: _Columns, objects: _Columns, radius_deg: float) -> np
             continue
         if ra < 0.0 or ra >= 360.0:
             ra = ra % 360.0
-        column = int(ra * columns_per_deg[row])
-        e = head[_slot(zone, column, mask)]
+        cell = _cell(zone, int(ra * columns_per_deg[row]))
+        e = head[_slot(cell, mask)]
         x, y, z, is_near = 0.0, 0.0, 0.0, False
         while e >= 0:
-            if entries[e, 0] == zone and entries[e, 1] == column:
-                i = entries[e, 2]
+            if cells[e] == cell:
+                i = holders[e]
                 if not is_near:
                     x, y, z = unit_vector(objects.ra[k], dec)
                     is_near = True
