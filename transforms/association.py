@@ -75,7 +75,7 @@ _CELL_ARCSEC_AT_ORDER_0 = 58.6 * 3600.0
 class AssociationConfig:
     """How sources are tied to objects. Defaults are the values LSST runs with, where it has one."""
 
-    cell_order: int = Field(default=9, ge=4, le=13)
+    cell_order: int = Field(default=8, ge=4, le=13)
     halo_arcsec: float = Field(default=10.0, gt=0, le=60)
     radius_arcsec: float = Field(default=1.0, gt=0, le=5)
     error_floor_arcsec: float = Field(default=0.05, gt=0)
