@@ -38,14 +38,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "numerics"))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from measurement_costs import costs
+from measurement_costs import costs, timed
 from shape_scenes import NOISE, flux_of_snr, profile, psf_image, trail
 
 from transforms.numerics.detection import Detections, find_peaks, lobe_distance, significance_map
 from transforms.numerics.measurement import Measurements, measure_sources
 from transforms.numerics.source_shapes import Shapes, measure_shapes
 
-REPEATS = 3
 PEERS = 5
 
 
@@ -128,16 +127,6 @@ def look(field: Field, fwhm: float) -> Found:
         lambda: measure_shapes(**planes, psf=psf, science_psf=psf, detections=found, measured=measured)
     )
     return Found(found, measured, shapes, measure_s, shapes_s)
-
-
-def timed(call: Callable[[], Any]) -> tuple[float, Any]:
-    """Least CPU seconds of three calls, and the result."""
-    seconds = []
-    for _ in range(REPEATS):
-        started = time.process_time()
-        result = call()
-        seconds.append(time.process_time() - started)
-    return min(seconds), result
 
 
 def mix(fwhm: float, side: int, seed: int) -> None:
