@@ -209,6 +209,7 @@ def process_visit(
         error_floor_arcsec=rules.error_floor_arcsec,
         error_fallback_arcsec=rules.error_fallback_arcsec,
         max_group_width_arcsec=rules.halo_arcsec / 2.0,
+        founded=free["firstDiaSourceMjdTai"],
     )
     fit = _qualifies(fixed, rules.new_object_min_reliability)
     matched = match.object_index >= 0

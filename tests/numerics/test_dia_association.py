@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,7 +32,7 @@ def joined(*parts: Positions) -> Positions:
     )
 
 
-def open_associate(sources: Positions, objects: Positions, **options: float) -> Assignment:
+def open_associate(sources: Positions, objects: Positions, **options: Any) -> Assignment:
     return associate(sources, objects, **{"max_group_width_arcsec": WIDE_OPEN, **options})
 
 
@@ -272,6 +273,24 @@ def test_group_too_wide_is_matched_by_mutual_nearest_and_counted() -> None:
     narrow = open_associate(sources, objects)
     assert narrow.wide.tolist() == []
     assert sorted(narrow.object_index) == list(range(9))
+
+
+@pytest.mark.parametrize("first", [[10.0, 20.0], [20.0, 10.0], [10.0, 10.0], [math.nan, 10.0], [math.nan, math.nan]])
+def test_of_objects_that_are_not_resolved_the_older_one_goes_before(first: list[float]) -> None:
+    """Wherever the source falls, one source goes to the older, two sources go to both."""
+    objects, founded = around(150.0, 2.0, [0.0, 0.1], [0.0, 0.0]), np.array(first)
+    older = int(np.lexsort(([0, 1], np.nan_to_num(founded, nan=np.inf)))[0])
+    for east in (-0.3, 0.0, 0.1, 0.4):
+        one = open_associate(around(150.0, 2.0, [east], [0.0]), objects, founded=founded)
+        assert one.object_index.tolist() == [older]
+    two = open_associate(around(150.0, 2.0, [0.0, 0.1], [0.0, 0.0]), objects, founded=founded)
+    assert two.object_index.tolist() == [0, 1]
+
+
+def test_age_counts_for_nothing_between_objects_that_are_resolved() -> None:
+    objects = around(150.0, 2.0, [0.0, 0.25], [0.0, 0.0])
+    found = open_associate(around(150.0, 2.0, [0.2], [0.0]), objects, founded=np.array([10.0, 20.0]))
+    assert found.object_index.tolist() == [1]
 
 
 def test_positions_that_are_not_finite_match_nothing_and_disturb_nobody() -> None:

@@ -11,6 +11,8 @@ from numba import njit
 
 ARCSEC_PER_DEG = 3600.0
 _NO_PAIR = -1
+_TWIN_ARCSEC = 0.2  # what lies nearer is not resolved: two detections of one thing, or two things for good
+_TWIN_SURCHARGE = 1e4  # beyond any difference of scores: (gate / floor)^2 is 400 by default
 _CELL_PER_GATE = 4.0  # most gates then touch one or two cells, and cells still hold few
 _PER_DEG = (1.0 - 1e-15) / 360.0  # so that no right ascension below 360 rounds up to the column after the last
 
@@ -58,6 +60,7 @@ def associate(
     error_floor_arcsec: float = 0.05,
     error_fallback_arcsec: float = 0.2,
     max_group_width_arcsec: float = 5.0,
+    founded: np.ndarray | None = None,
 ) -> Assignment:
     """Match sources to objects one to one, group by group.
 
@@ -79,6 +82,10 @@ def associate(
         Limit of twice the largest distance from a group's first source, hence of its true extent. Who
         knows everything within ``max_group_width_arcsec + radius_arcsec`` of a source sees either all of
         its group or enough of it to call it wide, and so decides as one who knows the whole sky.
+
+    founded : (n_objects,) float64, optional
+        When each object was first seen. Of objects of a group within 0.2 arcsec of each other the one founded first
+        goes before: a visit that sees one thing there must not hop between them.
 
     Returns
     -------
@@ -103,7 +110,10 @@ def associate(
         return Assignment(nothing, nothing[:0], nothing[:0])
     group = _group_labels(pairs, len(sources), len(objects))
     errors = error_floor_arcsec, error_fallback_arcsec
-    return Assignment(*_match_groups(source_columns, object_columns, pairs, group, *errors, max_group_width_arcsec))
+    times = np.empty(0) if founded is None else np.where(np.isfinite(founded), founded, np.inf)
+    return Assignment(
+        *_match_groups(source_columns, object_columns, pairs, group, times, *errors, max_group_width_arcsec)
+    )
 
 
 class _Columns(NamedTuple):
@@ -324,6 +334,7 @@ def _match_groups(
     objects: _Columns,
     pairs: np.ndarray,
     group: np.ndarray,
+    founded: np.ndarray,
     floor_arcsec: float,
     fallback_arcsec: float,
     max_width_arcsec: float,
@@ -355,6 +366,8 @@ def _match_groups(
             n_contested += 1
             own = pairs[members]
             scores = _pair_scores(sources, objects, own, floor_arcsec, fallback_arcsec)
+            if len(founded) > 0:
+                _put_twins_last(objects, own, founded, scores)
             if _width_arcsec(sources, objects, own) > max_width_arcsec:
                 wide[n_wide] = first
                 n_wide += 1
@@ -365,6 +378,23 @@ def _match_groups(
                 if chosen[p]:
                     assigned[own[p, 0]] = own[p, 1]
     return assigned, contested[:n_contested].copy(), wide[:n_wide].copy()
+
+
+@njit(cache=True)
+def _put_twins_last(objects: _Columns, pairs: np.ndarray, founded: np.ndarray, scores: np.ndarray) -> None:
+    """Add a surcharge to pairs of objects beside which an older one of the group lies."""
+    chord2 = (2.0 * math.sin(0.5 * math.radians(_TWIN_ARCSEC / ARCSEC_PER_DEG))) ** 2
+    for p in range(len(pairs)):
+        k = pairs[p, 1]
+        x, y, z = unit_vector(objects.ra[k], objects.dec[k])
+        for q in range(len(pairs)):
+            older = pairs[q, 1]
+            if older == k or founded[older] > founded[k] or (founded[older] == founded[k] and older > k):
+                continue
+            u, v, w = unit_vector(objects.ra[older], objects.dec[older])
+            if (x - u) ** 2 + (y - v) ** 2 + (z - w) ** 2 <= chord2:
+                scores[p] += _TWIN_SURCHARGE
+                break
 
 
 @njit(cache=True)
