@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 from transforms.numerics.forced_photometry import checked_planes, pixel_weight
 from transforms.numerics.mask_growth import grown
 from transforms.numerics.psf_grid import PSF_CELL_PIX, PsfGrid, as_psf_grid
+from transforms.numerics.union_find import root
 
 LOBE_DISTANCE_MIN_PIX = 3  # lobes of opposite sign, each grown by one pixel, then touch
 _LOBE_DISTANCE_FWHM = (
@@ -310,14 +311,6 @@ def _divide(snr_map: NDArray[np.float32], noise_ratio: float) -> None:
 
 
 @njit(cache=True)
-def _root(parent: NDArray[np.int64], pixel: int) -> int:
-    while parent[pixel] != pixel:
-        parent[pixel] = parent[parent[pixel]]
-        pixel = parent[pixel]
-    return pixel
-
-
-@njit(cache=True)
 def _grow_basins(
     significance: NDArray[np.float32],
     rows: NDArray[np.int64],
@@ -345,15 +338,15 @@ def _grow_basins(
                 other = number[v, u] - 1
                 if other < 0 or rank[other] >= rank[pixel] or (significance[v, u] > 0.0) != (significance[y, x] > 0.0):
                     continue
-                met[n_met] = _root(parent, other)
+                met[n_met] = root(parent, other)
                 n_met += 1
                 if uphill < 0 or rank[other] < rank[uphill]:
                     uphill = other
         if uphill < 0:
             continue
-        parent[pixel] = _root(parent, uphill)
+        parent[pixel] = root(parent, uphill)
         for one in met[:n_met]:
-            mine, theirs = _root(parent, pixel), _root(parent, one)
+            mine, theirs = root(parent, pixel), root(parent, one)
             higher, lower = (mine, theirs) if rank[mine] < rank[theirs] else (theirs, mine)
             if higher != lower and abs(significance[rows[lower], columns[lower]]) - saddle < prominence:
                 parent[lower] = higher
@@ -385,10 +378,10 @@ def _join_lobes(
                 if abs(value) > opposite[pixel]:
                     opposite[pixel] = abs(value)
                 if number[v, u] > 0:
-                    mine, theirs = _root(parent, pixel), _root(parent, number[v, u] - 1)
+                    mine, theirs = root(parent, pixel), root(parent, number[v, u] - 1)
                     parent[max(mine, theirs)] = min(mine, theirs)
     for pixel in range(rows.size):
-        parent[pixel] = _root(parent, pixel)
+        parent[pixel] = root(parent, pixel)
 
 
 @njit(cache=True)

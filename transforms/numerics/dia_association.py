@@ -9,6 +9,8 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
+from transforms.numerics.union_find import root
+
 ARCSEC_PER_DEG = 3600.0
 _NO_PAIR = -1
 _TWIN_ARCSEC = 0.2  # what lies nearer is not resolved: two detections of one thing, or two things for good
@@ -303,14 +305,6 @@ def _pair_scores(
 
 
 @njit(cache=True)
-def _root(parent: np.ndarray, member: int) -> int:
-    while parent[member] != member:
-        parent[member] = parent[parent[member]]
-        member = parent[member]
-    return member
-
-
-@njit(cache=True)
 def _group_labels(pairs: np.ndarray, n_sources: int, n_objects: int) -> np.ndarray:
     """The first source of the connected group of each pair."""
     parent = np.arange(n_sources)
@@ -320,11 +314,11 @@ def _group_labels(pairs: np.ndarray, n_sources: int, n_objects: int) -> np.ndarr
         if holder[k] < 0:
             holder[k] = i
         else:
-            one, other = _root(parent, i), _root(parent, holder[k])
+            one, other = root(parent, i), root(parent, holder[k])
             parent[max(one, other)] = min(one, other)
     group = np.empty(len(pairs), dtype=np.int64)
     for p in range(len(pairs)):
-        group[p] = _root(parent, pairs[p, 0])
+        group[p] = root(parent, pairs[p, 0])
     return group
 
 

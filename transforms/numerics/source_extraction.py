@@ -14,6 +14,8 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
+from transforms.numerics.union_find import root
+
 _RADIUS_STEP_PIX = 0.05
 _SUBPIXELS = 3
 
@@ -121,14 +123,6 @@ def _significant_pixels(
 
 
 @njit(cache=True)
-def _root(parent: NDArray[np.int32], index: int) -> int:
-    while parent[index] != index:
-        parent[index] = parent[parent[index]]
-        index = parent[index]
-    return index
-
-
-@njit(cache=True)
 def _flooded(
     places: NDArray[np.int64],
     values: NDArray[np.float32],
@@ -158,13 +152,13 @@ def _flooded(
             parent[own], peak_sigma[own] = own, sigmas[pixel]
             n_sources += 1
         else:
-            own = _root(parent, source[brightest])
+            own = root(parent, source[brightest])
             level = float(values[pixel])
             for k in range(8):
                 other = near[pixel, k]
                 if other < 0 or source[other] < 0:
                     continue
-                met = _root(parent, source[other])
+                met = root(parent, source[other])
                 if met == own:
                     continue
                 faint, bright = max(met, own), min(met, own)  # numbered from bright to faint
@@ -174,12 +168,12 @@ def _flooded(
                     parent[faint] = bright
                     flux[bright] += flux[faint]
                     n_pix[bright] += n_pix[faint]
-                    own = _root(parent, own)
+                    own = root(parent, own)
         source[pixel] = own
         flux[own] += values[pixel]
         n_pix[own] += 1
     for pixel in range(n):
-        source[pixel] = _root(parent, source[pixel])
+        source[pixel] = root(parent, source[pixel])
     return source
 
 

@@ -12,6 +12,7 @@ from scipy.spatial import cKDTree
 from transforms.numerics.forced_photometry import evaluate_psf, pixel_weight
 from transforms.numerics.model_fitting import FIT_REACH_SIGMA, SplineStack, factorise, solve_factored
 from transforms.numerics.trail_fitting import TRAIL_LENGTH_MAX_PIX, Trails, cut_out, draw_summed
+from transforms.numerics.union_find import root
 
 _NEIGHBOURS = 6  # among so many nearest sources the next piece of a trail is sought
 _GAP_END_SIGMA = 2.4  # 1 FWHM: what lies nearer to a source is its own light
@@ -155,13 +156,6 @@ def claim_fragments(
 
 
 @njit(cache=True)
-def _root(label: NDArray[np.int64], source: int) -> int:
-    while label[source] != source:
-        source = label[source]
-    return source
-
-
-@njit(cache=True)
 def _link(
     image: NDArray[np.float32],
     variance: NDArray[np.float32],
@@ -184,10 +178,10 @@ def _link(
         )
         light *= 1.0 if flux[one] > 0.0 else -1.0
         if light > _BRIDGE_SNR_MIN * error and light > _BRIDGE_PART_MIN * fainter:
-            mine, theirs = _root(label, one), _root(label, other)
+            mine, theirs = root(label, one), root(label, other)
             label[max(mine, theirs)] = min(mine, theirs)
     for source in range(label.size):
-        label[source] = _root(label, source)
+        label[source] = root(label, source)
 
 
 @njit(cache=True)
