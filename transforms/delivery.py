@@ -9,7 +9,9 @@ from pathlib import Path
 
 import apache_beam as beam
 
+from schemas.avro.messages import JSON_THIN
 from transforms.accounting import AccountVisits
+from transforms.alert_columns import JSON_COLUMNS
 from transforms.archiving import ArchiveAlerts
 from transforms.distribution import AlertSink, BrokerConfig, DistributeAlerts, FullStream, full_streams
 from transforms.failures import CollectFailures
@@ -48,8 +50,9 @@ class Delivery:
 
     @cached_property
     def filter_columns(self) -> frozenset[str]:
-        """The columns that the installed filters need."""
-        return frozenset({"diaSource.diaSourceId"}).union(*(one.columns for one in self.filters))
+        """The columns that the installed filters need, and those of alerts in JSON where a broker gets them."""
+        in_json = JSON_COLUMNS if any(broker.encoding == JSON_THIN for broker in self.brokers) else frozenset()
+        return frozenset({"diaSource.diaSourceId"}).union(in_json, *(one.columns for one in self.filters))
 
 
 class DeliverAlerts(beam.PTransform):

@@ -13,14 +13,15 @@ import pyarrow as pa
 from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
-from schemas.avro.messages import encoded, message_headers, write_messages
+from schemas.avro.messages import JSON_THIN, encoded, message_headers, record_key, write_messages
 from schemas.claim_check import read_blobs
 from schemas.elements import VisitAlerts
+from transforms.alert_columns import thin_json
 from transforms.failures import FAILED, failure_of
 
 STAGE = "distribution"
 FULL_STREAM = "full"
-Encoding = Literal["rubin", "ocf"]
+Encoding = Literal["rubin", "ocf", "fink", "json-thin"]
 Headers = list[tuple[str, bytes]]
 
 
@@ -114,18 +115,20 @@ def full_streams(brokers: tuple[BrokerConfig, ...]) -> tuple[FullStream, ...]:
 def send_full_streams(sink: AlertSink, streams: tuple[FullStream, ...], thin: pa.Table, messages: list[bytes]) -> None:
     """Send the packets of a thin table on every full stream, each in the stream's encoding.
 
-    Key: the id of the object as text. Header `dia_source_id`: that of the packet, by which readers drop repeats.
+    Key: the id of the object as text, in `fink` the schema. Header `dia_source_id`: that of the packet, by which
+    readers drop repeats.
     """
     ids, keys = thin["diaSourceId"].to_pylist(), thin["kafkaKey"].to_pylist()
     for stream in streams:
-        for dia_source_id, key, message in zip(ids, keys, messages, strict=True):
+        sent = thin_json(thin) if stream.encoding == JSON_THIN else messages
+        for dia_source_id, key, message in zip(ids, keys, sent, strict=True):
             _send(sink, stream.topic, stream.encoding, dia_source_id, key, message)
 
 
 def _send(sink: AlertSink, topic: str, encoding: str, dia_source_id: int, key: str, message: bytes) -> None:
     value = encoded(encoding, message)
     headers = [("dia_source_id", str(dia_source_id).encode()), *message_headers(value)]
-    sink.send(topic, key.encode(), value, headers)
+    sink.send(topic, record_key(encoding, message, key), value, headers)
 
 
 class DistributeAlerts(beam.PTransform):
@@ -208,7 +211,8 @@ class _DistributeAlertsFn(beam.DoFn):
 
     def _serve(self, visit: VisitAlerts, broker: BrokerConfig, ids: np.ndarray, sent_topics: set[str]) -> int:
         if broker.sink == "files":
-            self._write_packets(visit, np.sort(ids), Path(self.broker_folder) / broker.name / f"{visit.visit}.avro")
+            path = Path(self.broker_folder) / broker.name / f"{visit.visit}.avro"
+            self._write_packets(visit, np.sort(ids), path, broker)
             return len(ids)
         if self.sink is None:
             return 0
@@ -220,21 +224,25 @@ class _DistributeAlertsFn(beam.DoFn):
 
     def _send_filtered(self, sink: AlertSink, visit: VisitAlerts, broker: BrokerConfig, ids: np.ndarray) -> None:
         table = visit.alerts
-        row_of = {int(key): row for row, key in enumerate(table["diaSourceId"].to_numpy())}
-        rows = np.array([row_of[int(key)] for key in ids], dtype=np.int64)
+        rows = _rows_of(ids, table["diaSourceId"].to_numpy())
         rows = rows[table["revision"].to_numpy()[rows] == visit.revision]
-        keys = table["kafkaKey"].take(pa.array(rows)).to_pylist()
+        keys = table["kafkaKey"].take(rows).to_pylist()
         fresh = table["diaSourceId"].to_numpy()[rows]
-        for dia_source_id, key, message in zip(fresh, keys, self._messages(visit, fresh), strict=True):
+        for dia_source_id, key, message in zip(fresh, keys, self._messages(visit, fresh, broker), strict=True):
             _send(sink, broker.kafka_topic, broker.encoding, int(dia_source_id), key, message)
 
-    def _write_packets(self, visit: VisitAlerts, ids: np.ndarray, path: Path) -> None:
+    def _write_packets(
+        self, visit: VisitAlerts, ids: np.ndarray, path: Path, broker: BrokerConfig | None = None
+    ) -> None:
         if len(ids) == 0:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_messages(path, self._messages(visit, ids))
+        write_messages(path, self._messages(visit, ids, broker))
 
-    def _messages(self, visit: VisitAlerts, ids: np.ndarray) -> list[bytes]:
+    def _messages(self, visit: VisitAlerts, ids: np.ndarray, broker: BrokerConfig | None) -> list[bytes]:
+        """Messages in the order of `ids`: finished packets, or JSON for a broker that asks for that."""
+        if broker is not None and broker.encoding == JSON_THIN:
+            return _json_messages(visit, ids, broker.stream)
         return packet_messages(visit, ids, self.packet_folder)
 
 
@@ -242,6 +250,19 @@ def _stream_ids(visit: VisitAlerts, stream: str) -> np.ndarray:
     if stream == FULL_STREAM:
         return visit.alerts["diaSourceId"].to_numpy()
     return visit.passed.get(stream, np.empty(0, dtype=np.int64))
+
+
+def _json_messages(visit: VisitAlerts, ids: np.ndarray, stream: str) -> list[bytes]:
+    """Alerts of a stream as JSON in the order of `ids`, with the columns that its filter selects."""
+    alerts = visit.alerts.take(_rows_of(ids, visit.alerts["diaSourceId"].to_numpy()))
+    selected = visit.selected.get(stream)
+    return thin_json(alerts, None if selected is None else selected.take(_rows_of(ids, visit.passed[stream])))
+
+
+def _rows_of(ids: np.ndarray, among: np.ndarray) -> np.ndarray:
+    """Where each id stands among others."""
+    order = np.argsort(among)
+    return order[np.searchsorted(among, ids, sorter=order)]
 
 
 def packet_messages(visit: VisitAlerts, ids: np.ndarray, packet_folder: str) -> list[bytes]:

@@ -37,7 +37,7 @@ def produce(kafka: EmbeddedKafka, topic: str, n_messages: int, first: int = 0) -
 
 def heard(kafka: EmbeddedKafka, topic: str, **options: object) -> list[int]:
     settings = {"idle_timeout_s": 0.5, **options}
-    return [int(value) for value in listen_topic(kafka.bootstrap, topic, **settings)]  # type: ignore[arg-type]
+    return [int(record.value) for record in listen_topic(kafka.bootstrap, topic, **settings)]  # type: ignore[arg-type]
 
 
 def test_folder_is_read_in_order_of_path_without_unfinished_files(tmp_path: Path) -> None:
@@ -80,7 +80,7 @@ def test_topic_is_heard_in_order_up_to_the_limit(kafka: EmbeddedKafka) -> None:
 def test_group_goes_on_where_it_stopped_and_hears_its_unfinished_message_again(kafka: EmbeddedKafka) -> None:
     produce(kafka, "stopped", 5)
     listener = listen_topic(kafka.bootstrap, "stopped", group="fink-1", idle_timeout_s=5.0)
-    assert [int(next(listener)), int(next(listener))] == [0, 1]
+    assert [int(next(listener).value), int(next(listener).value)] == [0, 1]
     listener.close()  # type: ignore[attr-defined]
     assert heard(kafka, "stopped", group="fink-1") == [1, 2, 3, 4]
 

@@ -287,7 +287,7 @@ def test_encodings_hold_the_same_packet(version: str) -> None:
     assert encoded("ocf", wire) == encoded("ocf", container) == container
     assert message_headers(container) == [("_format", b"avro")]
     assert message_headers(wire) == []
-    with pytest.raises(UnknownEncodingError, match="'json', known are rubin, ocf"):
+    with pytest.raises(UnknownEncodingError, match="'json', known are rubin, ocf, fink, json-thin"):
         encoded("json", wire)
 
 
