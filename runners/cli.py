@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from runners.ingest.commands import ingest
 from runners.run_commands import BadUsage, Failure, associate, produce, replay
+from runners.schema_commands import schemas
 from runners.template_commands import templates
 from runners.training_commands import train_reliability
 
@@ -158,5 +159,5 @@ def _decoded(records: Iterator[KafkaRecord]) -> Iterator[dict[str, Any]]:
             yield {}
 
 
-for command in (produce, associate, replay, ingest, templates, train_reliability):
+for command in (produce, associate, replay, ingest, templates, train_reliability, schemas):
     main.add_command(command)

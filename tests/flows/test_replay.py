@@ -110,12 +110,10 @@ def test_readers_in_every_encoding_receive_the_same_alerts(first_run: Any, repla
     alerts = [json.loads(line) for text in lines["files"].values() for line in text.splitlines()]
     told = {(one["diaSourceId"], one["diaObjectId"], one["ssObjectId"], one["ra"], one["visit"]) for one in alerts}
     sources = [packet["diaSource"] for packet in first_run.packets()]
-    fields = ("diaSourceId", "diaObjectId", "ssObjectId")
+    ids = ("diaSourceId", "diaObjectId", "ssObjectId")
+    texts = [[None if one[name] is None else str(one[name]) for name in ids] for one in sources]
     assert len(alerts) == len(sources)
-    assert told == {
-        (*(None if one[name] is None else str(one[name]) for name in fields), one["ra"], one["visit"])
-        for one in sources
-    }
+    assert told == {(*ids, one["ra"], one["visit"]) for ids, one in zip(texts, sources, strict=True)}
 
 
 def _of_ledger(run: Any, key: str) -> dict[int, Any]:
