@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import math
 from dataclasses import replace
 from decimal import Decimal
 
@@ -15,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lsst.alert.packet import SchemaRegistry
 from sample_alerts import expected_packet, random_batch, random_records
+from sample_alerts import same_values as _same
 
 from schemas.avro.container import BLOCK_PACKETS, container_bytes, read_container, write_container
 from schemas.avro.encoding import PacketContentError, encode_packets
@@ -34,19 +34,6 @@ from schemas.avro.wire import PacketFormatError, unwrap, wrap
 
 LSST_SCHEMAS = SchemaRegistry.all_schemas_from_filesystem()
 SEEDS = st.integers(0, 2**32 - 1)
-
-
-def _same(left: object, right: object) -> bool:
-    """Equality in which NaN equals NaN and 0.0 differs from -0.0."""
-    if isinstance(left, dict) and isinstance(right, dict):
-        return list(left) == list(right) and all(_same(left[key], right[key]) for key in left)
-    if isinstance(left, list) and isinstance(right, list):
-        return len(left) == len(right) and all(map(_same, left, right))
-    if isinstance(left, float) and isinstance(right, float):
-        if math.isnan(left) or math.isnan(right):
-            return math.isnan(left) and math.isnan(right)
-        return left == right and math.copysign(1, left) == math.copysign(1, right)
-    return type(left) is type(right) and left == right
 
 
 @pytest.mark.parametrize("version", VERSIONS)
