@@ -97,10 +97,6 @@ def test_containers_of_a_version_to_come_are_read_by_the_schema_they_bring() -> 
     """What filters ask for is there; a wire message of it is refused, as its id says nothing yet."""
     packet = decode_packet(GOLDEN.read_bytes())
     packet |= {"diaObject": None, "prvDiaSources": None, "prvDiaForcedSources": None}
-        "diaObject": None,
-        "prvDiaSources": None,
-        "prvDiaForcedSources": None,
-    }
     packet["diaSource"] |= {"ra": 150.25, "dec": -2.5, "midpointMjdTai": 61367.1, "band": "r"}
     newer = io.BytesIO()
     fastavro.schemaless_writer(newer, schema_of("11.2"), packet)
