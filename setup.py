@@ -17,7 +17,7 @@ setup(
     package_data={
         "transforms": ["models/*.json"],
         "schemas.avro": ["definitions/*.csv", "definitions/archived/*.csv"],
-        "runners": ["templates/*.html"],
+        "runners": ["templates/*.html", "templates/*.css"],
         "runners.config": ["*.yaml", "filters/*.yaml", "flink/*", "ingest/*.yaml"],
     },
 )

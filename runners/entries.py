@@ -20,7 +20,7 @@ from schemas.packet_index import index_packets, packet_files, read_index_visits
 from schemas.source_tables import read_table_visits
 from transforms.association import read_archive
 from transforms.delivery import Delivery
-from transforms.distribution import BrokerConfig
+from transforms.distribution import FULL_STREAM, BrokerConfig
 from transforms.failures import failure_of
 from transforms.ingestion import VisitList
 from transforms.solar_system import STAGE, EphemeridesError, element_table, read_ephemerides
@@ -143,11 +143,16 @@ def packets_input(sources: Sequence[Path], request: RunRequest, tell: Callable[[
 
 
 def brokers_of_survey(brokers: tuple[BrokerConfig, ...], survey: str) -> tuple[BrokerConfig, ...]:
-    """The brokers as they are served with packets of a survey: ZTF's have a topic and an encoding of their own."""
+    """The brokers as they are served with packets of a survey: ZTF's have a topic and an encoding of their own.
+
+    Filtered streams stay in the encodings that need no schema id.
+    """
     if survey != "ztf":
         return brokers
     return tuple(
-        replace(broker, encoding="ocf", topic=ZTF_TOPIC if broker.stream == "full" else broker.topic)
+        replace(broker, encoding="ocf", topic=ZTF_TOPIC)
+        if broker.stream == FULL_STREAM
+        else replace(broker, encoding="ocf" if broker.encoding == "rubin" else broker.encoding)
         for broker in brokers
     )
 

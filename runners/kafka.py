@@ -22,6 +22,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
+from schemas.avro.messages import message_of_record
+
 DIA_SOURCE_ID_HEADER = "dia_source_id"
 
 # The mock drops from 5 MiB a partition on. All unread bytes may lie in one partition, so the
@@ -257,13 +259,14 @@ class KafkaAlertSink:
 
         self.open()
         window = _WINDOWS.get((self.bootstrap, topic))
+        n_bytes = len(key or b"") + len(value)
         if window is not None:
-            window.reserve(len(value), while_waiting=lambda: self._producer.poll(0))
+            window.reserve(n_bytes, while_waiting=lambda: self._producer.poll(0))
         try:
             self._produce(topic, key, value, headers)
         except (KafkaException, DeliveryError) as error:
             if window is not None:
-                window.refund(len(value))
+                window.refund(n_bytes)
             if isinstance(error, DeliveryError):
                 raise
             raise DeliveryError(f"{len(value)} bytes for topic {topic} were refused: {error}") from error
@@ -324,7 +327,7 @@ class KafkaAlertSink:
             self._first_error = f"topic {message.topic()}: {error}"
         window = _WINDOWS.get((self.bootstrap, message.topic()))
         if window is not None:
-            window.refund(len(message.value()))
+            window.refund(_record_bytes(message))
 
     def _on_server_error(self, error: Any) -> None:
         self._server_error = str(error)
@@ -444,9 +447,9 @@ class _Spooled:
 class BrokerReader:
     """One broker of the demo: reads a topic from before the first packet to after the last.
 
-    A thread keeps pace with production; what it reads goes to a spool file (a night may be GBs),
-    only ids and places stay in memory. Repeats are dropped by the `dia_source_id` header; one
-    whose bytes differ from the first is a contradiction and counted as such.
+    A thread keeps pace with production; what it reads goes to a spool file (a night may be GBs) as
+    messages that say their own schema, only ids and places stay in memory. Repeats are dropped by the
+    `dia_source_id` header; one whose bytes differ from the first is a contradiction and counted as such.
 
     Parameters
     ----------
@@ -454,7 +457,7 @@ class BrokerReader:
         The broker's name; prefix of its consumer group.
     bootstrap, topic : str
         What to read. The topic is created by asking for it where the Kafka broker allows that.
-    visit_of : callable (value) -> int
+    visit_of : callable (message) -> int
         The visit a message belongs to.
     spool_folder : Path
         Where the spool file lies until `close`.
@@ -532,7 +535,7 @@ class BrokerReader:
         )
 
     def write(self, folder: Path, write_messages: Callable[[Path, Iterable[bytes]], object]) -> None:
-        """Write `folder/<visit>.avro` for every visit received, messages in order of diaSourceId.
+        """Write `folder/<visit>.avro` (or `.jsonl`) for every visit received, in order of diaSourceId.
 
         Parameters
         ----------
@@ -575,7 +578,7 @@ class BrokerReader:
             if message.error() is not None:
                 self._note("malformed", f"{message.error()}")
                 continue
-            n_bytes += len(message.value() or b"")
+            n_bytes += _record_bytes(message)
             self._follow_offset(message.partition(), message.offset())
             self._keep(message)
         if self._window is not None:
@@ -590,8 +593,8 @@ class BrokerReader:
         self._next_offset[partition] = offset + 1
 
     def _keep(self, message: Any) -> None:
-        value = message.value() or b""
         try:
+            value = message_of_record(message.key(), message.value() or b"")
             dia_source_id = _dia_source_id(message.headers())
             first = self._by_id.get(dia_source_id)
             if first is not None:
@@ -655,6 +658,10 @@ def consumer_settings(bootstrap: str, group: str, *, from_beginning: bool) -> di
         "fetch.error.backoff.ms": 20,
         "log_level": 0,
     }
+
+
+def _record_bytes(message: Any) -> int:
+    return len(message.key() or b"") + len(message.value() or b"")
 
 
 def _dia_source_id(headers: list[tuple[str, bytes | str | None]] | None) -> int:

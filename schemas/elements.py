@@ -220,6 +220,7 @@ class VisitAlerts(FusedElement):
     tables : records for the archive by table name
     failures : failure records met so far
     passed : per filter the diaSourceIds that passed, in rank order
+    selected : per filter that selects columns these, a row for each in `passed`
     """
 
     visit: int
@@ -230,6 +231,7 @@ class VisitAlerts(FusedElement):
     tables: dict[str, np.ndarray]
     failures: tuple[FailureRecord, ...] = ()
     passed: dict[str, np.ndarray] = field(default_factory=dict)
+    selected: dict[str, pa.Table] = field(default_factory=dict)
 
     def nbytes(self) -> int:
         return self.alerts.nbytes + sum(records.nbytes for records in self.tables.values())

@@ -24,7 +24,7 @@ from schemas.framing import pack
 from schemas.records import DIA_SOURCE, concatenate_records, records_to_bytes
 from transforms.alert_columns import thin_alerts
 from transforms.delivery import Delivery
-from transforms.distribution import send_full_streams
+from transforms.distribution import Shipment, send_full_streams
 from transforms.failures import FAILED, failure_of, failure_part
 from transforms.solar_system import element_table, orbit_records
 
@@ -108,6 +108,7 @@ class _PackageAlertsFn(beam.DoFn):
         started = time.perf_counter()
         visit = batch.context["visit"]
         tables = [thin_alerts(batch.part(0, 0), "", [], self.filter_columns)]
+        shipment = Shipment()
         failures: list[FailureRecord] = []
         for start in range(0, len(batch.dia_sources), _ALERTS_AT_ONCE):
             alerts = batch.part(start, start + _ALERTS_AT_ONCE)
@@ -120,13 +121,13 @@ class _PackageAlertsFn(beam.DoFn):
                 lost = f"{len(alerts.dia_sources)} alerts of sky cell {batch.context['cell']}"
                 failures.append(failure_of(error, STAGE, visit, lost=lost))
             else:
-                tables.append(self._hand_over(alerts, messages))
-        for failure in failures:
+                tables.append(self._hand_over(alerts, messages, shipment))
+        for failure in failures + shipment.failures:
             yield beam.pvalue.TaggedOutput(FAILED, failure)
             yield visit, failure_part(failure)
-        yield visit, visit_part(batch, pa.concat_tables(tables), time.perf_counter() - started)
+        yield visit, visit_part(batch, pa.concat_tables(tables), time.perf_counter() - started, shipment.counts())
 
-    def _hand_over(self, alerts: AlertBatch, messages: list[bytes]) -> pa.Table:
+    def _hand_over(self, alerts: AlertBatch, messages: list[bytes], shipment: Shipment) -> pa.Table:
         """Keep and send finished packets; their thin table."""
         ids = alerts.dia_sources["diaSourceId"]
         name = packet_file(alerts.context["visit"], alerts.context["cell"], ids)
@@ -134,7 +135,7 @@ class _PackageAlertsFn(beam.DoFn):
         digests = [packet_digest(memoryview(message)[len(self.wire_header) :]) for message in messages]
         thin = thin_alerts(alerts, name, digests, self.filter_columns)
         if self.sink is not None:
-            send_full_streams(self.sink, self.streams, thin, messages)
+            send_full_streams(self.sink, self.streams, alerts.context["visit"], thin, messages, shipment)
         return thin
 
     def finish_bundle(self) -> None:
@@ -202,7 +203,7 @@ def _alert_columns(batch: AlertBatch, cutouts: Cutouts, orbits: ElementTable | N
     )
 
 
-def visit_part(batch: AlertBatch, thin: pa.Table, seconds: float) -> bytes:
+def visit_part(batch: AlertBatch, thin: pa.Table, seconds: float, shipped: dict[str, dict[str, int]]) -> bytes:
     """A batch as it travels to visit space: counts, thin columns, table rows; no packet bytes."""
     counts = {name: value for name, value in batch.counts.items() if name != "association_us"}
     has_ss = batch.dia_sources["ssObjectId"] != 0
@@ -217,6 +218,7 @@ def visit_part(batch: AlertBatch, thin: pa.Table, seconds: float) -> bytes:
         ),
         counts=counts,
         seconds={"association": batch.counts["association_us"] * 1e-6, "packaging": seconds},
+        shipped=shipped,
     )
 
 
@@ -227,6 +229,7 @@ def alerts_part(
     *,
     counts: dict[str, int],
     seconds: dict[str, float],
+    shipped: dict[str, dict[str, int]],
 ) -> bytes:
     """The part of a visit that holds alerts.
 
@@ -236,9 +239,10 @@ def alerts_part(
     thin : table of `transforms.alert_columns.thin_schema`
     tables : rows for the archive: dia_sources, dia_objects, dia_forced_sources, ss_sources
     counts, seconds : for the ledger
+    shipped : `Shipment.counts` of the full streams
     """
     stream = pa.BufferOutputStream()
     with pa.ipc.new_stream(stream, thin.schema) as writer:
         writer.write_table(thin)
-    header = {"kind": "alerts", "group": group, "counts": counts, "seconds": seconds}
+    header = {"kind": "alerts", "group": group, "counts": counts, "seconds": seconds, "shipped": shipped}
     return pack(header, (stream.getvalue().to_pybytes(), *(records_to_bytes(rows) for rows in tables)))

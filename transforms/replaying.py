@@ -22,7 +22,7 @@ from schemas.records import DIA_FORCED_SOURCE, DIA_OBJECT, DIA_SOURCE, SS_SOURCE
 from transforms.alert_columns import replayed_alerts
 from transforms.cutouts import detector_account
 from transforms.delivery import Delivery
-from transforms.distribution import send_full_streams
+from transforms.distribution import Shipment, send_full_streams
 from transforms.failures import FAILED, failure_of, failure_part
 from transforms.packaging import alerts_part, packet_digest, packet_file
 
@@ -109,10 +109,14 @@ class _ReadPacketsFn(beam.DoFn):
         digests = [packet.digest for packet in packets]
         adapted = [packet.adapted for packet in packets]
         thin = replayed_alerts(adapted, table, file_name, digests, to.filter_columns)
+        shipment = Shipment()
         if to.sink is not None:
-            send_full_streams(to.sink, to.streams, thin, messages)
+            send_full_streams(to.sink, to.streams, visit, thin, messages, shipment)
+            for failure in shipment.failures:
+                yield beam.pvalue.TaggedOutput(FAILED, failure)
+                yield visit, failure_part(failure)
         seconds = {"replaying": time.perf_counter() - started}
-        yield visit, alerts_part([detector], thin, _NO_ROWS, counts={}, seconds=seconds)
+        yield visit, alerts_part([detector], thin, _NO_ROWS, counts={}, seconds=seconds, shipped=shipment.counts())
         n_moving = sum(packet.adapted.record["ssSource"] is not None for packet in packets)
         yield visit, detector_account(detector, len(ids), len(ids), started_at, ss_matches=n_moving)
 

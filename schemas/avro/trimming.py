@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import fastavro
 
-from schemas.avro.messages import Packet
+from schemas.avro.messages import Packet, container_message, encoded, packet_of, wire_message
 from schemas.avro.reading import decode_body
 from schemas.avro.wire import PacketFormatError
 
@@ -28,6 +28,22 @@ class TrimmedPacket(NamedTuple):
 
     packet: Packet
     left_out: dict[str, int]
+
+
+def fitting_value(encoding: str, message: bytes, max_bytes: int) -> tuple[bytes, dict[str, int]]:
+    """A message in the encoding of a stream, trimmed to at most `max_bytes`, and what was left out.
+
+    PacketFormatError where that cannot be; otherwise as `schemas.avro.messages.encoded`.
+    """
+    value = encoded(encoding, message)
+    if len(value) <= max_bytes:
+        return value, {}
+    packet = packet_of(message)
+    (schema, body), left_out = trimmed_packet(packet, max_bytes - (len(value) - len(packet.body)))
+    smaller = Packet(schema, body)
+    return encoded(
+        encoding, container_message(smaller) if schema.schema_id is None else wire_message(smaller)
+    ), left_out
 
 
 def trimmed_packet(packet: Packet, max_bytes: int) -> TrimmedPacket:

@@ -88,6 +88,34 @@ def test_wire_messages_replayed_give_the_same_as_the_containers_they_were_kept_i
     assert run.files("brokers", "filters") == first_run.files("brokers", "filters")
 
 
+def test_readers_in_every_encoding_receive_the_same_alerts(first_run: Any, replay: Any, tmp_path: Path) -> None:
+    encodings = ("rubin", "ocf", "fink", "json-thin")
+    brokers = [
+        {"name": f"{encoding}-{sink}", "encoding": encoding, "sink": sink, "topic": f"full-{encoding}"}
+        for encoding in encodings
+        for sink in ("kafka", "files")
+    ]
+    (tmp_path / "brokers.yaml").write_text(json.dumps({"brokers": brokers}))
+    options = ("--kafka", "embedded", "--brokers", tmp_path / "brokers.yaml")
+    run = replay(first_run.out / "archive" / "alerts", tmp_path / "out", *options)
+    assert run.exit_code == 0 and run.failures() == [], run.stderr
+    assert "reader of" not in run.stderr
+    archived = sorted(path.read_bytes() for path in (first_run.out / "archive" / "alerts").rglob("*.avro"))
+    for sink in ("kafka", "files"):
+        for encoding in encodings[:3]:
+            files = run.files(f"brokers/{encoding}-{sink}")
+            assert sorted(files.values()) == archived, (encoding, sink)
+    lines = {sink: run.files(f"brokers/json-thin-{sink}") for sink in ("kafka", "files")}
+    assert [text for _, text in sorted(lines["kafka"].items())] == [text for _, text in sorted(lines["files"].items())]
+    alerts = [json.loads(line) for text in lines["files"].values() for line in text.splitlines()]
+    told = {(one["diaSourceId"], one["diaObjectId"], one["ssObjectId"], one["ra"], one["visit"]) for one in alerts}
+    sources = [packet["diaSource"] for packet in first_run.packets()]
+    ids = ("diaSourceId", "diaObjectId", "ssObjectId")
+    texts = [[None if one[name] is None else str(one[name]) for name in ids] for one in sources]
+    assert len(alerts) == len(sources)
+    assert told == {(*ids, one["ra"], one["visit"]) for ids, one in zip(texts, sources, strict=True)}
+
+
 def _of_ledger(run: Any, key: str) -> dict[int, Any]:
     lines = (run.out / "ledger" / "visits.jsonl").read_text().splitlines()
     return {record["visit"]: record[key] for record in map(json.loads, lines)}

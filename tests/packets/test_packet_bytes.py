@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import io
 import json
-import math
 from dataclasses import replace
+from decimal import Decimal
 
 import fastavro
 import numpy as np
@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lsst.alert.packet import SchemaRegistry
 from sample_alerts import expected_packet, random_batch, random_records
+from sample_alerts import same_values as _same
 
 from schemas.avro.container import BLOCK_PACKETS, container_bytes, read_container, write_container
 from schemas.avro.encoding import PacketContentError, encode_packets
@@ -23,27 +24,16 @@ from schemas.avro.messages import (
     container_message,
     encoded,
     message_headers,
+    message_of_record,
+    record_key,
     wire_message,
 )
-from schemas.avro.reading import decode_container, decode_packet, packet_prefix, to_json
+from schemas.avro.reading import decode_container, decode_message, decode_packet, packet_prefix, to_json
 from schemas.avro.schema_versions import VERSIONS, packet_schema
 from schemas.avro.wire import PacketFormatError, unwrap, wire_header, wrap
 
 LSST_SCHEMAS = SchemaRegistry.all_schemas_from_filesystem()
 SEEDS = st.integers(0, 2**32 - 1)
-
-
-def _same(left: object, right: object) -> bool:
-    """Equality in which NaN equals NaN and 0.0 differs from -0.0."""
-    if isinstance(left, dict) and isinstance(right, dict):
-        return list(left) == list(right) and all(_same(left[key], right[key]) for key in left)
-    if isinstance(left, list) and isinstance(right, list):
-        return len(left) == len(right) and all(map(_same, left, right))
-    if isinstance(left, float) and isinstance(right, float):
-        if math.isnan(left) or math.isnan(right):
-            return math.isnan(left) and math.isnan(right)
-        return left == right and math.copysign(1, left) == math.copysign(1, right)
-    return type(left) is type(right) and left == right
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -294,8 +284,46 @@ def test_encodings_hold_the_same_packet(version: str) -> None:
     assert encoded("ocf", wire) == encoded("ocf", container) == container
     assert message_headers(container) == [("_format", b"avro")]
     assert message_headers(wire) == []
-    with pytest.raises(UnknownEncodingError, match="'json', known are rubin, ocf"):
+    assert [record_key(encoding, wire, "12") for encoding in ("rubin", "ocf", "json-thin")] == [b"12"] * 3
+    for message in (wire, container):
+        value, key = encoded("fink", message), record_key("fink", message, "12")
+        assert value == body and message_of_record(key, value) == container
+        assert _same(
+            fastavro.schemaless_reader(io.BytesIO(value), fastavro.parse_schema(json.loads(key)), None), expected
+        )
+    assert message_of_record(b"12", wire) == wire
+    with pytest.raises(PacketFormatError, match="made of an alert's columns"):
+        encoded("json-thin", wire)
+    with pytest.raises(UnknownEncodingError, match="'json', known are rubin, ocf, fink, json-thin"):
         encoded("json", wire)
+
+
+def test_a_key_that_is_no_schema_is_one_broken_message() -> None:
+    for key in (b"{", b'{"type": "long"}', b"{\xff}"):
+        with pytest.raises(PacketFormatError, match="the key of the record is no schema"):
+            message_of_record(key, b"body")
+
+
+def test_broken_json_is_one_broken_message() -> None:
+    assert decode_message(b'{"diaSourceId":"27131565485064193"}') == {"diaSourceId": "27131565485064193"}
+    for message in (b"{", b'{"ra": \xff}', b"{" * 100_000):
+        with pytest.raises(PacketFormatError, match="broken JSON"):
+            decode_message(message)
+
+
+def test_json_numbers_hold_no_whole_number_that_a_float_does_not() -> None:
+    numbers = {
+        "sum": Decimal(2**53),
+        "more": Decimal(2**53 + 1),
+        "part": Decimal("1.25"),
+        "list": [2**53 + 1, -(2**63)],
+    }
+    assert json.loads(to_json(numbers)) == {
+        "sum": 2**53,
+        "more": "9007199254740993",
+        "part": 1.25,
+        "list": ["9007199254740993", "-9223372036854775808"],
+    }
 
 
 def test_a_message_container_fits_beside_its_cutouts() -> None:

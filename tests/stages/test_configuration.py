@@ -108,7 +108,10 @@ def test_no_brokers_are_allowed(tmp_path: Path) -> None:
         ("brokers: [{name: A, topic: t}]", "brokers[0]: name: String should match pattern"),
         ("brokers: [{name: ../x, topic: t}]", "brokers[0]: name: String should match pattern"),
         ("brokers: [{name: a, topic: t, encodng: ocf}]", "brokers[0]: unknown key 'encodng', expected one of encoding"),
-        ("brokers: [{name: a, topic: t, encoding: xml}]", "brokers[0]: encoding: Input should be 'rubin' or 'ocf'"),
+        (
+            "brokers: [{name: a, topic: t, encoding: xml}]",
+            "brokers[0]: encoding: Input should be 'rubin', 'ocf', 'fink'",
+        ),
         ("brokers: [{name: a, topic: t, sink: mail}]", "brokers[0]: sink: Input should be 'kafka' or 'files'"),
         ("brokers: [{name: a, topic: 'a b'}]", "brokers[0]: topic: String should match pattern"),
         ("brokers: [{name: a, stream: Full}]", "brokers[0]: stream: String should match pattern"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +11,16 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from apache_beam.pvalue import TaggedOutput
-from sample_alerts import random_batch
+from sample_alerts import random_batch, random_records
 
-from schemas.claim_check import write_blobs
+from schemas.avro.reading import decode_packet
+from schemas.claim_check import read_blobs, write_blobs
 from schemas.elements import AlertBatch, FailureRecord
 from schemas.framing import unpack
 from schemas.records import DIA_FORCED_SOURCE, DIA_OBJECT, DIA_SOURCE
 from transforms import packaging
 from transforms.delivery import Delivery
-from transforms.distribution import BrokerConfig, Headers
+from transforms.distribution import BrokerConfig, BrokerLimits, Headers
 from transforms.packaging import PackageAlerts, PackagingConfig, cutout_file
 
 VISIT, DETECTOR = 2026112200001, 4
@@ -74,10 +76,14 @@ def _batch(n: int, seed: int) -> AlertBatch:
 
 
 def _package(
-    batch: AlertBatch, store: Path, sink: _RecordingSink | None, cutouts: str | None = None
+    batch: AlertBatch,
+    store: Path,
+    sink: _RecordingSink | None,
+    cutouts: str | None = None,
+    limits: BrokerLimits | None = None,
 ) -> tuple[list[tuple[pa.Table, dict[str, Any], list[int]]], list[FailureRecord]]:
     """What packaging yields: thin table, header and the lengths of the table buffers; and the failure records."""
-    brokers = (BrokerConfig(name="a", topic="alerts"),)
+    brokers = (BrokerConfig(name="a", topic="alerts", limits=limits or BrokerLimits()),)
     delivery = Delivery(out=str(store), store=str(store), brokers=brokers, filters=(), sink=sink)
     package = PackageAlerts(PackagingConfig(), cutouts, delivery).package
     package.setup()
@@ -164,3 +170,47 @@ def test_a_batch_without_alerts_gives_its_table_rows(tmp_path: Path) -> None:
     ((thin, header, lengths),), failures = _package(_batch(0, seed=7), tmp_path, None)
     assert (len(thin), failures, header["counts"]) == (0, [], {"objects_new": 0})
     assert lengths[0] == 2 * DIA_SOURCE.itemsize
+
+
+def test_a_packet_beyond_the_topics_limit_goes_without_its_oldest_history(tmp_path: Path) -> None:
+    batch = _with_long_history(_batch(6, seed=8), alert=2, n_forced=1000)
+    sink = _RecordingSink(tmp_path / "a" / "packets")
+    ((thin, header, _),), failures = _package(batch, tmp_path / "a", sink, limits=BrokerLimits(message_bytes=50_000))
+    assert header["shipped"] == {"trimmed": {"alerts": 1}, "too_large": {}}
+    assert failures == []
+    (name,) = set(thin["packetFile"].to_pylist())
+    for row, (_, _, value, headers) in enumerate(sink.sent):
+        ((kept,),) = read_blobs(tmp_path / "a" / "packets" / name, batch.dia_sources["diaSourceId"][row : row + 1])
+        if row != 2:
+            assert value == kept
+            continue
+        assert 48_000 < len(value) <= 50_000
+        whole, sent = decode_packet(kept), decode_packet(value)
+        n = len(sent["prvDiaForcedSources"])
+        assert headers[1:] == [("trimmed", f"prvDiaForcedSources={1000 - n}".encode())]
+        assert repr(sent["prvDiaForcedSources"]) == repr(whole["prvDiaForcedSources"][1000 - n :])
+        assert len(whole["prvDiaForcedSources"]) == 1000
+
+
+def test_a_packet_too_large_without_history_is_told_and_stays_in_the_store(tmp_path: Path) -> None:
+    batch = _batch(6, seed=8)
+    ids = batch.dia_sources["diaSourceId"]
+    stamps = [(bytes(60_000) if key == 5001 else b"small", b"", b"") for key in ids]
+    write_blobs(cutout_file(str(tmp_path / "cutouts"), VISIT, DETECTOR), ids, stamps)
+    sink = _RecordingSink(tmp_path / "packets")
+    ((thin, header, _),), (failure,) = _package(
+        batch, tmp_path, sink, str(tmp_path / "cutouts"), BrokerLimits(message_bytes=50_000)
+    )
+    assert header["shipped"] == {"trimmed": {}, "too_large": {"alerts": 1}}
+    assert (failure.visit, failure.error, failure.lost) == (VISIT, "PacketFormatError", "packet 5001 on topic alerts")
+    assert [dict(message[3])["dia_source_id"] for message in sink.sent] == [b"5000", b"5002", b"5003", b"5004", b"5005"]
+    assert thin["diaSourceId"].to_pylist() == ids.tolist()
+
+
+def _with_long_history(batch: AlertBatch, alert: int, n_forced: int) -> AlertBatch:
+    """The same alerts, one of them an object's with many forced measurements and all others without any."""
+    forced = random_records("diaForcedSource", n_forced, np.random.default_rng(9))
+    forced["midpointMjdTai"] = np.sort(np.random.default_rng(9).uniform(60_000.0, 61_000.0, n_forced))
+    offsets = np.where(np.arange(len(batch.dia_sources) + 1) > alert, n_forced, 0)
+    batch.dia_sources["diaObjectId"][alert] = 77
+    return replace(batch, prv_forced_sources=forced, forced_offsets=offsets)
