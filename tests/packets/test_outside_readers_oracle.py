@@ -141,6 +141,11 @@ def test_confluents_consumer_reads_wire_messages_by_the_projects_registry(
     finally:
         consumer.close()
     assert same_values(in_order(found, packets), packets)
+    text = packet_schema("11.1").json_text(docs=False)
+    to_newest = avro.AvroDeserializer(client.SchemaRegistryClient({"url": registry}), text)
+    source = to_newest(messages[0], SerializationContext(topic, MessageField.VALUE))["diaSource"]
+    lacking = source.keys() - packets[0]["diaSource"].keys()
+    assert len(lacking) == (4 if version == "11.0" else 0) and {source[name] for name in lacking} <= {None}
 
 
 def test_confluents_serializer_is_told_that_nothing_can_be_registered(registry: str) -> None:
