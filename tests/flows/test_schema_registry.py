@@ -59,7 +59,8 @@ def test_subjects_list_their_versions_by_id(address: str) -> None:
     assert ask(f"{address}/subjects") == (200, ["alert-packet", "lsst-alerts-v11-value"])
     assert ask(f"{address}/subjects/alert-packet/versions") == (200, IDS)
     assert ask(f"{address}/subjects/lsst-alerts-v11-value/versions") == (200, WRITTEN_IDS)
-    for subject, version, number in (("alert-packet", "700", 700), ("lsst-alerts-v11-value", "latest", WRITTEN_IDS[-1])):
+    newest = ("lsst-alerts-v11-value", "latest", WRITTEN_IDS[-1])
+    for subject, version, number in (("alert-packet", "700", 700), newest):
         status, found = ask(f"{address}/subjects/{subject}/versions/{version}")
         text = found.pop("schema")
         assert (status, found) == (200, {"subject": subject, "version": number, "id": number})
