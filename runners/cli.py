@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from runners.ingest.commands import ingest
+from runners.live_commands import announce, live
 from runners.run_commands import BadUsage, Failure, associate, produce, replay
 from runners.schema_commands import schemas
 from runners.template_commands import templates
@@ -159,5 +160,5 @@ def _decoded(records: Iterator[KafkaRecord]) -> Iterator[dict[str, Any]]:
             yield {}
 
 
-for command in (produce, associate, replay, ingest, templates, train_reliability, schemas):
+for command in (produce, associate, replay, announce, live, ingest, templates, train_reliability, schemas):
     main.add_command(command)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
 from schemas.avro.messages import JSON_THIN, encoded, message_headers, record_key, write_messages
-from schemas.claim_check import read_blobs
+from schemas.claim_check import BlobFile
 from schemas.elements import VisitAlerts
 from transforms.alert_columns import thin_json
 from transforms.failures import FAILED, failure_of
@@ -228,7 +228,8 @@ class _DistributeAlertsFn(beam.DoFn):
         rows = rows[table["revision"].to_numpy()[rows] == visit.revision]
         keys = table["kafkaKey"].take(rows).to_pylist()
         fresh = table["diaSourceId"].to_numpy()[rows]
-        for dia_source_id, key, message in zip(fresh, keys, self._messages(visit, fresh, broker), strict=True):
+        messages = list(self._messages(visit, fresh, broker))  # what cannot be read is known before the first is sent
+        for dia_source_id, key, message in zip(fresh, keys, messages, strict=True):
             _send(sink, broker.kafka_topic, broker.encoding, int(dia_source_id), key, message)
 
     def _write_packets(
@@ -239,7 +240,7 @@ class _DistributeAlertsFn(beam.DoFn):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_messages(path, self._messages(visit, ids, broker))
 
-    def _messages(self, visit: VisitAlerts, ids: np.ndarray, broker: BrokerConfig | None) -> list[bytes]:
+    def _messages(self, visit: VisitAlerts, ids: np.ndarray, broker: BrokerConfig | None) -> Iterable[bytes]:
         """Messages in the order of `ids`: finished packets, or JSON for a broker that asks for that."""
         if broker is not None and broker.encoding == JSON_THIN:
             return _json_messages(visit, ids, broker.stream)
@@ -265,16 +266,13 @@ def _rows_of(ids: np.ndarray, among: np.ndarray) -> np.ndarray:
     return order[np.searchsorted(among, ids, sorter=order)]
 
 
-def packet_messages(visit: VisitAlerts, ids: np.ndarray, packet_folder: str) -> list[bytes]:
-    """Finished packets of a visit, as messages, from the packet store, in the order of `ids`."""
-    by_file: dict[str, list[int]] = {}
+def packet_messages(visit: VisitAlerts, ids: np.ndarray, packet_folder: str) -> Iterator[bytes]:
+    """Finished packets of a visit, as messages, from the packet store, in the order of `ids`, one at a time."""
     file_of = dict(zip(visit.alerts["diaSourceId"].to_pylist(), visit.alerts["packetFile"].to_pylist(), strict=True))
-    for dia_source_id in ids:
-        by_file.setdefault(file_of[int(dia_source_id)], []).append(int(dia_source_id))
-    messages: dict[int, bytes] = {}
-    for name, members in by_file.items():
-        for dia_source_id, blobs in zip(
-            members, read_blobs(Path(packet_folder) / name, np.array(members)), strict=True
-        ):
-            messages[dia_source_id] = blobs[0]
-    return [messages[int(dia_source_id)] for dia_source_id in ids]
+    files: dict[str, BlobFile] = {}
+    for dia_source_id in ids.tolist():
+        name = file_of[dia_source_id]
+        if name not in files:
+            files[name] = BlobFile(Path(packet_folder) / name)
+        ((message,),) = files[name].read([dia_source_id])
+        yield message
