@@ -141,13 +141,18 @@ def test_confluents_consumer_reads_wire_messages_by_the_projects_registry(
     finally:
         consumer.close()
     assert same_values(in_order(found, packets), packets)
+    text = packet_schema("11.1").json_text(docs=False)
+    to_newest = avro.AvroDeserializer(client.SchemaRegistryClient({"url": registry}), text)
+    source = to_newest(messages[0], SerializationContext(topic, MessageField.VALUE))["diaSource"]
+    lacking = source.keys() - packets[0]["diaSource"].keys()
+    assert len(lacking) == (4 if version == "11.0" else 0) and {source[name] for name in lacking} <= {None}
 
 
 def test_confluents_serializer_is_told_that_nothing_can_be_registered(registry: str) -> None:
     client = pytest.importorskip("confluent_kafka.schema_registry", exc_type=ImportError)
     asked = client.SchemaRegistryClient({"url": registry})
     assert asked.get_subjects() == ["alert-packet", "lsst-alerts-v11-value"]
-    assert asked.get_latest_version("lsst-alerts-v11-value").schema_id == 1101
+    assert asked.get_latest_version("lsst-alerts-v11-value").schema_id == schema_id_of(VERSIONS[-1])
     assert asked.get_version("alert-packet", 1100).schema_id == 1100
     with pytest.raises(client.SchemaRegistryError) as refusal:
         asked.register_schema("lsst-alerts-v11-value", client.Schema('"long"', "AVRO"))
