@@ -121,10 +121,16 @@ def _check_offsets(name: str, offsets: np.ndarray, n_rows: int, has_object: np.n
         raise PacketContentError(f"{name}: history for an alert without an object")
 
 
-def encode_packets(schema: PacketSchema, batch: AlertColumns) -> list[bytes]:
+def encode_packets(schema: PacketSchema, batch: AlertColumns, prefix: bytes = b"") -> list[bytes]:
     """Encode a batch, one schemaless Avro body per alert in the batch's order.
 
     The bytes equal what fastavro writes for the same values; fields the version does not know are left out.
+
+    Parameters
+    ----------
+    schema : which fields, in which order
+    batch : the alerts
+    prefix : put in front of each body, such as `wire_header`; it saves a copy of the packet
     """
     n = len(batch)
     sources, source_at = _encoded(schema, "diaSource", batch.dia_sources)
@@ -141,7 +147,7 @@ def encode_packets(schema: PacketSchema, batch: AlertColumns) -> list[bytes]:
 
     bodies = []
     for i in range(n):
-        parts: list[bytes | memoryview] = [avro_long(ids[i]), visit, sources[source_at[i] : source_at[i + 1]]]
+        parts: list[bytes | memoryview] = [prefix, avro_long(ids[i]), visit, sources[source_at[i] : source_at[i + 1]]]
         if has_object[i]:
             if has_history[i]:
                 parts += _array(history, history_at, prv_offsets[i], prv_offsets[i + 1])

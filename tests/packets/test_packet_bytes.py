@@ -27,7 +27,7 @@ from schemas.avro.messages import (
 )
 from schemas.avro.reading import decode_container, decode_packet, packet_prefix, to_json
 from schemas.avro.schema_versions import VERSIONS, packet_schema
-from schemas.avro.wire import PacketFormatError, unwrap, wrap
+from schemas.avro.wire import PacketFormatError, unwrap, wire_header, wrap
 
 LSST_SCHEMAS = SchemaRegistry.all_schemas_from_filesystem()
 SEEDS = st.integers(0, 2**32 - 1)
@@ -122,6 +122,13 @@ def test_packets_do_not_depend_on_the_batch_they_were_made_in() -> None:
             cutouts=tuple([stamps[i]] for stamps in batch.cutouts),
         )
         assert encode_packets(schema, one) == [together[i]]
+
+
+def test_a_prefix_stands_in_front_of_every_packet() -> None:
+    batch = random_batch(5, np.random.default_rng(10))
+    schema = packet_schema("11.0")
+    messages = encode_packets(schema, batch, prefix=wire_header(schema.schema_id))
+    assert messages == [wrap(schema.schema_id, body) for body in encode_packets(schema, batch)]
 
 
 def test_read_only_records_give_the_same_bytes() -> None:
