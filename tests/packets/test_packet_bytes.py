@@ -26,6 +26,7 @@ from schemas.avro.messages import (
     wire_message,
 )
 from schemas.avro.reading import decode_container, decode_packet, packet_prefix, to_json
+from schemas.avro.row_encoding import DOUBLE, INT, row_plan
 from schemas.avro.schema_versions import VERSIONS, packet_schema
 from schemas.avro.wire import PacketFormatError, unwrap, wire_header, wrap
 
@@ -169,6 +170,11 @@ def test_history_of_an_alert_without_object_is_refused() -> None:
             prv_dia_sources=random_records("diaSource", 1, rng),
             prv_offsets=np.array([0, 1]),
         )
+
+
+def test_a_number_of_another_width_than_its_kind_is_refused() -> None:
+    with pytest.raises(ValueError, match="the field at byte 3 has 2 bytes, its kind has 4"):
+        row_plan([(DOUBLE, 8, 8, True, 0), (INT, 3, 2, False, 0)])
 
 
 def test_wire_header_is_zero_and_the_big_endian_id() -> None:
