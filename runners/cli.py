@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from runners.ingest.commands import ingest
+from runners.live_commands import announce, live
 from runners.run_commands import BadUsage, Failure, associate, produce, replay
 from runners.template_commands import templates
 from runners.training_commands import train_reliability
@@ -153,5 +154,5 @@ def _decoded(messages: Iterator[bytes], decode: Any) -> Iterator[dict[str, Any]]
             yield {}
 
 
-for command in (produce, associate, replay, ingest, templates, train_reliability):
+for command in (produce, associate, replay, announce, live, ingest, templates, train_reliability):
     main.add_command(command)

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 from pipelines.alert_production import AlertProduction
 from pipelines.catalogue_association import CatalogueAssociation
 from pipelines.packet_replay import PacketReplay
+from runners.kafka import KafkaMessageLog
 from runners.output_folder import fingerprint, history_digest
 from runners.running import Entry, RunInput, RunRequest
 from schemas.element_tables import ElementsError
 from schemas.elements import FailureRecord
-from schemas.manifests import ManifestError, manifest_lines, manifest_path, night_folder, read_manifest
+from schemas.manifests import Manifest, ManifestError, manifest_lines, manifest_path, night_folder, read_manifest
 from schemas.packet_index import index_packets, packet_files, read_index_visits
 from schemas.source_tables import read_table_visits
 from transforms.association import read_archive
@@ -23,6 +24,7 @@ from transforms.distribution import BrokerConfig
 from transforms.failures import failure_of
 from transforms.ingestion import VisitList
 from transforms.solar_system import STAGE, EphemeridesError, element_table, read_ephemerides
+from transforms.visit_stream import VisitStream
 
 ZTF_TOPIC = "ztf-alerts"
 EPHEMERIDES = "ephemerides.parquet"
@@ -63,6 +65,49 @@ def night_input(night: Path, request: RunRequest, history: tuple[Path, ...] = ()
         [history_digest(folder) for folder in history],
     ]
     return RunInput(str(night), parts, enter)
+
+
+@dataclass(frozen=True)
+class AnnouncedVisits:
+    """A topic on which visits are announced, and how long to listen.
+
+    Attributes
+    ----------
+    bootstrap, topic : where
+    known_objects : folder with ephemerides.parquet, orbits.parquet or orbits.csv, or None
+    visit_timeout_s : how long a visit waits for its detectors
+    stop_at_end : stop behind what the topic holds now
+    """
+
+    bootstrap: str
+    topic: str
+    known_objects: Path | None
+    visit_timeout_s: float
+    stop_at_end: bool
+
+
+def stream_input(announced: AnnouncedVisits, request: RunRequest, history: tuple[Path, ...] = ()) -> RunInput:
+    """Visits as they are announced. KafkaUnreachableError or HistoryError if topic or history cannot be read."""
+    log = KafkaMessageLog(announced.bootstrap, announced.topic)
+    log.end()
+    check_history(history, request.out)
+    folders = tuple(str(folder) for folder in history)
+    known = announced.known_objects
+    closings = request.out / "ledger" / "closings"
+    stream = VisitStream(log, str(closings), announced.visit_timeout_s, announced.stop_at_end)
+
+    def enter(store: Path) -> Entry:
+        ephemerides, without_places = (None, ()) if known is None else usable_ephemerides(known)
+        elements, without_orbits = (None, ()) if known is None else usable_elements(known)
+
+        def dataflow(delivery: Delivery) -> AlertProduction:
+            return AlertProduction(stream, delivery, request.config, ephemerides, folders, elements)
+
+        return Entry(Manifest(()), dataflow, request.brokers, (*without_places, *without_orbits))
+
+    beside = [] if known is None else [fingerprint(known / name) for name in (EPHEMERIDES, *ORBITS)]
+    parts = ["stream", announced.bootstrap, announced.topic, beside, [history_digest(folder) for folder in history]]
+    return RunInput(f"topic {announced.topic} of {announced.bootstrap}", parts, enter)
 
 
 def table_input(table: Path, request: RunRequest, history: tuple[Path, ...] = ()) -> RunInput:

@@ -17,6 +17,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -35,6 +36,10 @@ _MAX_MESSAGE_BYTES = 10_000_000
 
 class KafkaUnreachableError(ConnectionError):
     """No Kafka broker answered at the address given."""
+
+
+class TopicOrderError(ValueError):
+    """Messages whose order matters lie on several partitions."""
 
 
 class DeliveryError(RuntimeError):
@@ -332,6 +337,88 @@ class KafkaAlertSink:
 
 
 # --- reading --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class KafkaMessageLog:
+    """The messages of a topic's first partition, by offset (`transforms.visit_stream.MessageLog`).
+
+    Pickles as its address; the process keeps the consumer, which joins no group. Where Kafka is away, it waits.
+    """
+
+    bootstrap: str
+    topic: str
+
+    def end(self) -> int:
+        """The offset that the next message will have.
+
+        Raises
+        ------
+        KafkaUnreachableError
+            Nobody answers.
+        TopicOrderError
+            Messages lie on other partitions: nothing says in which order.
+        """
+        from confluent_kafka import KafkaException, TopicPartition
+
+        partitions = _topic_partitions(self.bootstrap, self.topic, timeout_s=10.0)
+        consumer = _log_consumer(self.bootstrap, self.topic).consumer
+        try:
+            ends = [
+                consumer.get_watermark_offsets(TopicPartition(self.topic, partition), timeout=10.0)[1]
+                for partition in partitions
+            ]
+        except KafkaException as error:
+            raise KafkaUnreachableError(f"topic {self.topic} of {self.bootstrap}: {error.args[0].str()}") from error
+        if any(ends[1:]):
+            raise TopicOrderError(f"topic {self.topic} has messages on several partitions: announce on the first")
+        return int(ends[0])
+
+    def append(self, messages: Iterable[bytes]) -> None:
+        """Add messages and return when Kafka has them; DeliveryError where it takes none."""
+        from confluent_kafka import Producer
+
+        producer = Producer({"bootstrap.servers": self.bootstrap, "enable.idempotence": True, "log_level": 0})
+        errors: list[Any] = []
+        for message in messages:
+            producer.produce(self.topic, message, partition=0, on_delivery=lambda error, _: errors.append(error))
+        waiting = producer.flush(60.0)
+        refused = [error for error in errors if error is not None]
+        if waiting or refused:
+            raise DeliveryError(
+                f"{waiting + len(refused)} messages for {self.topic} were not acknowledged: {refused[:1]}"
+            )
+
+    def read(self, offset: int, timeout_s: float) -> tuple[int, bytes] | None:
+        """Offset and bytes of the first message at `offset`, or of the next one kept; None if none came in time."""
+        from confluent_kafka import TopicPartition
+
+        log = _log_consumer(self.bootstrap, self.topic)
+        if log.next_offset != offset:
+            log.consumer.assign([TopicPartition(self.topic, 0, offset)])
+            log.next_offset = offset
+        message = log.consumer.poll(timeout_s)
+        if message is None or message.error() is not None:  # Kafka is away, or the topic not there yet
+            return None
+        log.next_offset = message.offset() + 1
+        return message.offset(), message.value() or b""
+
+
+class _LogConsumer:
+    """A consumer, and the offset it is at."""
+
+    def __init__(self, bootstrap: str) -> None:
+        from confluent_kafka import Consumer
+
+        settings = consumer_settings(bootstrap, "visits", from_beginning=True)
+        self.consumer = Consumer({**settings, "enable.auto.commit": False, "fetch.wait.max.ms": 200})
+        self.next_offset: int | None = None
+
+
+@cache
+def _log_consumer(bootstrap: str, topic: str) -> _LogConsumer:
+    """The process's consumer of a topic: a source is unpickled at every turn."""
+    return _LogConsumer(bootstrap)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from runners.running import RunInput, RunRequest
 
 _FOLDER = click.Path(path_type=Path)
-_EXISTING = click.Path(exists=True, path_type=Path)
+EXISTING = click.Path(exists=True, path_type=Path)
 
 
 class Failure(click.ClickException):
@@ -31,7 +31,7 @@ class BadUsage(click.ClickException):
     exit_code = 2
 
 
-class _ManyValuesCommand(click.Command):
+class ManyValuesCommand(click.Command):
     """Lets `--history A B C` stand for `--history A --history B --history C`."""
 
     many = "--history"
@@ -51,16 +51,16 @@ class _ManyValuesCommand(click.Command):
         return super().parse_args(ctx, spread)
 
 
-_HISTORY = click.option("--history", type=_EXISTING, multiple=True, help="Output folders of earlier nights. [OUT0 ...]")
+HISTORY = click.option("--history", type=EXISTING, multiple=True, help="Output folders of earlier nights. [OUT0 ...]")
 
 
-def _run_options(command: Callable[..., None]) -> Callable[..., None]:
+def run_options(command: Callable[..., None]) -> Callable[..., None]:
     """The options that all entries share."""
     options = (
         click.option("--out", required=True, type=_FOLDER, help="Output folder; empty, or that of the same input."),
-        click.option("--config", type=_EXISTING, help="YAML laid over the shipped alert_production.yaml."),
-        click.option("--brokers", type=_EXISTING, help="YAML list of brokers instead of the shipped one."),
-        click.option("--filters", type=_EXISTING, help="Folder of filter YAML files instead of the shipped examples."),
+        click.option("--config", type=EXISTING, help="YAML laid over the shipped alert_production.yaml."),
+        click.option("--brokers", type=EXISTING, help="YAML list of brokers instead of the shipped one."),
+        click.option("--filters", type=EXISTING, help="Folder of filter YAML files instead of the shipped examples."),
         click.option(
             "--runner", type=click.Choice(["local", "flink"]), default="local", show_default=True, help="Where it runs."
         ),
@@ -79,14 +79,14 @@ def _run_options(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
-_BEAM_OPTIONS = click.argument("beam_options", nargs=-1, type=click.UNPROCESSED)
+BEAM_OPTIONS = click.argument("beam_options", nargs=-1, type=click.UNPROCESSED)
 
 
-@click.command(cls=_ManyValuesCommand)
-@click.argument("night", type=_EXISTING)
-@_run_options
-@_HISTORY
-@_BEAM_OPTIONS
+@click.command(cls=ManyValuesCommand)
+@click.argument("night", type=EXISTING)
+@run_options
+@HISTORY
+@BEAM_OPTIONS
 def produce(night: Path, history: tuple[Path, ...], **options: Any) -> None:
     """Run the whole chain on NIGHT, a folder with visits.jsonl.
 
@@ -100,14 +100,14 @@ def produce(night: Path, history: tuple[Path, ...], **options: Any) -> None:
     from runners.entries import night_input
     from schemas.manifests import night_folder
 
-    _run(options, lambda request: night_input(night, request, history), night=night_folder(night))
+    run_command(options, lambda request: night_input(night, request, history), night=night_folder(night))
 
 
-@click.command(cls=_ManyValuesCommand)
+@click.command(cls=ManyValuesCommand)
 @click.argument("table", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@_run_options
-@_HISTORY
-@_BEAM_OPTIONS
+@run_options
+@HISTORY
+@BEAM_OPTIONS
 def associate(table: Path, history: tuple[Path, ...], **options: Any) -> None:
     """Run the chain from association on, on TABLE, a Parquet file of diaSources.
 
@@ -130,12 +130,12 @@ def associate(table: Path, history: tuple[Path, ...], **options: Any) -> None:
     except ManifestError as error:
         raise Failure(str(error)) from error
     asked = {} if radius_arcsec is None else {"association": {"radius_arcsec": radius_arcsec}}
-    _run(options, lambda request: table_input(table, request, history), asked=asked)
+    run_command(options, lambda request: table_input(table, request, history), asked=asked)
 
 
 @click.command()
-@click.argument("packets", nargs=-1, required=True, type=_EXISTING)
-@_run_options
+@click.argument("packets", nargs=-1, required=True, type=EXISTING)
+@run_options
 def replay(packets: tuple[Path, ...], **options: Any) -> None:
     """Send archived alert packets through filters to brokers, their own bytes unchanged.
 
@@ -152,10 +152,10 @@ def replay(packets: tuple[Path, ...], **options: Any) -> None:
 
     quiet = options["quiet"]
     with _packet_count(quiet) as tell:
-        _run({**options, "beam_options": ()}, lambda request: packets_input(packets, request, tell))
+        run_command({**options, "beam_options": ()}, lambda request: packets_input(packets, request, tell))
 
 
-def _run(
+def run_command(
     options: dict[str, Any],
     open_input: Callable[[RunRequest], RunInput],
     *,

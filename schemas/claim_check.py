@@ -11,7 +11,7 @@ import contextlib
 import os
 import struct
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -140,30 +140,43 @@ def write_blobs(path: Path, keys: np.ndarray, rows: Sequence[Sequence[bytes | me
             stream.writelines(row)
 
 
-def read_blobs(path: Path, keys: np.ndarray) -> list[tuple[bytes, ...]]:
-    """The blobs of the given keys, in that order.
+class BlobFile:
+    """An indexed blob file: its index is read once, its blobs when they are asked for, the file not kept open.
 
     Raises
     ------
     ClaimCheckError
-        The file is missing or broken, or a key is not in it.
+        The file is missing or broken.
     """
-    try:
-        with path.open("rb") as stream:
-            stored, offsets = _blob_index(stream, path.name)
-            width = (len(offsets) - 1) // len(stored) if len(stored) else 0
-            position = {int(key): row for row, key in enumerate(stored)}
-            found = []
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with self._stream() as stream:
+            keys, self._offsets = _blob_index(stream, path.name)
+        self._width = (len(self._offsets) - 1) // len(keys) if len(keys) else 0
+        self._row_of = {key: row for row, key in enumerate(keys.tolist())}
+
+    def read(self, keys: Iterable[int]) -> Iterator[tuple[bytes, ...]]:
+        """The blobs of the given keys, in that order; ClaimCheckError where one is not in the file."""
+        with self._stream() as stream:
             for key in keys:
-                row = position.get(int(key))
+                row = self._row_of.get(int(key))
                 if row is None:
-                    raise ClaimCheckError(f"{path.name} does not hold {int(key)}")
-                bounds = offsets[row * width : (row + 1) * width + 1]
+                    raise ClaimCheckError(f"{self.path.name} does not hold {int(key)}")
+                bounds = self._offsets[row * self._width : (row + 1) * self._width + 1]
                 stream.seek(int(bounds[0]))
-                found.append(tuple(stream.read(int(length)) for length in np.diff(bounds)))
-            return found
-    except FileNotFoundError as error:
-        raise ClaimCheckError(f"{path.name} is missing") from error
+                yield tuple(stream.read(int(length)) for length in np.diff(bounds))
+
+    def _stream(self) -> BinaryIO:
+        try:
+            return self.path.open("rb")
+        except FileNotFoundError as error:
+            raise ClaimCheckError(f"{self.path.name} is missing") from error
+
+
+def read_blobs(path: Path, keys: np.ndarray) -> list[tuple[bytes, ...]]:
+    """The blobs of the given keys, in that order; ClaimCheckError where the file is missing or broken or lacks one."""
+    return list(BlobFile(path).read(keys))
 
 
 def _blob_index(stream: BinaryIO, name: str) -> tuple[np.ndarray, np.ndarray]:

@@ -8,7 +8,7 @@ not something to be slow about.
 from __future__ import annotations
 
 import pickle
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import apache_beam as beam
@@ -184,6 +184,26 @@ class AlertBatch(FusedElement):
 
     def nbytes(self) -> int:
         return self.dia_sources.nbytes + self.prv_dia_sources.nbytes + self.prv_forced_sources.nbytes
+
+    def part(self, start: int, stop: int) -> AlertBatch:
+        """Alerts start..stop-1 with their history, without what belongs to the cell as a whole."""
+        stop = min(stop, len(self.dia_sources))
+        history = slice(self.prv_offsets[start], self.prv_offsets[stop])
+        forced = slice(self.forced_offsets[start], self.forced_offsets[stop])
+        return replace(
+            self,
+            dia_sources=self.dia_sources[start:stop],
+            prv_dia_sources=self.prv_dia_sources[history],
+            prv_offsets=self.prv_offsets[start : stop + 1] - self.prv_offsets[start],
+            prv_forced_sources=self.prv_forced_sources[forced],
+            forced_offsets=self.forced_offsets[start : stop + 1] - self.forced_offsets[start],
+            dia_objects=self.dia_objects[start:stop],
+            ss_sources=self.ss_sources[start:stop],
+            object_states=self.object_states[:0],
+            unassociated=self.unassociated[:0],
+            forced_sources=self.forced_sources[:0],
+            counts={},
+        )
 
 
 @dataclass(frozen=True)

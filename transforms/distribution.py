@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
 from schemas.avro.messages import encoded, message_headers, write_messages
-from schemas.claim_check import read_blobs
+from schemas.claim_check import BlobFile
 from schemas.elements import VisitAlerts
 from transforms.failures import FAILED, failure_of
 
@@ -225,7 +225,8 @@ class _DistributeAlertsFn(beam.DoFn):
         rows = rows[table["revision"].to_numpy()[rows] == visit.revision]
         keys = table["kafkaKey"].take(pa.array(rows)).to_pylist()
         fresh = table["diaSourceId"].to_numpy()[rows]
-        for dia_source_id, key, message in zip(fresh, keys, self._messages(visit, fresh), strict=True):
+        messages = list(self._messages(visit, fresh))  # what cannot be read is known before the first is sent
+        for dia_source_id, key, message in zip(fresh, keys, messages, strict=True):
             _send(sink, broker.kafka_topic, broker.encoding, int(dia_source_id), key, message)
 
     def _write_packets(self, visit: VisitAlerts, ids: np.ndarray, path: Path) -> None:
@@ -234,7 +235,7 @@ class _DistributeAlertsFn(beam.DoFn):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_messages(path, self._messages(visit, ids))
 
-    def _messages(self, visit: VisitAlerts, ids: np.ndarray) -> list[bytes]:
+    def _messages(self, visit: VisitAlerts, ids: np.ndarray) -> Iterator[bytes]:
         return packet_messages(visit, ids, self.packet_folder)
 
 
@@ -244,16 +245,13 @@ def _stream_ids(visit: VisitAlerts, stream: str) -> np.ndarray:
     return visit.passed.get(stream, np.empty(0, dtype=np.int64))
 
 
-def packet_messages(visit: VisitAlerts, ids: np.ndarray, packet_folder: str) -> list[bytes]:
-    """Finished packets of a visit, as messages, from the packet store, in the order of `ids`."""
-    by_file: dict[str, list[int]] = {}
+def packet_messages(visit: VisitAlerts, ids: np.ndarray, packet_folder: str) -> Iterator[bytes]:
+    """Finished packets of a visit, as messages, from the packet store, in the order of `ids`, one at a time."""
     file_of = dict(zip(visit.alerts["diaSourceId"].to_pylist(), visit.alerts["packetFile"].to_pylist(), strict=True))
-    for dia_source_id in ids:
-        by_file.setdefault(file_of[int(dia_source_id)], []).append(int(dia_source_id))
-    messages: dict[int, bytes] = {}
-    for name, members in by_file.items():
-        for dia_source_id, blobs in zip(
-            members, read_blobs(Path(packet_folder) / name, np.array(members)), strict=True
-        ):
-            messages[dia_source_id] = blobs[0]
-    return [messages[int(dia_source_id)] for dia_source_id in ids]
+    files: dict[str, BlobFile] = {}
+    for dia_source_id in ids.tolist():
+        name = file_of[dia_source_id]
+        if name not in files:
+            files[name] = BlobFile(Path(packet_folder) / name)
+        ((message,),) = files[name].read([dia_source_id])
+        yield message

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -93,10 +93,9 @@ def visit_context(visit: Visit) -> dict[str, Any]:
     }
 
 
-def announcement_part(visit: Visit) -> bytes:
-    """The part that says a visit exists."""
-    expected = [one.detector for one in visit.detectors]
-    return pack({"kind": "visit", "context": visit_context(visit), "expected": expected})
+def announcement_part(visit: Visit, expected: Iterable[int]) -> bytes:
+    """The part that says a visit exists, and which detectors it has."""
+    return pack({"kind": "visit", "context": visit_context(visit), "expected": list(expected)})
 
 
 def _announced(visit: Visit | None, history: tuple[str, ...]) -> Iterator[StageElement]:
@@ -104,7 +103,8 @@ def _announced(visit: Visit | None, history: tuple[str, ...]) -> Iterator[StageE
         if history:
             yield EarlierNights(history)
         return
-    yield VisitPart(visit.visit, visit.midpoint_mjd_tai, announcement_part(visit))
+    part = announcement_part(visit, [one.detector for one in visit.detectors])
+    yield VisitPart(visit.visit, visit.midpoint_mjd_tai, part)
     for images in visit.detectors:
         yield DetectorVisit(visit, images)
 

@@ -15,8 +15,8 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from schemas.avro.encoding import AlertColumns, encode_packets
-from schemas.avro.messages import Packet, wire_message
 from schemas.avro.schema_versions import packet_schema
+from schemas.avro.wire import wire_header
 from schemas.claim_check import ClaimCheckError, read_blobs, write_blobs
 from schemas.element_tables import ElementTable
 from schemas.elements import AlertBatch, FailureRecord, VisitPart
@@ -29,6 +29,8 @@ from transforms.failures import FAILED, failure_of, failure_part
 from transforms.solar_system import element_table, orbit_records
 
 STAGE = "packaging"
+# Finished packets that are in memory at a time, and the first of which are sent before the next are made.
+_ALERTS_AT_ONCE = 64
 Cutouts = tuple[list[bytes | None], list[bytes | None], list[bytes | None]]  # difference, science, template
 
 
@@ -87,6 +89,7 @@ class _PackageAlertsFn(beam.DoFn):
 
     def setup(self) -> None:
         self.schema = packet_schema(self.config.schema_version)
+        self.wire_header = wire_header(self.schema.schema_id)
         self.orbits = None if self.elements is None else element_table(self.elements)
         if self.sink is not None:
             self.sink.open()
@@ -103,28 +106,36 @@ class _PackageAlertsFn(beam.DoFn):
 
     def _package(self, batch: AlertBatch) -> Iterator[Any]:
         started = time.perf_counter()
-        cutouts, failures = self._cutouts(batch)
+        visit = batch.context["visit"]
+        tables = [thin_alerts(batch.part(0, 0), "", [], self.filter_columns)]
+        failures: list[FailureRecord] = []
+        for start in range(0, len(batch.dia_sources), _ALERTS_AT_ONCE):
+            alerts = batch.part(start, start + _ALERTS_AT_ONCE)
+            cutouts, unread = self._cutouts(alerts)
+            failures += unread
+            try:
+                columns = _alert_columns(alerts, cutouts, self.orbits)
+                messages = encode_packets(self.schema, columns, prefix=self.wire_header)
+            except Exception as error:  # some alerts must not stop the others
+                lost = f"{len(alerts.dia_sources)} alerts of sky cell {batch.context['cell']}"
+                failures.append(failure_of(error, STAGE, visit, lost=lost))
+            else:
+                tables.append(self._hand_over(alerts, messages))
         for failure in failures:
             yield beam.pvalue.TaggedOutput(FAILED, failure)
-            yield batch.context["visit"], failure_part(failure)
-        try:
-            bodies = encode_packets(self.schema, _alert_columns(batch, cutouts, self.orbits))
-        except Exception as error:  # one cell's alerts must not stop the others
-            lost = f"{len(batch.dia_sources)} alerts of sky cell {batch.context['cell']}"
-            failure = failure_of(error, STAGE, batch.context["visit"], lost=lost)
-            yield beam.pvalue.TaggedOutput(FAILED, failure)
-            yield batch.context["visit"], failure_part(failure)
-            return
-        ids = batch.dia_sources["diaSourceId"]
-        file_name = packet_file(batch.context["visit"], batch.context["cell"], ids)
-        messages = [wire_message(Packet(self.schema, body)) for body in bodies]
-        if len(ids):
-            write_blobs(Path(self.packet_folder) / file_name, ids, [(message,) for message in messages])
-        thin = thin_alerts(batch, file_name, [packet_digest(body) for body in bodies], self.filter_columns)
+            yield visit, failure_part(failure)
+        yield visit, visit_part(batch, pa.concat_tables(tables), time.perf_counter() - started)
+
+    def _hand_over(self, alerts: AlertBatch, messages: list[bytes]) -> pa.Table:
+        """Keep and send finished packets; their thin table."""
+        ids = alerts.dia_sources["diaSourceId"]
+        name = packet_file(alerts.context["visit"], alerts.context["cell"], ids)
+        write_blobs(Path(self.packet_folder) / name, ids, [(message,) for message in messages])
+        digests = [packet_digest(memoryview(message)[len(self.wire_header) :]) for message in messages]
+        thin = thin_alerts(alerts, name, digests, self.filter_columns)
         if self.sink is not None:
             send_full_streams(self.sink, self.streams, thin, messages)
-        seconds = time.perf_counter() - started
-        yield batch.context["visit"], visit_part(batch, thin, seconds)
+        return thin
 
     def finish_bundle(self) -> None:
         if self.sink is not None:
@@ -166,7 +177,7 @@ def packet_file(visit: int, group: int, ids: np.ndarray) -> str:
     return f"{visit}/{group}-{digest}.packets"
 
 
-def packet_digest(body: bytes) -> str:
+def packet_digest(body: bytes | memoryview) -> str:
     """SHA-256 of a packet body, hexadecimal."""
     return hashlib.sha256(body).hexdigest()
 
