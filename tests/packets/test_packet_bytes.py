@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import math
@@ -130,6 +131,27 @@ def test_a_prefix_stands_in_front_of_every_packet() -> None:
     schema = packet_schema("11.0")
     messages = encode_packets(schema, batch, prefix=wire_header(schema.schema_id))
     assert messages == [wrap(schema.schema_id, body) for body in encode_packets(schema, batch)]
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@settings(max_examples=10, deadline=None)
+@given(seed=SEEDS)
+def test_sized_histories_decode_to_the_same_and_can_be_stepped_over(version: str, seed: int) -> None:
+    """Each history that is not empty has its length before it: a varint of one to three bytes for less than 1 MB."""
+    batch = random_batch(3, np.random.default_rng(seed), longest=70)
+    schema, lsst = packet_schema(version), LSST_SCHEMAS.get_by_version(version)
+    plain, sized = (encode_packets(schema, batch, sized_blocks=choice) for choice in (False, True))
+    narrow = copy.deepcopy(lsst.definition)
+    narrow["fields"] = [field for field in narrow["fields"] if not field["name"].startswith("prv")]
+    for i, body in enumerate(sized):
+        expected = expected_packet(version, batch, i)
+        assert _same(lsst.deserialize(body), expected)
+        assert _same(decode_packet(wrap(schema.schema_id, body)), expected)
+        assert packet_prefix(body) == packet_prefix(plain[i])
+        histories = [expected.pop(name) for name in ("prvDiaSources", "prvDiaForcedSources")]
+        assert _same(fastavro.schemaless_reader(io.BytesIO(body), lsst.definition, narrow), expected)
+        filled = sum(bool(rows) for rows in histories)
+        assert filled <= len(body) - len(plain[i]) <= 3 * filled
 
 
 def test_read_only_records_give_the_same_bytes() -> None:
