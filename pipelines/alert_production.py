@@ -9,7 +9,7 @@ import apache_beam as beam
 
 from schemas.claim_check import ImageStore
 from transforms.association import AssociateDiaSources, AssociationConfig
-from transforms.cutouts import EncodeCutouts
+from transforms.cutouts import CutoutConfig, EncodeCutouts
 from transforms.delivery import DeliverAlerts, Delivery, collect_failures
 from transforms.detection import DetectDiaSources, DetectionConfig
 from transforms.ingestion import VisitList
@@ -26,6 +26,7 @@ class AlertProductionConfig:
     subtraction: SubtractionConfig = field(default_factory=SubtractionConfig)
     detection: DetectionConfig = field(default_factory=DetectionConfig)
     solar_system: SolarSystemConfig = field(default_factory=SolarSystemConfig)
+    cutouts: CutoutConfig = field(default_factory=CutoutConfig)
     association: AssociationConfig = field(default_factory=AssociationConfig)
     packaging: PackagingConfig = field(default_factory=PackagingConfig)
 
@@ -64,7 +65,7 @@ class AlertProduction:
         detected = subtracted.good | "DetectDiaSources" >> DetectDiaSources(config.detection)
         known = AssociateSsObjects(config.solar_system, self.ephemerides, self.elements)
         named = detected.good | "AssociateSsObjects" >> known
-        stamped = named.good | "EncodeCutouts" >> EncodeCutouts(cutouts)
+        stamped = named.good | "EncodeCutouts" >> EncodeCutouts(config.cutouts, cutouts)
 
         # Sky space: keyed by sky cell, in event time; the only stage that remembers.
         associated = stamped.good | "AssociateDiaSources" >> AssociateDiaSources(config.association, images)

@@ -115,7 +115,7 @@ class ImageStore:
         return StoredExposure(wcs, psf, science_psf, (pixels.shape[1], pixels.shape[2]), pixels)
 
 
-def write_blobs(path: Path, keys: np.ndarray, rows: Sequence[Sequence[bytes]]) -> None:
+def write_blobs(path: Path, keys: np.ndarray, rows: Sequence[Sequence[bytes | memoryview]]) -> None:
     """Write an indexed blob file: for each key a fixed number of blobs.
 
     Parameters

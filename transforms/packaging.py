@@ -36,9 +36,13 @@ Cutouts = tuple[list[bytes | None], list[bytes | None], list[bytes | None]]  # d
 
 @dataclass(frozen=True)
 class PackagingConfig:
-    """Which packets are made."""
+    """Which packets are made.
+
+    `sized_blocks`: see `encode_packets`; equal to LSST's to the byte only without.
+    """
 
     schema_version: str = Field(default="11.0", pattern=r"^11\.[01]$")
+    sized_blocks: bool = False
     delivery_deadline_s: float = Field(default=120.0, gt=0, le=3600)
 
 
@@ -116,7 +120,9 @@ class _PackageAlertsFn(beam.DoFn):
             failures += unread
             try:
                 columns = _alert_columns(alerts, cutouts, self.orbits)
-                messages = encode_packets(self.schema, columns, prefix=self.wire_header)
+                messages = encode_packets(
+                    self.schema, columns, prefix=self.wire_header, sized_blocks=self.config.sized_blocks
+                )
             except Exception as error:  # some alerts must not stop the others
                 lost = f"{len(alerts.dia_sources)} alerts of sky cell {batch.context['cell']}"
                 failures.append(failure_of(error, STAGE, visit, lost=lost))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 from dataclasses import replace
@@ -29,6 +30,7 @@ from schemas.avro.messages import (
     wire_message,
 )
 from schemas.avro.reading import decode_container, decode_message, decode_packet, packet_prefix, to_json
+from schemas.avro.row_encoding import DOUBLE, INT, row_plan
 from schemas.avro.schema_versions import VERSIONS, packet_schema
 from schemas.avro.wire import PacketFormatError, unwrap, wire_header, wrap
 
@@ -121,6 +123,27 @@ def test_a_prefix_stands_in_front_of_every_packet() -> None:
     assert messages == [wrap(schema.schema_id, body) for body in encode_packets(schema, batch)]
 
 
+@pytest.mark.parametrize("version", VERSIONS)
+@settings(max_examples=10, deadline=None)
+@given(seed=SEEDS)
+def test_sized_histories_decode_to_the_same_and_can_be_stepped_over(version: str, seed: int) -> None:
+    """Each history that is not empty has its length before it: a varint of one to three bytes for less than 1 MB."""
+    batch = random_batch(3, np.random.default_rng(seed), longest=70)
+    schema, lsst = packet_schema(version), LSST_SCHEMAS.get_by_version(version)
+    plain, sized = (encode_packets(schema, batch, sized_blocks=choice) for choice in (False, True))
+    narrow = copy.deepcopy(lsst.definition)
+    narrow["fields"] = [field for field in narrow["fields"] if not field["name"].startswith("prv")]
+    for i, body in enumerate(sized):
+        expected = expected_packet(version, batch, i)
+        assert _same(lsst.deserialize(body), expected)
+        assert _same(decode_packet(wrap(schema.schema_id, body)), expected)
+        assert packet_prefix(body) == packet_prefix(plain[i])
+        histories = [expected.pop(name) for name in ("prvDiaSources", "prvDiaForcedSources")]
+        assert _same(fastavro.schemaless_reader(io.BytesIO(body), lsst.definition, narrow), expected)
+        filled = sum(bool(rows) for rows in histories)
+        assert filled <= len(body) - len(plain[i]) <= 3 * filled
+
+
 def test_read_only_records_give_the_same_bytes() -> None:
     batch = random_batch(4, np.random.default_rng(9))
     frozen = batch.dia_sources.copy()
@@ -159,6 +182,11 @@ def test_history_of_an_alert_without_object_is_refused() -> None:
             prv_dia_sources=random_records("diaSource", 1, rng),
             prv_offsets=np.array([0, 1]),
         )
+
+
+def test_a_number_of_another_width_than_its_kind_is_refused() -> None:
+    with pytest.raises(ValueError, match="the field at byte 3 has 2 bytes, its kind has 4"):
+        row_plan([(DOUBLE, 8, 8, True, 0), (INT, 3, 2, False, 0)])
 
 
 def test_wire_header_is_zero_and_the_big_endian_id() -> None:

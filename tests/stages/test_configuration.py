@@ -45,7 +45,7 @@ def test_a_key_replaces_that_key_only(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("detektion: {threshold_snr: 5}", "unknown key 'detektion', expected one of association, detection, packaging"),
+        ("detektion: {threshold_snr: 5}", "unknown key 'detektion', expected one of association, cutouts, detection"),
         ("1: 2", "unknown key 1, expected one of association"),
         ("detection: {treshold_snr: 5}", "detection: unknown key 'treshold_snr', expected one of max_motion_deg"),
         ("detection: {1: 5, a: 3}", "detection: unknown key 1, expected one of max_motion_deg_per_day"),
@@ -57,6 +57,7 @@ def test_a_key_replaces_that_key_only(tmp_path: Path) -> None:
         ("detection: {threshold_snr: .nan}", "detection: threshold_snr: Input should be"),
         ("detection: {max_sources: 1.5}", "detection: max_sources: Input should be a valid integer"),
         ("association: {radius_arcsec: 50}", "association: radius_arcsec: Input should be less than or equal to 5"),
+        ("cutouts: {content: thin}", "cutouts: content: Input should be 'complete' or 'strict' (got 'thin')"),
         ("packaging: {schema_version: '12'}", "packaging: schema_version: String should match pattern"),
         ("packaging: {schema_version: 11.0}", "packaging: schema_version: Input should be a valid string (got 11.0)"),
         ("packaging: {delivery_deadline_s: .inf}", "delivery_deadline_s: Input should be less than or equal to 3600"),
