@@ -454,7 +454,7 @@ def _byte_pointer(typing_context: Any, address: Any) -> Any:
 
 
 @njit(cache=True)
-def _long(data: np.ndarray, position: int, end: int) -> tuple[int, int, int]:
+def _long(data: np.ndarray, position: int, end: int) -> tuple[Any, int, int]:
     """The zigzag varint at `position`, where it ends, and what is wrong."""
     bits = np.uint64(0)
     shift = np.uint64(0)
@@ -592,7 +592,7 @@ def _run(
             mark = code[at, 3]
             number = code[at, 4]
             at += 1
-            if what == _NULLABLE or what == _VALUE:
+            if what in (_NULLABLE, _VALUE):
                 if what == _NULLABLE:
                     if position < end and data[position] <= 2 and data[position] & 1 == 0:
                         branch = data[position] >> 1
