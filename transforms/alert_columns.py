@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import pyarrow as pa
 
-from schemas.avro.adaptation import AdaptedPacket
+from schemas.avro.adaptation import PacketHead
 from schemas.elements import AlertBatch
 from schemas.records import records_to_arrow, take_records
 from schemas.tables import project_alerts_schema
@@ -62,9 +62,9 @@ def thin_alerts(batch: AlertBatch, file_name: str, digests: list[str], filter_co
 
 
 def replayed_alerts(
-    packets: Sequence[AdaptedPacket], table: pa.Table, file_name: str, digests: list[str], filter_columns: Iterable[str]
+    packets: Sequence[PacketHead], table: pa.Table, file_name: str, digests: list[str], filter_columns: Iterable[str]
 ) -> pa.Table:
-    """The thin table of replayed packets, a row each; `table` holds their `filter_columns` (`adapted_table`)."""
+    """The thin table of replayed packets, a row each; `table` holds their `filter_columns`."""
     located = {
         "diaSourceId": pa.array([packet.dia_source_id for packet in packets], pa.int64()),
         "kafkaKey": pa.array([packet.kafka_key for packet in packets], pa.string()),

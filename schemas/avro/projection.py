@@ -70,6 +70,7 @@ _REASONS = {
     _LARGE: "more than 2 GB",
 }
 _MAX_BODY_BYTES = 2**31 - 1
+_CHAIN = 1024  # bodies behind each other that are looked for at a time
 _TIMES = (-62_135_596_800_000_000, 253_402_300_799_999_999)  # us since 1970 of the years 1 to 9999
 
 _NUMBERS = {
@@ -160,14 +161,17 @@ def project(
 def split_bodies(schema: ContainerSchema, joined: Any, n: int) -> tuple[list[int], PacketFormatError | None]:
     """Where each of n bodies that lie behind each other ends, as far as they can be read, and what stopped that."""
     program = compiled(schema, frozenset(), True)
-    n = min(n, len(joined) + 1)  # no body is empty: one more than there can be is found broken
-    leaves = Leaves(schema.label, program, [joined], True, n_chained=n)
-    n_good = int(np.argmax(leaves.codes != _FINE)) if leaves.codes.any() else n
-    ends = leaves.ends[:n_good].tolist()
-    if n_good < n:
-        return ends, leaves.errors[n_good]
-    behind = len(joined) - (ends[-1] if ends else 0)
-    return ends, PacketFormatError(f"{behind} bytes behind the packets") if behind else None
+    view = memoryview(joined)
+    ends = [0]
+    while len(ends) <= n:
+        start = ends[-1]
+        leaves = Leaves(schema.label, program, [view[start:]], True, n_chained=min(n + 1 - len(ends), _CHAIN))
+        good = leaves.codes == _FINE
+        ends += (start + leaves.ends[good]).tolist()
+        if not good.all():
+            return ends[1:], leaves.errors[int(np.argmin(good))]
+    behind = len(view) - ends[-1]
+    return ends[1:], PacketFormatError(f"{behind} bytes behind the packets") if behind else None
 
 
 def _nested(leaves: Leaves, path: str, below: dict[str, Any]) -> pa.Array:
