@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -25,6 +26,7 @@ from schemas.avro.adaptation import (
     MJD_RANGE,
     RENAMED,
     SS_SOURCE_9,
+    AdaptedPacket,
     PacketHead,
     adapt_packet,
     adapted_table,
@@ -103,69 +105,110 @@ def adapt_packets(packets: Sequence[Packet], columns: frozenset[str]) -> Adapted
         A column that the table does not have.
     """
     heads: list[PacketHead | PacketFormatError] = [PacketFormatError("not read")] * len(packets)
-    by_schema: dict[str, list[int]] = {}
+    parts: list[_Part] = []
+    left: list[int] = []
+    by_schema: dict[int, list[int]] = {}
     for i, packet in enumerate(packets):
-        by_schema.setdefault(packet.schema.fingerprint, []).append(i)
-    tables = [project_alerts_schema(columns).empty_table()]
-    rows: list[int] = []
-    is_moving: list[bool] = []
+        by_schema.setdefault(id(packet.schema), []).append(i)
     for places in by_schema.values():
-        schema = packets[places[0]].schema
-        left = list(range(len(places)))
-        batch = _lsst_batch(schema, [packets[i].body for i in places], columns)
-        if batch is not None:
-            table, good, left = batch.adapted()
-            tables.append(table)
-            rows += [places[k] for k in good]
-            is_moving += batch.is_there("ssSource")[good].tolist()
-            for k, head in zip(good, batch.heads(good), strict=True):
-                heads[places[k]] = head
-        for k in left:
-            error = None if batch is None else batch.leaves.errors[k]
-            i = places[k]
+        plan = _lsst_plan(packets[places[0]].schema, columns)
+        if plan is None:
+            left += places
+            continue
+        batch = _LsstBatch(plan, [packets[i].body for i in places])
+        table, good = batch.adapted()
+        parts.append(_Part([places[k] for k in good], table, batch.is_there("ssSource")[good].tolist()))
+        for k, head in zip(good, batch.heads(good), strict=True):
+            heads[places[k]] = head
+        for k in np.flatnonzero(batch.bad).tolist():
+            error = batch.leaves.errors[k]
+            if error is None:
+                left.append(places[k])
+            else:
+                heads[places[k]] = error
+    parts += _through_dicts(packets, left, columns, heads)
+    rows = np.array([row for part in parts for row in part.rows], dtype=np.int64)
+    is_moving = np.array([moving for part in parts for moving in part.is_moving], dtype=bool)
+    table = pa.concat_tables([project_alerts_schema(columns).empty_table(), *(part.table for part in parts)])
+    order = np.argsort(rows)
+    if len(parts) > 1:
+        table = table.combine_chunks().take(pa.array(order))
+    return AdaptedBatch(heads, rows[order], table, is_moving[order])
+
+
+class _Part(NamedTuple):
+    rows: list[int]
+    table: pa.Table
+    is_moving: list[bool]
+
+
+def _through_dicts(
+    packets: Sequence[Packet], places: list[int], columns: frozenset[str], heads: list[PacketHead | PacketFormatError]
+) -> list[_Part]:
+    """Packets one by one; their heads, or why they cannot be used, are written into `heads`."""
+    adapted: dict[int, AdaptedPacket] = {}
+    for i in places:
+        try:
+            adapted[i] = adapt_packet(decode_body(packets[i].schema, packets[i].body))
+        except PacketFormatError as error:
+            heads[i] = error
+    try:
+        groups = [(list(adapted), adapted_table([one.record for one in adapted.values()], columns))]
+    except PacketFormatError:
+        groups = []
+        for i, one in adapted.items():
             try:
-                if error is not None:
-                    raise error
-                adapted = adapt_packet(decode_body(schema, packets[i].body))
-                tables.append(adapted_table([adapted.record], columns))
-            except PacketFormatError as refusal:
-                heads[i] = refusal
-                continue
-            heads[i] = adapted
-            rows.append(i)
-            is_moving.append(adapted.record["ssSource"] is not None)
-    order = np.argsort(np.array(rows, dtype=np.int64))
-    table = pa.concat_tables(tables).combine_chunks()
-    if (order != np.arange(len(order))).any():
-        table = table.take(pa.array(order))
-    return AdaptedBatch(heads, np.array(rows, dtype=np.int64)[order], table, np.array(is_moving, dtype=bool)[order])
+                groups.append(([i], adapted_table([one.record], columns)))
+            except PacketFormatError as error:
+                heads[i] = error
+    parts = []
+    for rows, table in groups:
+        for i in rows:
+            heads[i] = adapted[i]
+        parts.append(_Part(rows, table, [adapted[i].record["ssSource"] is not None for i in rows]))
+    return parts
 
 
-def _lsst_batch(schema: ContainerSchema, bodies: Sequence[Any], columns: frozenset[str]) -> _LsstBatch | None:
-    """LSST's packets as columns; None where the schema is another survey's or has types that are not LSST's."""
+@dataclass(frozen=True, eq=False)
+class _LsstPlan:
+    """How packets of a schema become columns.
+
+    Attributes
+    ----------
+    label : of the schema
+    table_schema : of the table to make
+    has_radians : forced points may have places in radians
+    """
+
+    label: str
+    program: Program
+    table_schema: pa.Schema
+    has_radians: bool
+
+
+@lru_cache(maxsize=256)
+def _lsst_plan(schema: ContainerSchema, columns: frozenset[str]) -> _LsstPlan | None:
+    """None where the schema is another survey's or has types that are not LSST's."""
     fields = {field["name"] for field in schema.parsed["fields"]}
-    if "diaSource" not in fields:
-        return None
     table_schema = project_alerts_schema(columns)
     wanted = {column: set(names) for column, names in _CHECKED.items()}
-    for column in ALERT_COLUMNS:
-        if column in table_schema.names:
-            kind = table_schema.field(column).type
-            wanted[column] |= {field.name for field in (kind.value_type if column in _LISTS else kind)}
+    for column in wanted.keys() & set(table_schema.names):
+        kind = table_schema.field(column).type
+        wanted[column] |= {field.name for field in (kind.value_type if column in _LISTS else kind)}
     has_radians = "alertId" in fields
     if has_radians:
         wanted["prvDiaForcedSources"] |= {"ra", "dec"}
+    wanted["ssSource"] |= {old for old, _ in _OLD_SS_UNITS.values()}
     paths = set()
     for column, names in wanted.items():
         names |= {old for name in names for old, _ in _older(column, name)}
-        if column == "ssSource":
-            names |= {old for old, _ in _OLD_SS_UNITS.values()}
         paths |= {f"{column}.{name}" for name in names}
         paths |= {f"{column}[]"} if column in _LISTS else {column, f"{column}*"}
     program = compiled(schema, frozenset(paths), True)
-    if program.ambiguous or not all(_is_plain(program, column) for column in ALERT_COLUMNS if column in fields):
+    is_plain = all(_is_plain(program, column) for column in ALERT_COLUMNS if column in fields)
+    if "diaSource" not in fields or program.ambiguous or not is_plain:
         return None
-    return _LsstBatch(Leaves(schema.label, program, bodies, True), table_schema, has_radians)
+    return _LsstPlan(schema.label, program, table_schema, has_radians)
 
 
 def _is_plain(program: Program, column: str) -> bool:
@@ -209,26 +252,25 @@ def _older(column: str, name: str) -> list[tuple[str, float | None]]:
 class _LsstBatch:
     """A batch of LSST's packets; `bad` are those that only the way through dicts can judge."""
 
-    def __init__(self, leaves: Leaves, table_schema: pa.Schema, has_radians: bool) -> None:
-        self.leaves = leaves
-        self.table_schema = table_schema
+    def __init__(self, plan: _LsstPlan, bodies: Sequence[Any]) -> None:
+        self.leaves = leaves = Leaves(plan.label, plan.program, bodies, True)
+        self.table_schema = plan.table_schema
         self.bad = leaves.codes != 0
         self.fields: dict[tuple[str, str], tuple[np.ndarray, np.ndarray]] = {}
         self.misplaced: np.ndarray | None = None
         self._check_source()
         self._check_objects()
         self.orders = {column: self._check_history(column) for column in _LISTS}
-        if has_radians:
+        if plan.has_radians:
             self.misplaced = self._far_points()
             for name in ("ra", "dec"):
                 self.fields.pop(("prvDiaForcedSources", name), None)
 
-    def adapted(self) -> tuple[pa.Table, list[int], list[int]]:
-        """The table of those packets that can be used, which these are, and which are not."""
-        arrays = [self._column(column) for column in self.table_schema]
-        good, left = np.flatnonzero(~self.bad), np.flatnonzero(self.bad)
-        table = pa.Table.from_arrays(arrays, schema=self.table_schema)
-        return table.take(pa.array(good)) if len(left) else table, good.tolist(), left.tolist()
+    def adapted(self) -> tuple[pa.Table, list[int]]:
+        """The table of those packets that are not bad, and which these are."""
+        table = pa.Table.from_arrays([self._column(column) for column in self.table_schema], schema=self.table_schema)
+        good = np.flatnonzero(~self.bad)
+        return table.take(pa.array(good)) if self.bad.any() else table, good.tolist()
 
     def heads(self, good: list[int]) -> Iterator[PacketHead]:
         """What these packets must say."""

@@ -229,6 +229,7 @@ class Leaves:
             self.codes,
             self.ends,
         )
+        self._levels: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         self._label = label
         self._buffers = buffers
         self._addresses = addresses
@@ -251,23 +252,28 @@ class Leaves:
         counts = self._counts[self.program.levels[path]]
         return np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
 
-    def _rows(self, level: int) -> np.ndarray:
-        """Where each row of a level begins."""
-        width = int(self.program.level_slots[level])
-        if level == 0:
-            return np.arange(self.n) * width
-        counts = self._counts[level]
-        before = np.cumsum(counts) - counts
-        within = np.arange(int(counts.sum())) - np.repeat(before, counts)
-        return np.repeat(self._first[level], counts) + within * width
+    def _level(self, level: int) -> tuple[np.ndarray, np.ndarray]:
+        """(n_slots, n_rows) bits of the values of a level, and where there are any."""
+        if level not in self._levels:
+            width = int(self.program.level_slots[level])
+            if level == 0:
+                rows = np.arange(self.n) * width
+            else:
+                counts = self._counts[level]
+                before = np.cumsum(counts) - counts
+                within = np.arange(int(counts.sum())) - np.repeat(before, counts)
+                rows = np.repeat(self._first[level], counts) + within * width
+            places = rows + np.arange(width)[:, np.newaxis]
+            self._levels[level] = self._values[places], self._valid[places].view(bool)
+        return self._levels[level]
 
     def valid(self, leaf: Leaf) -> np.ndarray:
         """(n_rows,) bool, where the value is there."""
-        return self._valid[self._rows(leaf.level) + leaf.slot].view(bool)
+        return self._level(leaf.level)[1][leaf.slot]
 
     def numbers(self, leaf: Leaf) -> np.ndarray:
         """(n_rows,) the values, 0 where there is none; a timestamp is in us since 1970."""
-        bits = self._values[self._rows(leaf.level) + leaf.slot]
+        bits = self._level(leaf.level)[0][leaf.slot]
         if leaf.kind == DOUBLE:
             return bits.view(np.float64)
         if leaf.kind == FLOAT:
@@ -283,7 +289,7 @@ class Leaves:
         if leaf.kind in _NUMBERS:
             values = pa.array(self.numbers(leaf), mask=~valid, from_pandas=False)
             return values.cast(_NUMBERS[leaf.kind]) if leaf.kind == TIMESTAMP else values
-        places = self._values[self._rows(leaf.level) + leaf.slot]
+        places = self._level(leaf.level)[0][leaf.slot]
         offsets = np.zeros(len(places) + 1, dtype=np.int64)
         np.cumsum(places & np.uint64(0xFFFFFFFF), out=offsets[1:])
         if offsets[-1] > _MAX_BODY_BYTES:

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import io
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import fastavro
-import numpy as np
 import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_adaptation import ALL_COLUMNS, _lsst, _lsst_forced, _lsst_source, _valid_batch
+from test_adaptation import ALL_COLUMNS, _valid_batch
 
 from schemas.avro import batch_adaptation
 from schemas.avro.adaptation import AdaptedPacket, adapt_packet, adapted_table
@@ -24,7 +21,7 @@ from schemas.avro.encoding import encode_packets
 from schemas.avro.messages import Packet, packet_of, schema_of_container
 from schemas.avro.projection import split_bodies
 from schemas.avro.reading import decode_body
-from schemas.avro.schema_versions import ARCHIVED_VERSIONS, VERSIONS, archived_schema, packet_schema, writer_schema
+from schemas.avro.schema_versions import VERSIONS, packet_schema
 from schemas.avro.wire import PacketFormatError
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
