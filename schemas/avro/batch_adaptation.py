@@ -17,7 +17,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from schemas.avro import projection
 from schemas.avro.adaptation import (
     ARCSEC_PER_DEG,
     LSST,
@@ -32,10 +31,12 @@ from schemas.avro.adaptation import (
     adapted_table,
     mjd_tai,
 )
+from schemas.avro.body_reading import BOOLEAN, DOUBLE, FLOAT, INT, LONG, STRING, TIMESTAMP
 from schemas.avro.container import ContainerSchema
 from schemas.avro.messages import Packet
-from schemas.avro.projection import Leaves, Program, compiled
+from schemas.avro.projection import Leaves
 from schemas.avro.reading import decode_body
+from schemas.avro.reading_programs import Program, compiled
 from schemas.avro.wire import PacketFormatError
 from schemas.manifests import BANDS
 from schemas.records import ZERO_IS_NULL
@@ -58,15 +59,15 @@ _CHECKED = {
     "prvDiaForcedSources": ("diaForcedSourceId", "midpointMjdTai"),
 }  # fmt: skip
 _OLD_SS_UNITS = {new: (old, unit) for old, new, unit in SS_SOURCE_9} | {"ephOffsetRa": (_RESIDUAL_RA, ARCSEC_PER_DEG)}
-_FLOATS = (projection.FLOAT, projection.DOUBLE)
+_FLOATS = (FLOAT, DOUBLE)
 # of a column: what its numbers are here, and the kinds of written values that it takes as they are
 _TYPES: dict[pa.DataType, tuple[type, tuple[int, ...]]] = {
-    pa.int64(): (np.int64, (projection.LONG, projection.INT)),
-    pa.int32(): (np.int32, (projection.INT, projection.LONG)),
+    pa.int64(): (np.int64, (LONG, INT)),
+    pa.int32(): (np.int32, (INT, LONG)),
     pa.float32(): (np.float32, _FLOATS),
     pa.float64(): (np.float64, _FLOATS),
-    pa.bool_(): (np.bool_, (projection.BOOLEAN,)),
-    pa.string(): (np.bytes_, (projection.STRING,)),
+    pa.bool_(): (np.bool_, (BOOLEAN,)),
+    pa.string(): (np.bytes_, (STRING,)),
 }
 
 
@@ -129,7 +130,8 @@ def adapt_packets(packets: Sequence[Packet], columns: frozenset[str]) -> Adapted
     parts += _through_dicts(packets, left, columns, heads)
     rows = np.array([row for part in parts for row in part.rows], dtype=np.int64)
     is_moving = np.array([moving for part in parts for moving in part.is_moving], dtype=bool)
-    table = pa.concat_tables([project_alerts_schema(columns).empty_table(), *(part.table for part in parts)])
+    tables = [part.table for part in parts] or [project_alerts_schema(columns).empty_table()]
+    table = pa.concat_tables(tables)
     order = np.argsort(rows)
     if len(parts) > 1:
         table = table.combine_chunks().take(pa.array(order))
@@ -152,6 +154,8 @@ def _through_dicts(
             adapted[i] = adapt_packet(decode_body(packets[i].schema, packets[i].body))
         except PacketFormatError as error:
             heads[i] = error
+    if not adapted:
+        return []
     try:
         groups = [(list(adapted), adapted_table([one.record for one in adapted.values()], columns))]
     except PacketFormatError:
@@ -228,9 +232,9 @@ def _is_plain(program: Program, column: str) -> bool:
         if index >= 0:
             kinds = _TYPES[struct.field(index).type][1]
         elif name == "is_negative":
-            kinds = (projection.BOOLEAN,)
+            kinds = (BOOLEAN,)
         else:
-            kinds = _FLOATS if column == "ssSource" else (projection.TIMESTAMP,)
+            kinds = _FLOATS if column == "ssSource" else (TIMESTAMP,)
         if leaf.kind not in kinds:
             return False
     return True
@@ -432,7 +436,7 @@ class _LsstBatch:
         if leaf is None:
             return None
         values, valid = self.leaves.numbers(leaf), self.leaves.valid(leaf)
-        if leaf.kind == projection.TIMESTAMP:
+        if leaf.kind == TIMESTAMP:
             seconds, microseconds = np.divmod(values, 1_000_000)
             days, seconds = np.divmod(seconds, 86_400)
             values = mjd_tai(days + _DAYS_TO_1970, seconds, microseconds)
