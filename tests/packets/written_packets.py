@@ -1,4 +1,4 @@
-"""Random values of any Avro schema, and their bytes written slowly and apart, in all the ways that the format allows."""
+"""Random values of any Avro schema, and their bytes, written slowly and apart in all the ways the format allows."""
 
 from __future__ import annotations
 
@@ -16,23 +16,29 @@ _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 def _resolved(node: Any, named: dict[str, Any]) -> Any:
-    """The definition behind a name; definitions met on the way are remembered."""
+    """The definition behind a name; all definitions are gathered at the first call."""
+    if not named:
+        named.update(_definitions(node))
     if isinstance(node, str) and node in named:
-        node = named[node]
-    if isinstance(node, dict):
-        if isinstance(node["type"], (dict, list)):
-            return _resolved(node["type"], named)
-        if "name" in node:
-            named[node["name"]] = node
-    return node
+        return named[node]
+    return _resolved(node["type"], named) if isinstance(node, dict) and not isinstance(node["type"], str) else node
+
+
+def _definitions(node: Any) -> dict[str, Any]:
+    if isinstance(node, list):
+        return {name: one for branch in node for name, one in _definitions(branch).items()}
+    if not isinstance(node, dict):
+        return {}
+    found = {node["name"]: node} if node["type"] in ("record", "fixed", "enum") else {}
+    inner = [field["type"] for field in node.get("fields", ())]
+    inner += [node[key] for key in ("type", "items", "values") if key in node and not isinstance(node[key], str)]
+    return found | _definitions(inner)
 
 
 def random_value(node: Any, rng: np.random.Generator, named: dict[str, Any], *, longest: int = 4) -> Any:
     """A value of a parsed schema; texts, numbers and lengths at their extremes, nulls often."""
     node = _resolved(node, named)
     if isinstance(node, list):
-        for branch in node:
-            _resolved(branch, named)
         return random_value(node[int(rng.integers(len(node)))], rng, named, longest=longest)
     kind = node if isinstance(node, str) else node["type"]
     if kind == "record":
