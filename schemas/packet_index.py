@@ -9,35 +9,34 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import io
 import json
 import mmap
 import os
 import tarfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import fastavro
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from schemas.avro.adaptation import AdaptedPacket, adapt_packet
+from schemas.avro.adaptation import PacketHead
+from schemas.avro.batch_adaptation import adapt_packets
 from schemas.avro.container import (
     ContainerBlock,
     ContainerHeader,
-    ContainerSchema,
     block_bytes,
     check_codec,
     container_block,
     container_header,
 )
 from schemas.avro.messages import Packet, container_message, packet_of, schema_of_container
-from schemas.avro.reading import decode_body
+from schemas.avro.projection import split_bodies
 from schemas.avro.schema_versions import SchemaVersionError
 from schemas.avro.wire import PacketFormatError
 from schemas.manifests import (
@@ -54,6 +53,7 @@ _GZIP_MAGIC = b"\x1f\x8b"
 _CONTAINER_MAGIC = b"Obj"
 _WIRE_MAGIC = b"\0"
 _PIECE_BYTES = 1 << 20
+_BATCH, _BATCH_BYTES = 256, 1 << 25  # packets whose heads are read together
 _WHOLE = -1  # the message is all of the extent
 _PROBLEMS_KEY = b"problems"
 _SURVEY_KEY = b"survey"
@@ -117,24 +117,20 @@ def index_packets(
     known: dict[int, bytes] = {}
     surveys: dict[str, str] = {}
     files = list(packet_files(sources))
-    for path in files:
-        for found in _packets_in_file(path, spool, problems):
-            adapted = found.adapted
-            key = adapted.dia_source_id
+    for found in _adapted(one for path in files for one in _packets_in_file(path, spool)):
+        if isinstance(found, ManifestProblem):
+            problems.append(found)
+        else:
+            head = found.head
+            key = head.dia_source_id
             if key in known:
                 if known[key] != found.digest:
                     reason = f"{found.name}: diaSourceId {key} came before with different content; the first stands"
-                    problems.append(_problem("DuplicatePacket", reason, "the packet", adapted.visit, adapted.detector))
+                    problems.append(_problem("DuplicatePacket", reason, "the packet", head.visit, head.detector))
                 continue
             known[key] = found.digest
-            surveys.setdefault(adapted.survey, found.name)
-            exposure = (
-                adapted.visit,
-                adapted.detector,
-                adapted.band,
-                adapted.midpoint_mjd_tai,
-                adapted.exposure_time_s,
-            )
+            surveys.setdefault(head.survey, found.name)
+            exposure = (head.visit, head.detector, head.band, head.midpoint_mjd_tai, head.exposure_time_s)
             rows.append((*found.place, key, *exposure))
             if tell is not None:
                 tell(len(rows))
@@ -226,10 +222,16 @@ def _block(file: str, start: int, length: int, offset: int, version: tuple[int, 
     return header, block_bytes(block, header.codec)
 
 
+class _Lying(NamedTuple):
+    name: str
+    place: PacketPlace
+    packet: Packet
+
+
 class _Found(NamedTuple):
     name: str
     place: PacketPlace
-    adapted: AdaptedPacket
+    head: PacketHead
     digest: bytes
 
 
@@ -250,22 +252,24 @@ def packet_files(sources: Sequence[Path]) -> Iterator[Path]:
                 yield source / path
 
 
-def _packets_in_file(path: Path, spool: Path, problems: list[ManifestProblem]) -> Iterator[_Found]:
-    """Packets of one file; what cannot be read in it becomes problems."""
+def _packets_in_file(path: Path, spool: Path) -> Iterator[_Lying | ManifestProblem]:
+    """Packets of one file, and in their places the problems of what cannot be read in it."""
     n_extents = 0
+    problems: list[ManifestProblem] = []
     try:
         readable = _unpacked(path, spool, problems)
+        yield from problems
         for name, start, length in _extents(readable, path.name):
             n_extents += 1
             try:
-                yield from _packets_in_extent(name, str(readable), start, length, problems)
+                yield from _packets_in_extent(name, str(readable), start, length)
             except (PacketFormatError, SchemaVersionError) as error:
-                problems.append(_problem("UnreadablePackets", f"{name}: {error}", "what is in it"))
+                yield _problem("UnreadablePackets", f"{name}: {error}", "what is in it")
         if n_extents == 0:
             raise PacketFormatError("nothing in it")
     except (OSError, ValueError, OverflowError, tarfile.TarError) as error:
         lost = "the rest of the file" if n_extents else "what is in it"
-        problems.append(_problem("UnreadableFile", f"{path.name}: {error}", lost))
+        yield _problem("UnreadableFile", f"{path.name}: {error}", lost)
 
 
 def _unpacked(path: Path, spool: Path, problems: list[ManifestProblem]) -> Path:
@@ -308,34 +312,47 @@ def _extents(path: Path, name: str) -> Iterator[tuple[str, int, int]]:
             raise PacketFormatError(f"the tar breaks off at byte {end}")
 
 
-def _packets_in_extent(
-    name: str, file: str, start: int, length: int, problems: list[ManifestProblem]
-) -> Iterator[_Found]:
+def _packets_in_extent(name: str, file: str, start: int, length: int) -> Iterator[_Lying | ManifestProblem]:
     data = _extent(file, _version(file))[start : start + length]
     whole = PacketPlace(file, start, length, _WHOLE, 0, length)
     if len(data) < length:
-        problems.append(_problem("UnreadablePackets", f"{name}: cut off", f"{length - len(data)} of {length} bytes"))
+        yield _problem("UnreadablePackets", f"{name}: cut off", f"{length - len(data)} of {length} bytes")
     if bytes(data[: len(_CONTAINER_MAGIC)]) != _CONTAINER_MAGIC:
         if bytes(data[:1]) != _WIRE_MAGIC:
             raise PacketFormatError("neither an Avro container nor a wire message")
         packet = packet_of(bytes(data))
-        decoded = decode_body(packet.schema, packet.body)
-        yield from _found(name, whole, decoded, packet.body, problems)
+        _, error = split_bodies(packet.schema, packet.body, 1)
+        if error is not None:
+            raise error
+        yield _Lying(name, whole, packet)
         return
     header = container_header(data)
     check_codec(header.codec)
     schema = schema_of_container(header.schema_text)
-    for block, end in _blocks(name, data, header, problems):
-        bodies, decoded_packets = _decoded_block(name, block, header, schema, problems)
+    for one in _blocks(name, data, header):
+        if isinstance(one, ManifestProblem):
+            yield one
+            continue
+        block, end = one
+        ends: list[int] = []
+        bodies = b""
+        try:
+            bodies = block_bytes(block, header.codec)
+            ends, error = split_bodies(schema, bodies, block.n_packets)
+        except PacketFormatError as broken:
+            error = broken
         is_whole = block.n_packets == 1 and block.offset == header.end and end == len(data)
-        for first, last, decoded in decoded_packets:
+        for first, last in pairwise([0, *ends]):
             place = PacketPlace(file, start, length, block.offset, first, last - first)
-            yield from _found(name, whole if is_whole else place, decoded, bodies[first:last], problems)
+            yield _Lying(name, whole if is_whole else place, Packet(schema, bodies[first:last]))
+        if error is not None:
+            lost = f"{block.n_packets - len(ends)} of {block.n_packets} packets of the block at byte {block.offset}"
+            yield _problem("UnreadablePackets", f"{name}: {error}", lost)
 
 
 def _blocks(
-    name: str, data: memoryview, header: ContainerHeader, problems: list[ManifestProblem]
-) -> Iterator[tuple[ContainerBlock, int]]:
+    name: str, data: memoryview, header: ContainerHeader
+) -> Iterator[tuple[ContainerBlock, int] | ManifestProblem]:
     """The blocks of a container, and where each ends; behind a broken one it goes on at the next sync marker."""
     position = header.end
     while position < len(data):
@@ -344,7 +361,7 @@ def _blocks(
         except PacketFormatError as error:
             found = _find(data, header.sync, position)
             end = len(data) if found < 0 else found + len(header.sync)
-            problems.append(_problem("UnreadablePackets", f"{name}: {error}", f"{end - position} bytes"))
+            yield _problem("UnreadablePackets", f"{name}: {error}", f"{end - position} bytes")
         else:
             yield block, end
         position = end
@@ -359,40 +376,40 @@ def _find(data: memoryview, sought: bytes, start: int) -> int:
     return -1
 
 
-def _decoded_block(
-    name: str, block: ContainerBlock, header: ContainerHeader, schema: ContainerSchema, problems: list[ManifestProblem]
-) -> tuple[bytes, list[tuple[int, int, dict[str, Any]]]]:
-    """The bytes of a block, and of each packet in it first byte, byte behind the last, and content."""
-    decoded: list[tuple[int, int, dict[str, Any]]] = []
-    bodies = b""
-    try:
-        bodies = block_bytes(block, header.codec)
-        stream = io.BytesIO(bodies)
-        for _ in range(block.n_packets):
-            first = stream.tell()
-            packet: Any = fastavro.schemaless_reader(stream, schema.parsed, None)
-            decoded.append((first, stream.tell(), packet))
-        if stream.tell() != len(bodies):
-            raise PacketFormatError(f"{len(bodies) - stream.tell()} bytes behind the packets")
-    except Exception as error:  # fastavro raises many kinds on broken bytes: all are one thing to us
-        lost = f"{block.n_packets - len(decoded)} of {block.n_packets} packets of the block at byte {block.offset}"
-        problems.append(_problem("UnreadablePackets", f"{name}: {type(error).__name__}: {error}", lost))
-    return bodies, decoded
+def _adapted(lying: Iterable[_Lying | ManifestProblem]) -> Iterator[_Found | ManifestProblem]:
+    """What every packet must say, worked out for many at a time, and problems in their places."""
+    batch: list[_Lying | ManifestProblem] = []
+    n_bytes = 0
+    for one in lying:
+        batch.append(one)
+        n_bytes += len(one.packet.body) if isinstance(one, _Lying) else 0
+        if len(batch) == _BATCH or n_bytes >= _BATCH_BYTES:
+            yield from _adapted_batch(batch)
+            batch, n_bytes = [], 0
+    yield from _adapted_batch(batch)
 
 
-def _found(
-    name: str, place: PacketPlace, decoded: Any, body: bytes, problems: list[ManifestProblem]
-) -> Iterator[_Found]:
-    try:
-        adapted = adapt_packet(decoded)
-        if not SURVEY_MJD_RANGE[0] <= adapted.midpoint_mjd_tai <= SURVEY_MJD_RANGE[1]:
-            raise PacketFormatError(f"midpoint {adapted.midpoint_mjd_tai} is no MJD of any survey")
-        if min(adapted.dia_source_id, adapted.visit) < 1:
-            raise PacketFormatError(f"diaSourceId {adapted.dia_source_id}, visit {adapted.visit}: 0 is none")
-    except PacketFormatError as error:
-        problems.append(_problem("UnusablePacket", f"{name}: {error}", "the packet"))
-        return
-    yield _Found(name, place, adapted, hashlib.sha256(body).digest())
+def _adapted_batch(batch: list[_Lying | ManifestProblem]) -> Iterator[_Found | ManifestProblem]:
+    heads = iter(adapt_packets([one.packet for one in batch if isinstance(one, _Lying)], frozenset()).heads)
+    for one in batch:
+        if isinstance(one, ManifestProblem):
+            yield one
+            continue
+        try:
+            digest = hashlib.sha256(one.packet.body).digest()
+            yield _Found(one.name, one.place, _usable(next(heads)), digest)
+        except PacketFormatError as error:
+            yield _problem("UnusablePacket", f"{one.name}: {error}", "the packet")
+
+
+def _usable(head: PacketHead | PacketFormatError) -> PacketHead:
+    if isinstance(head, PacketFormatError):
+        raise head
+    if not SURVEY_MJD_RANGE[0] <= head.midpoint_mjd_tai <= SURVEY_MJD_RANGE[1]:
+        raise PacketFormatError(f"midpoint {head.midpoint_mjd_tai} is no MJD of any survey")
+    if min(head.dia_source_id, head.visit) < 1:
+        raise PacketFormatError(f"diaSourceId {head.dia_source_id}, visit {head.visit}: 0 is none")
+    return head
 
 
 def _problem(

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from schemas.avro.adaptation import AdaptedPacket
+from schemas.avro.adaptation import PacketHead
 from schemas.avro.reading import to_json
 from schemas.elements import AlertBatch
 from schemas.records import records_to_arrow, take_records
@@ -75,9 +75,9 @@ def thin_alerts(batch: AlertBatch, file_name: str, digests: list[str], filter_co
 
 
 def replayed_alerts(
-    packets: Sequence[AdaptedPacket], table: pa.Table, file_name: str, digests: list[str], filter_columns: Iterable[str]
+    packets: Sequence[PacketHead], table: pa.Table, file_name: str, digests: list[str], filter_columns: Iterable[str]
 ) -> pa.Table:
-    """The thin table of replayed packets, a row each; `table` holds their `filter_columns` (`adapted_table`)."""
+    """The thin table of replayed packets, a row each; `table` holds their `filter_columns`."""
     located = {
         "diaSourceId": pa.array([packet.dia_source_id for packet in packets], pa.int64()),
         "kafkaKey": pa.array([packet.kafka_key for packet in packets], pa.string()),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,9 +11,9 @@ import apache_beam as beam
 import numpy as np
 import pyarrow as pa
 
-from schemas.avro.adaptation import AdaptedPacket, adapt_packet, adapted_table
-from schemas.avro.messages import packet_of
-from schemas.avro.reading import decode_body
+from schemas.avro.adaptation import PacketHead
+from schemas.avro.batch_adaptation import adapt_packets
+from schemas.avro.messages import Packet, packet_of
 from schemas.avro.wire import PacketFormatError
 from schemas.claim_check import write_blobs
 from schemas.elements import DetectorVisit, FailureRecord, VisitPart
@@ -42,10 +42,19 @@ class ReplayResult(NamedTuple):
     failed: beam.PCollection
 
 
-class _ReadPacket(NamedTuple):
-    adapted: AdaptedPacket
+class _StoredPacket(NamedTuple):
+    dia_source_id: int  # by the index
+    file: str
     message: bytes
-    digest: str
+    packet: Packet
+
+
+class _ReadPackets(NamedTuple):
+    heads: list[PacketHead]
+    messages: list[bytes]
+    digests: list[str]
+    table: pa.Table  # a row each
+    n_moving: int
 
 
 class LoadPackets(beam.PTransform):
@@ -96,63 +105,57 @@ class _ReadPacketsFn(beam.DoFn):
     def _replay(self, element: DetectorVisit) -> Iterator[Any]:
         started_at, started = time.time(), time.perf_counter()
         visit, detector, to = element.visit.visit, element.detector, self.delivery
-        packets, failures = self._packets(visit, detector)
-        packets, table, misfits = self._fitting(visit, detector, packets)
+        stored, failures = self._stored(visit, detector)
+        packets, misfits = adapted_packets(visit, detector, stored, to.filter_columns)
         for failure in failures + misfits:
             yield beam.pvalue.TaggedOutput(FAILED, failure)
             yield visit, failure_part(failure)
-        ids = np.array([packet.adapted.dia_source_id for packet in packets], dtype=np.int64)
-        messages = [packet.message for packet in packets]
+        ids = np.array([head.dia_source_id for head in packets.heads], dtype=np.int64)
         file_name = packet_file(visit, detector, ids)
         if len(ids):
-            write_blobs(Path(to.packet_folder) / file_name, ids, [(message,) for message in messages])
-        digests = [packet.digest for packet in packets]
-        adapted = [packet.adapted for packet in packets]
-        thin = replayed_alerts(adapted, table, file_name, digests, to.filter_columns)
+            write_blobs(Path(to.packet_folder) / file_name, ids, [(message,) for message in packets.messages])
+        thin = replayed_alerts(packets.heads, packets.table, file_name, packets.digests, to.filter_columns)
         shipment = Shipment()
         if to.sink is not None:
-            send_full_streams(to.sink, to.streams, visit, thin, messages, shipment)
+            send_full_streams(to.sink, to.streams, visit, thin, packets.messages, shipment)
             for failure in shipment.failures:
                 yield beam.pvalue.TaggedOutput(FAILED, failure)
                 yield visit, failure_part(failure)
         seconds = {"replaying": time.perf_counter() - started}
         yield visit, alerts_part([detector], thin, _NO_ROWS, counts={}, seconds=seconds, shipped=shipment.counts())
-        n_moving = sum(packet.adapted.record["ssSource"] is not None for packet in packets)
-        yield visit, detector_account(detector, len(ids), len(ids), started_at, ss_matches=n_moving)
+        yield visit, detector_account(detector, len(ids), len(ids), started_at, ss_matches=packets.n_moving)
 
-    def _packets(self, visit: int, detector: int) -> tuple[list[_ReadPacket], list[FailureRecord]]:
-        """The packets of one exposure that can be read."""
-        packets: list[_ReadPacket] = []
+    def _stored(self, visit: int, detector: int) -> tuple[list[_StoredPacket], list[FailureRecord]]:
+        """The packets of one exposure as they lie there."""
+        stored: list[_StoredPacket] = []
         failures: list[FailureRecord] = []
         for dia_source_id, place in self.reader.places(visit, detector):
             try:
                 message = read_packet(place)
-                packet = packet_of(message)
-                adapted = adapt_packet(decode_body(packet.schema, packet.body))
-                if (adapted.dia_source_id, adapted.visit, adapted.detector) != (dia_source_id, visit, detector):
-                    raise PacketFormatError(f"{place.file} has changed: another packet lies there")
-                packets.append(_ReadPacket(adapted, message, packet_digest(packet.body)))
+                stored.append(_StoredPacket(dia_source_id, place.file, message, packet_of(message)))
             except (OSError, PacketFormatError) as error:
                 failures.append(failure_of(error, STAGE, visit, detector, lost=f"packet {dia_source_id}"))
-        return packets, failures
+        return stored, failures
 
-    def _fitting(
-        self, visit: int, detector: int, packets: list[_ReadPacket]
-    ) -> tuple[list[_ReadPacket], pa.Table, list[FailureRecord]]:
-        """The packets that fit the columns filters ask for, and these; one by one only where they do not all fit."""
-        failures: list[FailureRecord] = []
-        try:
-            return packets, self._table(packets), failures
-        except PacketFormatError:
-            fitting = []
-        for packet in packets:
-            try:
-                self._table([packet])
-                fitting.append(packet)
-            except PacketFormatError as error:
-                lost = f"packet {packet.adapted.dia_source_id}"
-                failures.append(failure_of(error, STAGE, visit, detector, lost=lost))
-        return fitting, self._table(fitting), failures
 
-    def _table(self, packets: list[_ReadPacket]) -> pa.Table:
-        return adapted_table([packet.adapted.record for packet in packets], self.delivery.filter_columns)
+def adapted_packets(
+    visit: int, detector: int, stored: Sequence[_StoredPacket], columns: frozenset[str]
+) -> tuple[_ReadPackets, list[FailureRecord]]:
+    """Those packets that can be read, are the ones of the index and fit the columns that filters ask for."""
+    batch = adapt_packets([one.packet for one in stored], columns)
+    heads: list[PacketHead] = []
+    failures: list[FailureRecord] = []
+    kept: list[int] = []
+    for i, (one, head) in enumerate(zip(stored, batch.heads, strict=True)):
+        if isinstance(head, PacketHead):
+            if (head.dia_source_id, head.visit, head.detector) == (one.dia_source_id, visit, detector):
+                heads.append(head)
+                kept.append(i)
+                continue
+            head = PacketFormatError(f"{one.file} has changed: another packet lies there")
+        failures.append(failure_of(head, STAGE, visit, detector, lost=f"packet {one.dia_source_id}"))
+    is_kept = np.isin(batch.rows, kept)
+    table = batch.table if is_kept.all() else batch.table.filter(pa.array(is_kept))
+    messages = [stored[i].message for i in kept]
+    digests = [packet_digest(stored[i].packet.body) for i in kept]
+    return _ReadPackets(heads, messages, digests, table, int(batch.is_moving[is_kept].sum())), failures

@@ -3,8 +3,8 @@
 Filters see one table, whose columns are those of the newest LSST record. Here stands how a decoded packet
 becomes a row of it. What a packet does not say is null: nothing is guessed.
 
-LSST, versions 7.0 to 11.1, also as Fink passes them on: by name, with the renames of `_RENAMED` and
-`_SS_SOURCE_9`.
+LSST, versions 7.0 to 11.1, also as Fink passes them on: by name, with the renames of `RENAMED` and
+`SS_SOURCE_9`.
 
 - Histories are put in order of (midpoint, id): simulated packets of 7.1 and 7.4 came without order.
 - An id of 0 means none, as LSST's database writes it.
@@ -60,14 +60,14 @@ _MISFITS = (ValueError, TypeError, OverflowError, NotImplementedError)
 _FINITE = (-sys.float_info.max, sys.float_info.max)
 _MAX_LONG = 2**63 - 1
 _MAX_INT = 2**31 - 1
-_MJD_RANGE = (10_000.0, 100_000.0)  # 1886 to 2132
-_MAX_EXPOSURE_S = 86_400.0
+MJD_RANGE = (10_000.0, 100_000.0)  # 1886 to 2132
+MAX_EXPOSURE_S = 86_400.0
 
 _MJD_0 = datetime(1858, 11, 17, tzinfo=UTC)
 _JD_OF_MJD_0 = 2_400_000.5
 _KM_PER_S = 149_597_870.7 / 86_400.0  # of 1 AU per day
-_ARCSEC_PER_DEG = 3600.0
-_MISPLACED_DEG = 0.1
+ARCSEC_PER_DEG = 3600.0
+MISPLACED_DEG = 0.1
 
 _MAG_RANGE = (-10.0, 50.0)
 _MIN_MAG_ERR = 1e-9
@@ -81,14 +81,14 @@ _ZTF_NO_WARNING = "0"
 _FIELDS = {record: frozenset(alert_fields(column)) for column, (record, _) in ALERT_COLUMNS.items()}
 
 # record -> (older name, name now) where only the name changed, or a timestamp became an MJD
-_RENAMED = {
+RENAMED = {
     "diaSource": (("is_negative", "isNegative"), ("time_processed", "timeProcessedMjdTai")),
     "diaForcedSource": (("time_processed", "timeProcessedMjdTai"),),
     "diaObject": (("validityStart", "validityStartMjdTai"),),
     "ssSource": (),
 }
 # ssSource of 8.0 and 9.0: older name, name now, unit of the older in units of now
-_SS_SOURCE_9 = (
+SS_SOURCE_9 = (
     ("eclipticLambda", "eclLambda", 1.0),
     ("eclipticBeta", "eclBeta", 1.0),
     ("galacticL", "galLon", 1.0),
@@ -96,7 +96,7 @@ _SS_SOURCE_9 = (
     ("heliocentricDist", "helioRange", 1.0),
     ("topocentricDist", "topoRange", 1.0),
     ("predictedVMagnitude", "ephVmag", 1.0),
-    ("residualDec", "ephOffsetDec", _ARCSEC_PER_DEG),
+    ("residualDec", "ephOffsetDec", ARCSEC_PER_DEG),
     *((f"heliocentric{axis.upper()}", f"helio_{axis}", 1.0) for axis in "xyz"),
     *((f"topocentric{axis.upper()}", f"topo_{axis}", 1.0) for axis in "xyz"),
     *((f"heliocentricV{axis.upper()}", f"helio_v{axis}", _KM_PER_S) for axis in "xyz"),
@@ -105,8 +105,8 @@ _SS_SOURCE_9 = (
 
 
 @dataclass(frozen=True)
-class AdaptedPacket:
-    """One packet in today's names.
+class PacketHead:
+    """What every packet must say, in today's names.
 
     Attributes
     ----------
@@ -116,8 +116,6 @@ class AdaptedPacket:
     midpoint_mjd_tai : middle of the exposure
     exposure_time_s : None where the packet doesn't say (LSST before 11.1)
     kafka_key : LSST: diaObjectId, else ssObjectId, else diaSourceId, as text; ZTF: objectId
-    record : the row of the table `alerts`: diaSource (dict), diaObject and ssSource (dict or None),
-        prvDiaSources and prvDiaForcedSources (lists of dict); a field that is missing is null
     """
 
     survey: str
@@ -128,6 +126,18 @@ class AdaptedPacket:
     midpoint_mjd_tai: float
     exposure_time_s: float | None
     kafka_key: str
+
+
+@dataclass(frozen=True)
+class AdaptedPacket(PacketHead):
+    """One packet in today's names.
+
+    Attributes
+    ----------
+    record : the row of the table `alerts`: diaSource (dict), diaObject and ssSource (dict or None),
+        prvDiaSources and prvDiaForcedSources (lists of dict); a field that is missing is null
+    """
+
     record: dict[str, Any]
 
 
@@ -231,9 +241,9 @@ def _adapt_lsst(packet: Mapping[str, Any]) -> AdaptedPacket:
     detector = _whole(source, "diaSource", "detector", _MAX_INT)
     ra = _number(source, "diaSource", "ra", 0.0, 360.0)
     dec = _number(source, "diaSource", "dec", -90.0, 90.0)
-    midpoint = _number(source, "diaSource", "midpointMjdTai", *_MJD_RANGE)
+    midpoint = _number(source, "diaSource", "midpointMjdTai", *MJD_RANGE)
     band = _band(source.get("band"), "diaSource.band")
-    exposure_time = _optional(source, "diaSource", "exposureTime", 0.0, _MAX_EXPOSURE_S)
+    exposure_time = _optional(source, "diaSource", "exposureTime", 0.0, MAX_EXPOSURE_S)
 
     dia_object = _lsst_object(packet, "diaObject")
     ss_source = _lsst_object(packet, "ssSource")
@@ -267,7 +277,7 @@ def _by_name(values: Mapping[str, Any], record: str) -> dict[str, Any]:
     """The fields of a record that are known today and not null."""
     known = _FIELDS[record]
     fields = {name: value for name, value in values.items() if value is not None and name in known}
-    for old, new in _RENAMED[record]:
+    for old, new in RENAMED[record]:
         value = values.get(old)
         if value is not None:
             fields.setdefault(new, _mjd_tai(value) if isinstance(value, datetime) else value)
@@ -302,8 +312,8 @@ def _lsst_history(packet: Mapping[str, Any], column: str) -> list[dict[str, Any]
 
 def _rename_ss_source(values: Mapping[str, Any], fields: dict[str, Any], dec_deg: float) -> None:
     # residualRa leaves out cos(dec): so do observed minus predicted places of real packets.
-    on_the_sky = ("residualRa", "ephOffsetRa", _ARCSEC_PER_DEG * math.cos(math.radians(dec_deg)))
-    for old, new, unit in (*_SS_SOURCE_9, on_the_sky):
+    on_the_sky = ("residualRa", "ephOffsetRa", ARCSEC_PER_DEG * math.cos(math.radians(dec_deg)))
+    for old, new, unit in (*SS_SOURCE_9, on_the_sky):
         if values.get(old) is not None:
             fields.setdefault(new, unit * _number(values, "ssSource", old, *_FINITE))
 
@@ -315,7 +325,7 @@ def _drop_other_place(point: dict[str, Any], ra_deg: float, dec_deg: float) -> N
     if ra is None or dec is None:
         return
     across = (ra - ra_deg + 180.0) % 360.0 - 180.0
-    if abs(across) * math.cos(math.radians(dec_deg)) > _MISPLACED_DEG or abs(dec - dec_deg) > _MISPLACED_DEG:
+    if abs(across) * math.cos(math.radians(dec_deg)) > MISPLACED_DEG or abs(dec - dec_deg) > MISPLACED_DEG:
         del point["ra"], point["dec"]
 
 
@@ -333,9 +343,14 @@ def _mjd_tai(moment: datetime) -> float:
     if moment.tzinfo is None:
         moment = moment.replace(tzinfo=UTC)
     since = moment - _MJD_0
-    fraction = since.seconds / 86_400.0 + since.microseconds / 86_400e6
-    _, tai_fraction, _ = erfa.ufunc.utctai(_JD_OF_MJD_0 + since.days, fraction)
-    return float(since.days + tai_fraction)
+    return float(mjd_tai(since.days, since.seconds, since.microseconds))
+
+
+def mjd_tai(days: Any, seconds: Any, microseconds: Any) -> Any:
+    """MJD TAI from the time since MJD 0 UTC, scalars or arrays."""
+    fraction = seconds / 86_400.0 + microseconds / 86_400e6
+    _, tai_fraction, _ = erfa.ufunc.utctai(_JD_OF_MJD_0 + days, fraction)
+    return days + tai_fraction
 
 
 def _adapt_ztf(packet: Mapping[str, Any]) -> AdaptedPacket:
@@ -494,7 +509,7 @@ def _ztf_band(row: Mapping[str, Any], where: str) -> str:
 
 
 def _ztf_exposure_s(row: Mapping[str, Any], where: str) -> float:
-    exposure_s = _ztf_number(row, where, "exptime", 0.0, _MAX_EXPOSURE_S)
+    exposure_s = _ztf_number(row, where, "exptime", 0.0, MAX_EXPOSURE_S)
     return ztf.EXPOSURE_S if exposure_s is None else exposure_s
 
 
