@@ -26,7 +26,7 @@ from pydantic.dataclasses import dataclass
 from schemas.claim_check import PLANES, ImageStore, StoredExposure
 from schemas.elements import CatalogueSources, DetectedSources, EarlierNights, FailureRecord, StageElement, VisitPart
 from schemas.framing import pack, unpack
-from schemas.manifests import Visit, event_time_s
+from schemas.manifests import Visit
 from schemas.records import (
     DIA_FORCED_SOURCE,
     DIA_OBJECT,
@@ -51,7 +51,7 @@ from transforms.cell_state import (
     seen_of,
 )
 from transforms.failures import FAILED, failure_of, failure_part
-from transforms.ingestion import visit_context
+from transforms.ingestion import event_timestamp, visit_context
 from transforms.numerics.forced_photometry import forced_psf_flux, psf_splines
 from transforms.numerics.psf_grid import PsfGrid
 from transforms.sky_cells import (
@@ -384,7 +384,7 @@ class _AssociateInCellsFn(beam.DoFn):
         reach = self.config.rules().history_days + LATEST_DAYS
         sources, forced = read_history(blocks)
         for visit in _visits_of(arrived, known):
-            event_time = Timestamp(event_time_s(visit.midpoint_mjd_tai))
+            event_time = event_timestamp(visit.midpoint_mjd_tai)
             if visit.midpoint_mjd_tai <= known.newest_mjd_tai - reach:
                 yield from _failed_at(event_time, visit, _too_late(cell, visit, known.newest_mjd_tai, reach))
                 continue
@@ -433,7 +433,7 @@ def _visit_parts(messages: list[bytes]) -> Iterator[TimestampedValue]:
     for message in sorted(messages):
         header, buffers = unpack(message)
         visit, midpoint = header["context"]["visit"], header["context"]["midpoint_mjd_tai"]
-        yield TimestampedValue(VisitPart(visit, midpoint, bytes(buffers[0])), Timestamp(event_time_s(midpoint)))
+        yield TimestampedValue(VisitPart(visit, midpoint, bytes(buffers[0])), event_timestamp(midpoint))
 
 
 def _split_due(waiting: list[bytes], fired_at: Timestamp) -> tuple[list[bytes], list[bytes], list[bytes]]:
@@ -443,7 +443,7 @@ def _split_due(waiting: list[bytes], fired_at: Timestamp) -> tuple[list[bytes], 
         header, _ = unpack(message)
         if header["kind"] == "history":
             earlier.append(message)
-        elif Timestamp(event_time_s(header["context"]["midpoint_mjd_tai"])) <= fired_at:
+        elif event_timestamp(header["context"]["midpoint_mjd_tai"]) <= fired_at:
             arrived.append(message)
         else:
             rest.append(message)
