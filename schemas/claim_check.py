@@ -109,8 +109,12 @@ class ImageStore:
             psf, science_psf = (
                 np.asarray(np.load(self.psf_path(visit, detector, name), mmap_mode="r")) for name in _PSF_NAMES
             )
+            if pixels.ndim != 3 or len(PLANES) != pixels.shape[0] or pixels.dtype != np.float32:
+                raise ValueError(f"it holds {pixels.dtype} of shape {pixels.shape}")
             wcs = WCS(fits.Header.fromstring(pixels.schunk.vlmeta["wcs"], sep="\n"))
-        except (OSError, RuntimeError, KeyError, ValueError, EOFError) as error:
+            if not wcs.has_celestial:
+                raise ValueError("its WCS speaks of no sky")
+        except (OSError, RuntimeError, KeyError, ValueError, EOFError, AttributeError, TypeError) as error:
             raise ClaimCheckError(f"stored image of visit {visit} detector {detector} is broken: {error}") from error
         return StoredExposure(wcs, psf, science_psf, (pixels.shape[1], pixels.shape[2]), pixels)
 
