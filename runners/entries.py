@@ -95,7 +95,7 @@ def stream_input(announced: AnnouncedVisits, request: RunRequest, history: tuple
     """Visits as they are announced. KafkaUnreachableError or HistoryError if topic or history cannot be read."""
     log = KafkaMessageLog(announced.bootstrap, announced.topic)
     log.end()
-    check_history(history, request.out)
+    short = check_history(history, request, Manifest(()))
     folders = tuple(str(folder) for folder in history)
     known = announced.known_objects
     closings = request.out / "ledger" / "closings"
@@ -108,7 +108,7 @@ def stream_input(announced: AnnouncedVisits, request: RunRequest, history: tuple
         def dataflow(delivery: Delivery) -> AlertProduction:
             return AlertProduction(stream, delivery, request.config, ephemerides, folders, elements)
 
-        return Entry(Manifest(()), dataflow, request.brokers, (*without_places, *without_orbits))
+        return Entry(Manifest(()), dataflow, request.brokers, (*without_places, *without_orbits, *short))
 
     beside = [] if known is None else [fingerprint(known / name) for name in (EPHEMERIDES, *ORBITS)]
     parts = ["stream", announced.bootstrap, announced.topic, beside, [history_digest(folder) for folder in history]]

@@ -23,7 +23,7 @@ from apache_beam.transforms.window import TimestampedValue
 from apache_beam.utils.timestamp import Duration, Timestamp
 
 from schemas.elements import DetectorVisit, EarlierNights, FailureRecord, StageElement, VisitPart
-from schemas.manifests import AnnouncedDetector, event_time_s, parse_announcement
+from schemas.manifests import AnnouncedDetector, parse_announcement
 from transforms.failures import FAILED, failure_part
 from transforms.ingestion import (
     STAGE,
@@ -32,6 +32,7 @@ from transforms.ingestion import (
     ReadVisits,
     VisitList,
     announcement_part,
+    event_timestamp,
 )
 
 # Output leaves the source when a turn ends, so a turn with work is short; each costs the runner a few KB of state
@@ -132,8 +133,8 @@ class _OpenVisit:
     opened_at: float
 
     @property
-    def event_time_s(self) -> float:
-        return event_time_s(self.midpoint_mjd_tai)
+    def event_time(self) -> Timestamp:
+        return event_timestamp(self.midpoint_mjd_tai)
 
     @property
     def is_complete(self) -> bool:
@@ -257,9 +258,9 @@ def _is_at_end(position: StreamPosition) -> bool:
 def _passed(position: StreamPosition) -> Timestamp | None:
     """How far event time has come: to the earliest open visit, else past the latest closed one."""
     if position.open:
-        return Timestamp(min(one.event_time_s for one in position.open))
+        return min(one.event_time for one in position.open)
     if position.closed:
-        return Timestamp(max(one.event_time_s for one in position.closed) + WATERMARK_LEAD_S)
+        return max(one.event_time for one in position.closed) + WATERMARK_LEAD_S
     return None
 
 
@@ -311,7 +312,7 @@ class _Turn:
 
     def _announce(self, announced: AnnouncedDetector, offset: int) -> Iterator[Any]:
         visit, bit = announced.visit, 1 << announced.images.detector
-        at = Timestamp(visit.event_time_s)
+        at = event_timestamp(visit.midpoint_mjd_tai)
         known = (*self.position.closed, *self.position.open)
         one = next((other for other in known if other.visit == visit.visit), None)
         if one is None:
@@ -401,7 +402,7 @@ class _Turn:
 def _told(visit: int, midpoint_mjd_tai: float, detector: int, error: str, reason: str, lost: str) -> Iterator[Any]:
     """A failure of a visit: to the failure records, and to the visit."""
     record = FailureRecord(visit, detector, STAGE, error, reason, lost)
-    at = Timestamp(event_time_s(midpoint_mjd_tai))
+    at = event_timestamp(midpoint_mjd_tai)
     yield beam.pvalue.TaggedOutput(FAILED, TimestampedValue(record, at))
     yield TimestampedValue(VisitPart(visit, midpoint_mjd_tai, failure_part(record)), at)
 

@@ -18,6 +18,7 @@ from schemas.elements import DetectorVisit, EarlierNights, FailureRecord
 from schemas.framing import unpack
 from schemas.manifests import DetectorImages, Visit, announcements, parse_announcement
 from transforms import visit_stream
+from transforms.ingestion import event_timestamp
 from transforms.visit_stream import (
     ReadVisitStream,
     StreamPosition,
@@ -141,10 +142,10 @@ def test_the_watermark_waits_for_open_visits_and_passes_closed_ones(tmp_path: Pa
     seen, failures, position = _read(stream, StreamPosition(0, None), turns=1)
     # The second visit is complete, the first is not: the turn ends there, and the watermark stays at the first.
     assert seen == ["visit", (1, 0), (1, 1), "visit", (2, 0), (2, 1), (2, 2)]
-    assert _passed(position) == first.event_time_s
+    assert _passed(position) == event_timestamp(first.midpoint_mjd_tai)
     seen, _, position = _read(stream, position, turns=1)
     assert seen == [(1, 2)]
-    assert _passed(position) == second.event_time_s + 2.0
+    assert _passed(position) == event_timestamp(second.midpoint_mjd_tai) + 2.0
     assert failures == []
 
 
@@ -171,7 +172,7 @@ def test_whoever_reads_again_obeys_a_closing(tmp_path: Path) -> None:
     stream = VisitStream(log, str(tmp_path))
     seen, failures, position = _read(stream, StreamPosition(0, None), turns=1)
     assert seen == ["visit", (1, 0), (1, 1), "failure"]
-    assert _passed(position) == first.event_time_s + 2.0
+    assert _passed(position) == event_timestamp(first.midpoint_mjd_tai) + 2.0
     assert [one.detector for one in failures] == [2]
     seen, _, _ = _read(stream, replace(position, end=6))
     assert seen == [(1, 2), "visit", (2, 0), (2, 1), (2, 2)]
