@@ -5,8 +5,8 @@ BIN := $(VENV)/bin
 NIGHTS := nights
 
 .DEFAULT_GOAL := help
-.PHONY: help setup night test test-real test-long test-oracles check format bench bench-differencing lock clean \
-  study-association study-detection study-orbits flink-setup flink-test
+.PHONY: help setup night test test-real test-long test-oracles check format bench bench-differencing bench-packets \
+  lock clean study-association study-detection study-orbits flink-setup flink-test
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-18s %s\n", $$1, $$2}'
@@ -60,6 +60,9 @@ bench: setup ## seconds per stage and detector, alerts per second
 
 bench-differencing: setup ## differencing on simulated pairs; HOTPANTS=path runs that beside it
 	$(BIN)/python tests/benchmarks/bench_differencing.py --seeds 8 $(if $(HOTPANTS),--hotpants $(HOTPANTS))
+
+bench-packets: setup ## encoding, cutouts, producing and reading of packets beside LSST's and astropy's
+	$(BIN)/python tests/benchmarks/bench_packets.py
 
 study-detection: setup ## completeness, biases, errors and pulls of detection on simulated pairs
 	$(BIN)/python tests/benchmarks/study_detection.py --seeds 8

@@ -146,9 +146,9 @@ def cut_out(
 ) -> Cutouts:
     """Stamps around the sources of a detector, from each of several images of it.
 
-    Where a stamp crosses the border of the image it keeps its full side: the pixels beyond are NaN in
-    image and variance and, in a `complete` file, NO_DATA and EDGE in the mask. A source whose centroid is not
-    finite or lies outside the image (its border is at -0.5 and n - 0.5), or whose WCS is not finite or
+    Where a stamp crosses the border of the image it keeps its full side: the pixels beyond are NaN in the image,
+    infinite in the variance and, in a `complete` file, NO_DATA and EDGE in the mask. A source whose centroid is
+    not finite or lies outside the image (its border is at -0.5 and n - 0.5), or whose WCS is not finite or
     singular, has no stamps.
 
     Parameters
@@ -345,8 +345,8 @@ def _complete_template(side: int, psf_side: int, mask_planes: tuple[tuple[str, i
         for plane, bit in mask_planes:
             mask_header[f"MP_{plane}"] = bit
     hdus = [
-        fits.PrimaryHDU(_padding(side), _primary_header()),
-        fits.ImageHDU(_padding(side), variance_header, name="UNCERT"),
+        fits.PrimaryHDU(_padding(side, np.nan), _primary_header()),
+        fits.ImageHDU(_padding(side, np.inf), variance_header, name="UNCERT"),
     ]
     if psf_side:
         hdus.append(fits.ImageHDU(np.zeros((psf_side, psf_side)), name="PSFIMAGE"))
@@ -363,8 +363,8 @@ def _strict_template(side: int, psf_side: int, unit_elements: tuple[bool, ...]) 
     matrix = np.where(unit_elements, _UNIT_MATRIX, _PLACEHOLDER_MATRIX)
     wcs.wcs.cd = matrix.reshape(2, 2)
     stamp = CCDData(
-        _padding(side),
-        uncertainty=VarianceUncertainty(_padding(side)),
+        _padding(side, np.nan),
+        uncertainty=VarianceUncertainty(_padding(side, np.inf)),
         wcs=wcs,
         psf=np.zeros((psf_side, psf_side)) if psf_side else None,
         meta={"cutMinX": 0, "cutMinY": 0},
@@ -376,8 +376,8 @@ def _strict_template(side: int, psf_side: int, unit_elements: tuple[bool, ...]) 
     return _template(stream.getvalue(), dict.fromkeys(("ROTPA", *_WCSLIB_CARDS), b"%s"), _CARD_BYTES - 10)
 
 
-def _padding(side: int) -> np.ndarray:
-    return np.full((side, side), np.nan, dtype=np.float32)
+def _padding(side: int, value: float) -> np.ndarray:
+    return np.full((side, side), value, dtype=np.float32)
 
 
 def _template(file: bytes, slots: dict[str, bytes], n_bytes: int) -> _Template:

@@ -175,7 +175,7 @@ def test_a_stamp_across_the_border_keeps_its_size_and_marks_what_lies_beyond(x: 
         assert 0 < inside.sum() < side * side
         source = rows[inside], columns[inside]
         assert np.isnan(hdus["PRIMARY"].data[~inside]).all()
-        assert np.isnan(hdus["UNCERT"].data[~inside]).all()
+        assert (hdus["UNCERT"].data[~inside] == np.inf).all()
         assert (hdus["MASK"].data[~inside] == BEYOND).all()
         np.testing.assert_array_equal(hdus["PRIMARY"].data[inside], image[source])
         np.testing.assert_array_equal(hdus["UNCERT"].data[inside], variance[source])
@@ -353,8 +353,8 @@ def test_a_strict_file_is_the_one_astropy_writes(
     rows, columns = np.mgrid[low : low + side, left : left + side]
     inside = (rows >= 0) & (rows < NY) & (columns >= 0) & (columns < NX)
     stamps = []
-    for plane in (image, variance):
-        stamps.append(np.full((side, side), np.nan, dtype=np.float32))
+    for plane, beyond in ((image, np.nan), (variance, np.inf)):
+        stamps.append(np.full((side, side), beyond, dtype=np.float32))
         stamps[-1][inside] = plane[rows[inside], columns[inside]]
     try:
         theirs = _written_by_astropy(*stamps, psf, tangent, (left, low), rotation_deg)
@@ -389,3 +389,23 @@ def test_strict_files_are_those_of_real_lsst_alerts() -> None:
                 assert [ours[: at[0]], ours[at[1] + 80 :]] == [theirs[: at[0]], theirs[at[1] + 80 :]]
                 n += 1
     assert n == 21
+
+
+@pytest.mark.skipif(not RUBIN_ALERTS.is_dir(), reason="no rubin_alerts beside the project")
+def test_lsst_pads_at_the_border_as_we_do() -> None:
+    """One real alert lies 14 pixels from its detector's edge, with stamps of 52: 11 columns hang over."""
+    with (RUBIN_ALERTS / "lsstcam_20250905_i_fink9.0.avro").open("rb") as stream:
+        at_border = [one for one in fastavro.reader(stream) if one["diaSource"]["x"] < 15]
+    (packet,) = at_border
+    for name in ("cutoutDifference", "cutoutScience"):
+        theirs = packet[name]
+        with fits.open(io.BytesIO(theirs)) as hdus:
+            corner, side = hdus[0].header["CUTMINX"], hdus[0].header["NAXIS1"]
+            image, variance = (hdus[hdu].data[:, 11:].astype(np.float32) for hdu in ("PRIMARY", "UNCERT"))
+            psf = hdus["PSFIMAGE"].data.astype(np.float64)
+        tangent = LocalTan(10.0, 20.0, 0.0, 0.0, ((-PIXEL_DEG, 0.0), (0.0, PIXEL_DEG)))
+        place = (packet["diaSource"]["x"], (side - 1) / 2, side)
+        ours = _cut((image, variance, np.zeros(image.shape, np.int32)), psf, place, tangent, content="strict")
+        with fits.open(io.BytesIO(ours)) as hdus:
+            assert hdus[0].header["CUTMINX"] == corner
+        assert ours[2880:] == theirs[2880:]
