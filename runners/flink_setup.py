@@ -148,7 +148,7 @@ def set_up(jar: Path, versions: JobServerVersions) -> bool:
     FlinkSetupError
         Maven or Java cannot be had, or Maven failed.
     """
-    java = _java_or_wheel()
+    java = java_or_wheel()
     if jar.is_file():
         try:
             if jar_versions(jar) == versions:
@@ -160,7 +160,8 @@ def set_up(jar: Path, versions: JobServerVersions) -> bool:
     return True
 
 
-def _java_or_wheel() -> Path:
+def java_or_wheel() -> Path:
+    """The Java to run, from the wheel where the machine has none; FlinkSetupError if that cannot be had."""
     try:
         return java_command()
     except FlinkSetupError:
@@ -172,34 +173,38 @@ def _java_or_wheel() -> Path:
 
 
 def _assemble(jar: Path, versions: JobServerVersions, java: Path) -> None:
-    maven = shutil.which("mvn")
-    if maven is None:
-        raise FlinkSetupError("Maven is not on the PATH: install it (Debian: apt-get install maven)")
     work = jar.with_name("maven")
-    log = jar.with_name("maven.log")
-    with resources.as_file(resources.files("runners.config") / "flink" / "pom.xml") as pom, log.open("wb") as stream:
-        command = [
-            maven,
-            "--batch-mode",
-            "--no-transfer-progress",
-            f"--file={pom}",
+    with resources.as_file(resources.files("runners.config") / "flink" / "pom.xml") as pom:
+        run_maven(
+            pom,
+            jar.with_name("maven.log"),
+            java,
             f"-Dwork.folder={work}",
             f"-Dflink.version={versions.flink_version}",
             f"-Drunner.version={versions.runner_version}",
             f"-Djob.service.version={versions.job_service_version}",
             "package",
-        ]
-        environment = {"MAVEN_OPTS": "-Xmx1g", **os.environ}
-        if "JAVA_HOME" not in environment and shutil.which("java") is None:
-            # Any Java does for Maven, and the machine's own knows the certificates of its network.
-            environment["JAVA_HOME"] = str(java.parent.parent)
+        )
+    (work / "job-server.jar").replace(jar)
+    shutil.rmtree(work, ignore_errors=True)
+
+
+def run_maven(pom: Path, log: Path, java: Path, *arguments: str) -> None:
+    """Run Maven on a pom, its output to `log`; FlinkSetupError if there is no Maven, or it failed."""
+    maven = shutil.which("mvn")
+    if maven is None:
+        raise FlinkSetupError("Maven is not on the PATH: install it (Debian: apt-get install maven)")
+    command = [maven, "--batch-mode", "--no-transfer-progress", f"--file={pom}", *arguments]
+    environment = {"MAVEN_OPTS": "-Xmx1g", **os.environ}
+    if "JAVA_HOME" not in environment and shutil.which("java") is None:
+        # Any Java does for Maven, and the machine's own knows the certificates of its network.
+        environment["JAVA_HOME"] = str(java.parent.parent)
+    with log.open("wb") as stream:
         done = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT, env=environment, check=False)
     if done.returncode:
         errors = [line for line in log.read_text("utf-8", "replace").splitlines() if line.startswith("[ERROR]")]
         reason = errors[0].removeprefix("[ERROR]").strip() if errors else f"exit code {done.returncode}"
         raise FlinkSetupError(f"Maven failed: {reason} (all of it in {log})")
-    (work / "job-server.jar").replace(jar)
-    shutil.rmtree(work, ignore_errors=True)
 
 
 @click.command()
