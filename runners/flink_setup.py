@@ -33,6 +33,14 @@ _MANIFEST_KEYS = {
     "job_service_version": "Job-Service-Version",
 }
 
+_JAVA_OPTIONS = (
+    # Flink's serializers look into these by reflection.
+    "--add-opens=java.base/java.util=ALL-UNNAMED",
+    "--add-opens=java.base/java.lang=ALL-UNNAMED",
+    "-Dorg.slf4j.simpleLogger.defaultLogLevel=warn",
+    "-Dorg.slf4j.simpleLogger.log.org.apache.beam.runners.jobsubmission=info",
+)
+
 
 class FlinkSetupError(RuntimeError):
     """Something Flink needs is not there; the message says what to do."""
@@ -205,6 +213,27 @@ def run_maven(pom: Path, log: Path, java: Path, *arguments: str) -> None:
         errors = [line for line in log.read_text("utf-8", "replace").splitlines() if line.startswith("[ERROR]")]
         reason = errors[0].removeprefix("[ERROR]").strip() if errors else f"exit code {done.returncode}"
         raise FlinkSetupError(f"Maven failed: {reason} (all of it in {log})")
+
+
+def job_server_command(
+    java: Path, jar: Path, heap_mb: int, master: str, folder: Path, job_port: int = 0, artifact_port: int = 0
+) -> list[str]:
+    """What starts Beam's job server, with Flink's configuration in `folder`; port 0 is any that is free."""
+    return [
+        str(java),
+        f"-Xmx{heap_mb}m",
+        f"-Djava.io.tmpdir={folder}",
+        *_JAVA_OPTIONS,
+        "-jar",
+        str(jar),
+        "--job-host=localhost",
+        f"--job-port={job_port}",
+        f"--artifact-port={artifact_port}",
+        "--expansion-port=-1",
+        f"--flink-master={master}",
+        f"--flink-conf-dir={folder}",
+        f"--artifacts-dir={folder / 'artifacts'}",
+    ]
 
 
 @click.command()

@@ -92,14 +92,12 @@ def running_pid(cluster: ClusterSettings, service: Service) -> int | None:
 
 
 def stop(cluster: ClusterSettings, service: Service) -> int:
-    """End the service and all that it started; returns how many processes that were. First politely."""
-    main = running_pid(cluster, service)
+    """End the service and all that it started, first politely; returns how many processes that were."""
     found = _processes(cluster, service)
-    # The service's own process ends its children itself, if it is alive to do so.
-    _signal([main] if main is not None else found, signal.SIGTERM)
-    if not _gone(cluster, service, STOP_PATIENCE_S if main is not None else 1.0):
+    _signal(found, signal.SIGTERM)
+    if not _gone(cluster, service):
         _signal(_processes(cluster, service), signal.SIGKILL)
-        _gone(cluster, service, STOP_PATIENCE_S)
+        _gone(cluster, service)
     _pid_file(cluster, service).unlink(missing_ok=True)
     return len(found)
 
@@ -155,8 +153,8 @@ def _signal(pids: list[int], number: signal.Signals) -> None:
             os.kill(pid, signal.SIGCONT)  # one that was stopped would not hear it
 
 
-def _gone(cluster: ClusterSettings, service: Service, patience_s: float) -> bool:
-    deadline = time.monotonic() + patience_s
+def _gone(cluster: ClusterSettings, service: Service) -> bool:
+    deadline = time.monotonic() + STOP_PATIENCE_S
     while _processes(cluster, service):
         if time.monotonic() > deadline:
             return False
