@@ -15,6 +15,7 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from runners.cluster.commands import cluster
 from runners.ingest.commands import ingest
 from runners.run_commands import BadUsage, Failure, associate, produce, replay
 from runners.template_commands import templates
@@ -153,5 +154,5 @@ def _decoded(messages: Iterator[bytes], decode: Any) -> Iterator[dict[str, Any]]
             yield {}
 
 
-for command in (produce, associate, replay, ingest, templates, train_reliability):
+for command in (produce, associate, replay, ingest, templates, train_reliability, cluster):
     main.add_command(command)

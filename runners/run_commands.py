@@ -67,7 +67,7 @@ def _run_options(command: Callable[..., None]) -> Callable[..., None]:
             type=click.Choice(["local", "flink", FLINK_CLUSTER]),
             default="local",
             show_default=True,
-            help=f"Where it runs: here, on an embedded Flink, or on that of `cluster up flink`.",
+            help="Where it runs: here, on an embedded Flink, or on that of `cluster up flink`.",
         ),
         click.option(
             "--kafka",

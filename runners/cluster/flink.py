@@ -13,6 +13,9 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
+import uuid
+from collections.abc import Mapping
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -71,40 +74,45 @@ def flink_up(cluster: ClusterSettings) -> bool:
     settings, job_settings = cluster.flink, load_flink_settings()
     _check_releases(settings, job_settings)
     wanted = flink_services(settings)
+    for service in _surplus(cluster):
+        stop(cluster, service)
     missing = [service for service in wanted if running_pid(cluster, service) is None]
+    ids = {service.name: f"{service.name}-{uuid.uuid4().hex[:8]}" for service in task_managers(settings)}
     if missing:
         java = java_or_wheel()
         set_up(job_settings.jar, job_settings.versions)
         home = _fetched(settings.release)
         folder = cluster.folder / "flink"
         _write_configuration(cluster, home, folder)
-        commands = _commands(cluster, java, home, job_settings, folder)
-        first = [service for service in missing if service not in task_managers(settings)]
-        for service in first:
-            start(cluster, service, *commands[service.name])
+        commands = _commands(cluster, java, home, job_settings, ids)
         # A task manager that finds no job manager looks again only ten seconds later.
+        for service in (one for one in missing if one.name not in ids):
+            start(cluster, service, *commands[service.name])
         wait_until(cluster, job_manager(settings), lambda: overview(settings) is not None)
-        for service in missing:
-            if service not in first:
-                start(cluster, service, *commands[service.name])
+        for service in (one for one in missing if one.name in ids):
+            start(cluster, service, *commands[service.name])
     pool, server = worker_pool(settings), job_server(settings)
     wait_until(cluster, job_manager(settings), lambda: overview(settings) is not None)
     wait_until(cluster, pool, lambda: is_listening(settings.worker_pool_port))
     wait_until(cluster, server, lambda: is_listening(settings.job_server_port))
     for service in task_managers(settings):
-        wait_until(cluster, service, lambda: (overview(settings) or {}).get("slots-total") == settings.slots)
+        # Flink goes on counting one that was killed until it misses its heartbeat.
+        new = ids[service.name] if service in missing else service.name
+        wait_until(cluster, service, lambda new=new: any(one.startswith(new) for one in _registered(settings)))
     return bool(missing)
 
 
 def flink_down(cluster: ClusterSettings) -> int:
     """End all processes of Flink, also of task managers that the settings no longer name; returns how many ran."""
-    settings = cluster.flink
-    left = sorted(
-        {path.stem for path in (cluster.folder / "pids").glob("flink-task-manager-*.pid")}
-        - {service.name for service in task_managers(settings)}
-    )
-    services = [*reversed(flink_services(settings)), *(Service(name, ()) for name in left)]
+    services = [*_surplus(cluster), *reversed(flink_services(cluster.flink))]
     return sum(stop(cluster, service) for service in services)
+
+
+def _surplus(cluster: ClusterSettings) -> list[Service]:
+    """Task managers of other settings that may still run."""
+    wanted = {service.name for service in task_managers(cluster.flink)}
+    started = {path.stem for path in (cluster.folder / "pids").glob("flink-task-manager-*.pid")}
+    return [Service(name, ()) for name in sorted(started - wanted)]
 
 
 def flink_configuration(settings: FlinkClusterSettings, folder: Path, prometheus: bool) -> dict[str, Any]:
@@ -166,6 +174,14 @@ def rest(settings: FlinkClusterSettings, path: str, method: str = "GET") -> Any:
         raise ClusterError(f"Flink at {settings.rest_url}{path}: {error} {said}".rstrip()) from error
 
 
+def _registered(settings: FlinkClusterSettings) -> list[str]:
+    """The ids of the task managers that the job manager knows."""
+    try:
+        return [one["id"] for one in rest(settings, "/taskmanagers")["taskmanagers"]]
+    except ClusterError:
+        return []
+
+
 def _check_releases(settings: FlinkClusterSettings, job_settings: FlinkSettings) -> None:
     if not settings.release.startswith(f"{job_settings.flink_version}."):
         raise ClusterError(
@@ -185,7 +201,6 @@ def _fetched(release: str) -> Path:
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
     wheels = ["--only-binary=:all:", f"--python-version={_WHEELS_OF_PYTHON}", "--target", str(half)]
     packages = [f"apache-flink=={release}", f"apache-flink-libraries=={release}"]
-    # apache-flink-libraries of some releases is there as source only, with nothing to compile.
     done = subprocess.run([*command, *wheels, *packages], capture_output=True, text=True, check=False)
     if done.returncode:
         raise ClusterError(f"Flink {release} could not be fetched: {done.stderr.strip()}")
@@ -196,8 +211,8 @@ def _fetched(release: str) -> Path:
 def _write_configuration(cluster: ClusterSettings, home: Path, folder: Path) -> None:
     for name in ("conf", "tmp", "checkpoints", "savepoints"):
         (folder / name).mkdir(parents=True, exist_ok=True)
-    for shipped in (home / "conf").glob("log*"):
-        shutil.copy(shipped, folder / "conf")
+    logging = resources.files("runners.config") / "flink" / "log4j-console.properties"
+    (folder / "conf" / "log4j-console.properties").write_text(logging.read_text("utf-8"), encoding="utf-8")
     release = cluster.flink.release
     prometheus = any((home / "plugins").glob(f"*/{_PROMETHEUS_JAR.format(release=release)}"))
     values = flink_configuration(cluster.flink, folder, prometheus)
@@ -214,16 +229,16 @@ def _java_options(home: Path) -> str:
 
 
 def _commands(
-    cluster: ClusterSettings, java: Path, home: Path, job_settings: FlinkSettings, folder: Path
+    cluster: ClusterSettings, java: Path, home: Path, job_settings: FlinkSettings, ids: Mapping[str, str]
 ) -> dict[str, tuple[list[str], dict[str, str]]]:
-    """Command and environment of each service, by its name."""
-    settings = cluster.flink
+    """Command and environment of each service, by its name; `ids` are those of the task managers."""
+    settings, folder = cluster.flink, cluster.folder / "flink"
     of_flink = {
         "JAVA_HOME": str(java.parent.parent),
         "FLINK_HOME": str(home),
         "FLINK_CONF_DIR": str(folder / "conf"),
         "FLINK_LOG_DIR": str(cluster.logs),
-        "FLINK_PID_DIR": str(cluster.folder / "pids"),
+        "FLINK_PID_DIR": str(folder / "tmp"),
         "FLINK_IDENT_STRING": "nightstream",
     }
     search = os.pathsep.join(filter(None, [str(CHECKOUT), os.environ.get("PYTHONPATH")]))
@@ -242,11 +257,13 @@ def _commands(
         settings.artifact_port,
     )
     pool = [sys.executable, "-m", "runners.cluster.worker_pool", str(settings.worker_pool_port)]
-    manager = ["bash", str(home / "bin" / "jobmanager.sh"), "start-foreground"]
-    task_manager = ["bash", str(home / "bin" / "taskmanager.sh"), "start-foreground"]
-    return {
-        job_manager(settings).name: (manager, of_flink),
-        worker_pool(settings).name: (pool, of_python),
-        job_server(settings).name: (server, {}),
-        **{service.name: (task_manager, of_flink) for service in task_managers(settings)},
-    }
+    commands = {worker_pool(settings).name: (pool, of_python), job_server(settings).name: (server, {})}
+    # The log's place is for the web UI to show it.
+    name = job_manager(settings).name
+    script = ["bash", str(home / "bin" / "jobmanager.sh"), "start-foreground"]
+    commands[name] = ([*script, "-D", f"web.log.path={cluster.logs / name}.log"], of_flink)
+    for name, identity in ids.items():
+        script = ["bash", str(home / "bin" / "taskmanager.sh"), "start-foreground"]
+        named = ["-D", f"taskmanager.resource-id={identity}"]
+        commands[name] = ([*script, *named, "-D", f"taskmanager.log.path={cluster.logs / name}.log"], of_flink)
+    return commands

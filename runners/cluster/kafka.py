@@ -49,9 +49,16 @@ def kafka_up(cluster: ClusterSettings) -> bool:
         Java, Maven or the jars cannot be had, a port is taken, or it did not start.
     """
     settings, service = cluster.kafka, kafka_service(cluster.kafka)
-    if running_pid(cluster, service) is not None:
-        wait_until(cluster, service, lambda: _answers(settings))
-        return False
+    runs = running_pid(cluster, service) is not None
+    if not runs:
+        _start(cluster, service)
+    wait_until(cluster, service, lambda: _answers(settings))
+    _make_admin(settings, admin_properties(cluster))
+    return not runs
+
+
+def _start(cluster: ClusterSettings, service: Service) -> None:
+    settings = cluster.kafka
     java = java_or_wheel()
     class_path = f"{_fetched(settings.version, java)}/*"
     folder = cluster.folder / "kafka"
@@ -61,12 +68,10 @@ def kafka_up(cluster: ClusterSettings) -> bool:
     logging = folder / "log4j2.properties"
     logging.write_text((resources.files("runners.config") / "kafka" / logging.name).read_text("utf-8"), "utf-8")
     if not (folder / "data" / "meta.properties").is_file():
+        admin_properties(cluster).unlink(missing_ok=True)  # of users in a folder that is gone
         _format(java, class_path, config)
     command = [str(java), *_JVM, f"-Xmx{settings.heap_mb}m", f"-Dlog4j2.configurationFile={logging}"]
     start(cluster, service, [*command, "-cp", class_path, "kafka.Kafka", str(config)])
-    wait_until(cluster, service, lambda: _answers(settings))
-    _make_admin(settings, admin_properties(cluster))
-    return True
 
 
 def server_properties(settings: KafkaSettings, data: Path) -> str:
@@ -141,10 +146,9 @@ def _fetched(version: str, java: Path) -> Path:
 
 def _format(java: Path, class_path: str, config: Path) -> None:
     cluster_id = base64.urlsafe_b64encode(uuid.uuid4().bytes).decode("ascii").rstrip("=")
-    command = [java, "-cp", class_path, "kafka.tools.StorageTool", "format", "--ignore-formatted"]
-    done = subprocess.run(
-        [*command, "-t", cluster_id, "-c", config], capture_output=True, text=True, timeout=60, check=False
-    )
+    command = [str(java), "-cp", class_path, "kafka.tools.StorageTool", "format", "--ignore-formatted"]
+    arguments = ["-t", cluster_id, "-c", str(config)]
+    done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=60, check=False)
     if done.returncode:
         raise ClusterError(f"Kafka's folder could not be made: {(done.stdout + done.stderr).strip()}")
 
@@ -161,14 +165,18 @@ def _make_admin(settings: KafkaSettings, path: Path) -> None:
     """Make the administrator, with a password that is in this file and nowhere else."""
     if path.is_file():
         return
+    from confluent_kafka import KafkaException
     from confluent_kafka.admin import AdminClient, ScramCredentialInfo, ScramMechanism, UserScramCredentialUpsertion
 
     password = secrets.token_urlsafe(24)
     info = ScramCredentialInfo(ScramMechanism.SCRAM_SHA_512, 4096)
     change = UserScramCredentialUpsertion(ADMIN, info, password.encode("ascii"))
     client = AdminClient({"bootstrap.servers": settings.bootstrap})
-    for done in client.alter_user_scram_credentials([change]).values():
-        done.result(30)
+    try:
+        for done in client.alter_user_scram_credentials([change]).values():
+            done.result(30)
+    except KafkaException as error:
+        raise ClusterError(f"Kafka's administrator could not be made: {error}") from error
     values = {
         "security.protocol": "SASL_PLAINTEXT",
         "sasl.mechanism": _MECHANISM,

@@ -8,6 +8,7 @@ takes a process for its own whose number was merely used again.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import signal
 import socket
@@ -38,6 +39,15 @@ class Service:
 
     name: str
     ports: tuple[int, ...]
+
+
+@contextlib.contextmanager
+def alone(cluster: ClusterSettings) -> Iterator[None]:
+    """Waits until no other command starts or ends processes of this cluster."""
+    cluster.folder.mkdir(parents=True, exist_ok=True)
+    with (cluster.folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def start(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
@@ -16,7 +16,7 @@ from runners.flink_setup import CHECKOUT
 HOST = "127.0.0.1"
 OVERRIDES = "cluster.yaml"
 FOLDER = CHECKOUT / ".cluster"
-_PORT = {"ge": 1024, "le": 65000}
+Port = Annotated[int, Field(ge=1024, le=65000)]
 
 
 class ClusterError(RuntimeError):
@@ -28,7 +28,7 @@ class KafkaSettings:
     """The Kafka broker. `port` is the plain listener's, then come the controller's and the broker teams'."""
 
     version: str
-    port: int = Field(**_PORT)
+    port: Port
     heap_mb: int = Field(ge=256)
     max_message_bytes: int = Field(ge=1024)
     partitions: int = Field(ge=1)
@@ -55,15 +55,16 @@ class FlinkClusterSettings:
     """Flink, Beam's job server and the pool of Python workers."""
 
     release: str
-    rest_port: int = Field(**_PORT)
-    rpc_port: int = Field(**_PORT)
-    job_server_port: int = Field(**_PORT)
-    worker_pool_port: int = Field(**_PORT)
-    prometheus_ports: str = Field(pattern=r"^\d+(-\d+)?$")
+    rest_port: Port
+    rpc_port: Port
+    job_server_port: Port
+    worker_pool_port: Port
+    prometheus_ports: Annotated[str, Field(pattern=r"^\d+-\d+$")]
     task_managers: int = Field(ge=0)
     job_manager_mb: int = Field(ge=768)
     task_manager_mb: int = Field(ge=1024)
     job_server_heap_mb: int = Field(ge=256)
+    checkpoint_interval_ms: int = Field(ge=100)
     restart_attempts: int = Field(ge=0)
     restart_delay_s: int = Field(ge=0)
 
