@@ -15,6 +15,7 @@ import urllib.error
 import urllib.request
 import uuid
 from collections.abc import Mapping
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,8 @@ def flink_up(cluster: ClusterSettings) -> bool:
         set_up(job_settings.jar, job_settings.versions)
         home = _fetched(settings.release)
         folder = cluster.folder / "flink"
+        if missing == wanted:
+            shutil.rmtree(folder / "tmp", ignore_errors=True)  # of processes that were killed
         _write_configuration(cluster, home, folder)
         commands = _commands(cluster, java, home, job_settings, ids)
         # A task manager that finds no job manager looks again only ten seconds later.
@@ -97,8 +100,8 @@ def flink_up(cluster: ClusterSettings) -> bool:
     wait_until(cluster, server, lambda: is_listening(settings.job_server_port))
     for service in task_managers(settings):
         # Flink goes on counting one that was killed until it misses its heartbeat.
-        new = ids[service.name] if service in missing else service.name
-        wait_until(cluster, service, lambda new=new: any(one.startswith(new) for one in _registered(settings)))
+        identity = ids[service.name] if service in missing else service.name
+        wait_until(cluster, service, partial(_is_registered, settings, identity))
     return bool(missing)
 
 
@@ -136,6 +139,7 @@ def flink_configuration(settings: FlinkClusterSettings, folder: Path, prometheus
         "blob.service.cleanup.interval": _BLOB_SWEEP_S,
         "state.backend.type": "rocksdb",
         "state.backend.incremental": True,
+        "state.backend.rocksdb.log.dir": str(folder / "tmp"),
         "state.checkpoints.dir": (folder / "checkpoints").as_uri(),
         "state.savepoints.dir": (folder / "savepoints").as_uri(),
         "state.checkpoints.num-retained": 2,
@@ -174,12 +178,12 @@ def rest(settings: FlinkClusterSettings, path: str, method: str = "GET") -> Any:
         raise ClusterError(f"Flink at {settings.rest_url}{path}: {error} {said}".rstrip()) from error
 
 
-def _registered(settings: FlinkClusterSettings) -> list[str]:
-    """The ids of the task managers that the job manager knows."""
+def _is_registered(settings: FlinkClusterSettings, identity: str) -> bool:
+    """Whether the job manager knows a task manager whose id begins so."""
     try:
-        return [one["id"] for one in rest(settings, "/taskmanagers")["taskmanagers"]]
+        return any(one["id"].startswith(identity) for one in rest(settings, "/taskmanagers")["taskmanagers"])
     except ClusterError:
-        return []
+        return False
 
 
 def _check_releases(settings: FlinkClusterSettings, job_settings: FlinkSettings) -> None:
