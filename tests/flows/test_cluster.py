@@ -106,6 +106,7 @@ def kill(cluster: ClusterSettings, service: Any) -> None:
     pid = running_pid(cluster, service)
     assert pid is not None
     os.kill(pid, signal.SIGKILL)
+    until(lambda: running_pid(cluster, service) is None)
 
 
 def until(fact: Callable[[], object], patience_s: float = PATIENCE_S) -> None:
@@ -265,7 +266,8 @@ def test_an_endless_job_runs_checkpoints_and_keeps_them_when_it_is_cancelled(
         "--retain_externalized_checkpoints_on_cancellation",
     ]
     run_ticks(arguments, str(written))
-    (job,) = [one for one in rest(settings, "/jobs/overview")["jobs"] if one["name"] == "ticks"]
+    until(lambda: jobs_named(flink, "ticks"))
+    (job,) = jobs_named(flink, "ticks")
     until(lambda: written.exists() and len(written.read_text().split()) >= 5)
 
     def told() -> Any:
@@ -280,6 +282,10 @@ def test_an_endless_job_runs_checkpoints_and_keeps_them_when_it_is_cancelled(
     until(lambda: rest(settings, f"/jobs/{job['jid']}")["state"] == "CANCELED")
     kept = told()["latest"]["completed"]["external_path"].removeprefix("file:")
     assert (Path(kept) / "_metadata").is_file()
+
+
+def jobs_named(cluster: ClusterSettings, name: str) -> list[dict[str, Any]]:
+    return [job for job in rest(cluster.flink, "/jobs/overview")["jobs"] if name in job["name"]]
 
 
 def run_ticks(arguments: list[str], path: str) -> None:
@@ -309,7 +315,7 @@ def produce_on_cluster(night: Path, out: Path, cluster: ClusterSettings, kafka: 
 def test_a_night_on_the_cluster_writes_the_local_runners_bytes_and_reaches_kafka_whole(
     flink: ClusterSettings, kafka: ClusterSettings, night: Path, local: Path, tmp_path: Path
 ) -> None:
-    out = tmp_path / "out"
+    out = tmp_path / "whole"
     (line,) = produce_on_cluster(night, out, flink, kafka.kafka.bootstrap)
     assert f"cluster of Flink {flink.flink.release} with 2 slots" in line
     for folder in ("archive", "filters"):
@@ -321,14 +327,13 @@ def test_a_night_on_the_cluster_writes_the_local_runners_bytes_and_reaches_kafka
     topic = "lsst-alerts-v11"
     packets = list(listen_topic(bootstrap, topic, idle_timeout_s=5.0, limit=None))
     assert len(set(packets)) == alerts
-    states = [job["state"] for job in rest(flink.flink, "/jobs/overview")["jobs"] if "out" in job["name"]]
-    assert states == ["FINISHED"]
+    assert [job["state"] for job in jobs_named(flink, "whole")] == ["FINISHED"]
 
 
 def test_a_task_manager_and_a_worker_killed_in_the_night_change_nothing(
     flink: ClusterSettings, night: Path, local: Path, tmp_path: Path
 ) -> None:
-    out = tmp_path / "out"
+    out = tmp_path / "killed"
     failed: list[BaseException] = []
 
     def run() -> None:
@@ -339,8 +344,7 @@ def test_a_task_manager_and_a_worker_killed_in_the_night_change_nothing(
 
     thread = threading.Thread(target=run)
     thread.start()
-    # Detectors are in work: something of the night stands in the stores.
-    until(lambda: any((out / ".store").rglob("*.*")) or failed)
+    until(lambda: any((out / ".store" / "images").rglob("*")) or failed)  # detectors are in work
     refused = pytest.raises(FlinkSetupError, match="still writes to")
     with refused, flink_cluster_engine((), lambda line: None, out, flink.folder):
         pass
@@ -355,12 +359,12 @@ def test_a_task_manager_and_a_worker_killed_in_the_night_change_nothing(
 
 def test_workers_end_when_no_job_needs_them(flink: ClusterSettings) -> None:
     pool = running_pid(flink, worker_pool(flink.flink))
-    until(lambda: not Path(f"/proc/{pid_children(pool)}").exists(), 30.0)
+    until(lambda: not list_children(pool), 30.0)
 
 
-def pid_children(pid: int | None) -> str:
-    """The ids of a process's children, as text; empty names a path that does not exist."""
-    return Path(f"/proc/{pid}/task/{pid}/children").read_text().strip() or "none"
+def list_children(pid: int | None) -> list[str]:
+    """The children of a process, whichever of its threads started them."""
+    return [child for path in Path(f"/proc/{pid}/task").glob("*/children") for child in path.read_text().split()]
 
 
 def test_down_leaves_no_process_and_up_again_is_possible(flink: ClusterSettings) -> None:
