@@ -11,6 +11,7 @@ setup(
         "schemas",
         "schemas.avro",
         "runners",
+        "runners.cluster",
         "runners.config",
         "runners.ingest",
     ],
@@ -18,6 +19,6 @@ setup(
         "transforms": ["models/*.json"],
         "schemas.avro": ["definitions/*.csv", "definitions/archived/*.csv"],
         "runners": ["templates/*.html", "templates/*.css"],
-        "runners.config": ["*.yaml", "filters/*.yaml", "flink/*", "ingest/*.yaml"],
+        "runners.config": ["*.yaml", "filters/*.yaml", "flink/*", "ingest/*.yaml", "kafka/*"],
     },
 )

@@ -15,6 +15,7 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from runners.cluster.commands import cluster
 from runners.ingest.commands import ingest
 from runners.live_commands import announce, live
 from runners.run_commands import BadUsage, Failure, associate, produce, replay
@@ -160,5 +161,6 @@ def _decoded(records: Iterator[KafkaRecord]) -> Iterator[dict[str, Any]]:
             yield {}
 
 
-for command in (produce, associate, replay, announce, live, ingest, templates, train_reliability, schemas):
+_COMMANDS = (produce, associate, replay, announce, live, ingest, templates, train_reliability, schemas, cluster)
+for command in _COMMANDS:
     main.add_command(command)
