@@ -435,7 +435,9 @@ class _AssociateInCellsFn(beam.DoFn):
             blocks.append(history_block(outcome.new_sources, outcome.new_forced))
             history.add(blocks[-1])
             for failure in self.forced.take_failures():
-                yield from _failed_at(event_time, visit, failure)
+                # Named by cell: of records that are equal one is kept.
+                lost = f"{failure.lost} in or around sky cell {cell}"
+                yield from _failed_at(event_time, visit, replace(failure, lost=lost))
             outcome.batch.counts["association_us"] = int(1e6 * (time.perf_counter() - started))
             yield TimestampedValue(outcome.batch, event_time)
         known = known.reaching(reach)

@@ -312,6 +312,7 @@ def test_lost_image_is_a_counted_failure_and_the_alerts_still_go(sky: Sky, sorte
         (visit[0].exposure.visit.visit, detector) for visit in sky.visits for detector in (0, 1)
     }
     assert len([one for one in found.good if isinstance(one, VisitPart)]) == len(found.failed)
+    assert len(set(found.failed)) == len(found.failed)  # of equal records one would be kept
 
 
 def test_broken_image_of_one_detector_leaves_the_others_alone(sky: Sky, sorted_run: Outcome, tmp_path: Path) -> None:
