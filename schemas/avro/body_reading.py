@@ -252,7 +252,7 @@ def _read_body(
                     if wrong == FINE and size < 0:
                         position, wrong = start, LENGTH
                     elif wrong == FINE and size > end - position:
-                        position, wrong = start, ENDS
+                        position, wrong = start, SIZE
                     if wrong != FINE:
                         break
                     block_end[deepest] = position + size
