@@ -5,8 +5,9 @@ BIN := $(VENV)/bin
 NIGHTS := nights
 
 .DEFAULT_GOAL := help
-.PHONY: help setup night test test-real test-long test-oracles check format bench bench-differencing lock clean \
-  study-association study-detection study-orbits flink-setup flink-test
+.PHONY: help setup night test test-real test-long test-oracles check format bench bench-differencing bench-packets \
+  lock clean study-association study-detection study-orbits flink-setup flink-test \
+  kafka-up flink-up cluster-down cluster-test
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-18s %s\n", $$1, $$2}'
@@ -61,6 +62,9 @@ bench: setup ## seconds per stage and detector, alerts per second
 bench-differencing: setup ## differencing on simulated pairs; HOTPANTS=path runs that beside it
 	$(BIN)/python tests/benchmarks/bench_differencing.py --seeds 8 $(if $(HOTPANTS),--hotpants $(HOTPANTS))
 
+bench-packets: setup ## encoding, cutouts, producing and reading of packets beside LSST's and astropy's
+	$(BIN)/python tests/benchmarks/bench_packets.py
+
 study-detection: setup ## completeness, biases, errors and pulls of detection on simulated pairs
 	$(BIN)/python tests/benchmarks/study_detection.py --seeds 8
 
@@ -75,6 +79,18 @@ flink-setup: $(VENV)/.installed ## fetch and assemble what --runner flink needs 
 
 flink-test: setup flink-setup ## the same graph on an embedded Flink, byte for byte
 	$(BIN)/python -m pytest tests/flows/test_flink.py
+
+kafka-up: setup ## start a real Kafka broker on this machine, fetched at first (Maven, Java 17)
+	$(BIN)/nightstream cluster up kafka
+
+flink-up: setup ## start a Flink cluster on this machine, one slot per core, fetched at first (Maven, Java 17)
+	$(BIN)/nightstream cluster up flink
+
+cluster-down: $(VENV)/.installed ## end both, and what was left of them
+	$(BIN)/nightstream cluster down
+
+cluster-test: setup ## the tests on a Kafka broker and a Flink cluster of their own; about 5 minutes
+	$(BIN)/python -m pytest -m cluster
 
 lock: $(VENV)/.installed ## write requirements.txt and requirements-dev.txt anew from pyproject.toml
 	$(BIN)/python -m pip install --quiet uv

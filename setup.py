@@ -11,13 +11,14 @@ setup(
         "schemas",
         "schemas.avro",
         "runners",
+        "runners.cluster",
         "runners.config",
         "runners.ingest",
     ],
     package_data={
         "transforms": ["models/*.json"],
         "schemas.avro": ["definitions/*.csv", "definitions/archived/*.csv"],
-        "runners": ["templates/*.html"],
-        "runners.config": ["*.yaml", "filters/*.yaml", "flink/*", "ingest/*.yaml"],
+        "runners": ["templates/*.html", "templates/*.css"],
+        "runners.config": ["*.yaml", "filters/*.yaml", "flink/*", "ingest/*.yaml", "kafka/*"],
     },
 )

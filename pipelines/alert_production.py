@@ -9,13 +9,14 @@ import apache_beam as beam
 
 from schemas.claim_check import ImageStore
 from transforms.association import AssociateDiaSources, AssociationConfig
-from transforms.cutouts import EncodeCutouts
+from transforms.cutouts import CutoutConfig, EncodeCutouts
 from transforms.delivery import DeliverAlerts, Delivery, collect_failures
 from transforms.detection import DetectDiaSources, DetectionConfig
-from transforms.ingestion import ReadVisits, VisitList
+from transforms.ingestion import VisitList
 from transforms.packaging import PackageAlerts, PackagingConfig
 from transforms.solar_system import AssociateSsObjects, SolarSystemConfig
 from transforms.subtraction import SubtractionConfig, SubtractTemplates
+from transforms.visit_stream import VisitStream, read_visits
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class AlertProductionConfig:
     subtraction: SubtractionConfig = field(default_factory=SubtractionConfig)
     detection: DetectionConfig = field(default_factory=DetectionConfig)
     solar_system: SolarSystemConfig = field(default_factory=SolarSystemConfig)
+    cutouts: CutoutConfig = field(default_factory=CutoutConfig)
     association: AssociationConfig = field(default_factory=AssociationConfig)
     packaging: PackagingConfig = field(default_factory=PackagingConfig)
 
@@ -35,14 +37,14 @@ class AlertProduction:
 
     Attributes
     ----------
-    visits : the visits of a night folder
+    visits : the visits of a night folder, or the topic on which they are announced as they are taken
     delivery : who gets what
     ephemerides : Parquet file of known objects' places, or None
     history : output folders of earlier nights
     elements : file of known objects' orbits, or None
     """
 
-    visits: VisitList
+    visits: VisitList | VisitStream
     delivery: Delivery
     config: AlertProductionConfig
     ephemerides: str | None = None
@@ -58,12 +60,12 @@ class AlertProduction:
         images, cutouts = ImageStore(str(store / "images")), str(store / "cutouts")
 
         # Detector space: one element per detector of a visit; pixels stay on their worker.
-        visits = flow | "ReadVisits" >> ReadVisits(self.visits, self.history, spread=spread)
+        visits = flow | "ReadVisits" >> read_visits(self.visits, self.history, spread=spread)
         subtracted = visits.good | "SubtractTemplates" >> SubtractTemplates(config.subtraction, images)
         detected = subtracted.good | "DetectDiaSources" >> DetectDiaSources(config.detection)
         known = AssociateSsObjects(config.solar_system, self.ephemerides, self.elements)
         named = detected.good | "AssociateSsObjects" >> known
-        stamped = named.good | "EncodeCutouts" >> EncodeCutouts(cutouts)
+        stamped = named.good | "EncodeCutouts" >> EncodeCutouts(config.cutouts, cutouts)
 
         # Sky space: keyed by sky cell, in event time; the only stage that remembers.
         associated = stamped.good | "AssociateDiaSources" >> AssociateDiaSources(config.association, images)

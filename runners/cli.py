@@ -9,16 +9,22 @@ import sys
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from runners.cluster.commands import cluster
 from runners.ingest.commands import ingest
+from runners.live_commands import announce, live
 from runners.run_commands import BadUsage, Failure, associate, produce, replay
+from runners.schema_commands import schemas
 from runners.template_commands import templates
 from runners.training_commands import train_reliability
+
+if TYPE_CHECKING:
+    from runners.listening import KafkaRecord
 
 PROGRAM = "nightstream"
 DEFAULT_SEED = 20261122
@@ -109,12 +115,12 @@ def listen(
 ) -> None:
     """Read alert packets as a broker would and print each as one JSON line.
 
-    Reads PATH (an Avro container or a folder of them), or a topic. Ids are printed as text, as they
-    exceed what JSON numbers hold; cutouts as their sizes.
+    Reads PATH (an Avro container or a folder of them), or a topic in any encoding. Ids are printed as
+    text, as they exceed what JSON numbers hold; cutouts as their sizes.
     """
     from runners.kafka import KafkaUnreachableError
     from runners.listening import PacketFileError, TopicReadError, listen_path, listen_topic
-    from schemas.avro.reading import decode_message, to_json
+    from schemas.avro.reading import to_json
     from schemas.avro.wire import PacketFormatError
 
     if (path is None) == (bootstrap is None) or (bootstrap is None) != (topic is None):
@@ -124,8 +130,8 @@ def listen(
         if path is not None:
             packets: Iterator[dict[str, Any]] = listen_path(path)
         else:
-            messages = listen_topic(str(bootstrap), str(topic), group=group, idle_timeout_s=idle_timeout_s, limit=limit)
-            packets = _decoded(messages, decode_message)
+            records = listen_topic(str(bootstrap), str(topic), group=group, idle_timeout_s=idle_timeout_s, limit=limit)
+            packets = _decoded(records)
         for count, packet in enumerate(packets, start=1):
             if packet:
                 click.echo(to_json(packet, cutout_sizes=not no_cutouts))
@@ -141,17 +147,20 @@ def listen(
         raise Failure(f"{n_bad} messages could not be decoded")
 
 
-def _decoded(messages: Iterator[bytes], decode: Any) -> Iterator[dict[str, Any]]:
-    """Packets of messages; an empty one stands for a message that is none, after a line on stderr."""
+def _decoded(records: Iterator[KafkaRecord]) -> Iterator[dict[str, Any]]:
+    """Packets of a topic; an empty one stands for a message that is none, after a line on stderr."""
+    from schemas.avro.messages import message_of_record
+    from schemas.avro.reading import decode_message
     from schemas.avro.wire import PacketFormatError
 
-    for message in messages:
+    for record in records:
         try:
-            yield decode(message)
+            yield decode_message(message_of_record(record.key, record.value))
         except PacketFormatError as error:
             click.echo(f"message left out: {error}", err=True)
             yield {}
 
 
-for command in (produce, associate, replay, ingest, templates, train_reliability):
+_COMMANDS = (produce, associate, replay, announce, live, ingest, templates, train_reliability, schemas, cluster)
+for command in _COMMANDS:
     main.add_command(command)

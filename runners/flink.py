@@ -1,13 +1,16 @@
-"""Runs the chain on an embedded Flink: one Java process beside this one, with job server and mini-cluster.
+"""Runs the chain on Flink: an embedded one, or the cluster that `nightstream cluster up` started.
 
-It is started for one run, on ports of its own, and ends with it. The Python stages run as threads of
-this process (Beam's LOOPBACK), so `--kafka embedded` works as it does on the local runner.
+The embedded one is one Java process beside this one, with job server and mini-cluster, started for one
+run, on ports of its own, and ends with it. The Python stages run as threads of this process (Beam's
+LOOPBACK), so `--kafka embedded` works as it does on the local runner. On the cluster they run in the
+processes of its worker pool; files are shared by their absolute paths.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import logging
 import re
 import subprocess
@@ -18,26 +21,34 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import apache_beam as beam
-from apache_beam.options.pipeline_options import FlinkRunnerOptions
+from apache_beam.options.pipeline_options import FlinkRunnerOptions, PipelineOptions
 from apache_beam.portability.api import beam_job_api_pb2
 from apache_beam.runners.portability.job_server import ExternalJobServer
 from apache_beam.runners.portability.portable_runner import PortableRunner
 
-from runners.flink_setup import FlinkSettings, FlinkSetupError, jar_versions, java_command, load_flink_settings
+from runners.cluster.flink import overview, rest
+from runners.cluster.processes import is_listening
+from runners.cluster.settings import FOLDER, HOST, FlinkClusterSettings, load_cluster_settings
+from runners.flink_setup import (
+    FlinkSettings,
+    FlinkSetupError,
+    jar_versions,
+    java_command,
+    job_server_command,
+    load_flink_settings,
+)
 from runners.local import Dataflow, Run, beam_options, parsed_options, quiet_beam
 
 _START_PATIENCE_S = 60.0
 _STOP_PATIENCE_S = 15.0
+# A job on the cluster that fails for good should say so in the end; one whose task manager was lost gets half a
+# minute for another to come.
+_RETRIES, _RETRY_DELAY_S = 10, 3
+_IDLE_MS = 500
+_ENDED = ("FINISHED", "CANCELED", "FAILED")
 _STARTED = re.compile(r"JobService started on (\S+:\d+)")
 # Left alone, the mini-cluster's blob server would listen on all interfaces.
 _FLINK_CONFIG = "jobmanager.bind-host: 127.0.0.1\ntaskmanager.bind-host: 127.0.0.1\nrest.bind-address: 127.0.0.1\n"
-_JAVA_OPTIONS = (
-    # Flink's serializers look into these by reflection.
-    "--add-opens=java.base/java.util=ALL-UNNAMED",
-    "--add-opens=java.base/java.lang=ALL-UNNAMED",
-    "-Dorg.slf4j.simpleLogger.defaultLogLevel=warn",
-    "-Dorg.slf4j.simpleLogger.log.org.apache.beam.runners.jobsubmission=info",
-)
 # Java lives as long as the standard input of this script stays open: it ends with us even when we are killed,
 # and on Ctrl-C, which goes to every process of the terminal, not before us.
 _END_WITH_PARENT = """
@@ -89,16 +100,77 @@ def flink_engine(arguments: tuple[str, ...], announce: Callable[[str], None]) ->
         options = beam_options(given, _java_options(server.endpoint))
         announce(f"{versions}, master {chosen.flink_master}, job server {jar}")
 
-        def run(dataflow: Dataflow) -> None:
-            flow = beam.Pipeline(runner=PortableRunner(), options=options)
-            dataflow.build(flow, spread=True)
-            with quiet_beam(), _quiet_job_messages():
-                try:
-                    flow.run().wait_until_finish()
-                except Exception as error:  # also gRPC's own, when the job server is gone
-                    raise RuntimeError(_reason(error, server)) from error
+        yield _submitting(options, lambda error: server.end() or _last_reason(error))
 
-        yield run
+
+@contextlib.contextmanager
+def flink_cluster_engine(
+    arguments: tuple[str, ...], announce: Callable[[str], None], out: Path, folder: Path = FOLDER
+) -> Iterator[Run]:
+    """Run on the Flink cluster whose folder is given, one job for each `run`.
+
+    A job that fails goes on from its last checkpoint, a few times; it ends with its input. Interrupted, it is
+    cancelled.
+
+    Parameters
+    ----------
+    arguments : options of Beam and of its Flink runner, over those of the shipped files
+    announce : told which line of versions runs, and where to watch it
+    out : the output folder; the job is named for it
+
+    Raises
+    ------
+    FlinkSetupError
+        The cluster is not up, or a job there still writes to this folder.
+    ClusterError
+        The cluster's settings cannot be used.
+    BeamOptionsError
+        An option that neither Beam nor its Flink runner knows.
+    """
+    job_settings, settings = load_flink_settings(), load_cluster_settings(folder).flink
+    parsed_options(arguments)
+    seen = overview(settings)
+    if seen is None or not is_listening(settings.job_server_port):
+        raise FlinkSetupError(
+            f"no Flink cluster at {settings.rest_url} with a job server at {settings.job_endpoint}: run `make flink-up`"
+        )
+    name = f"nightstream-{out.name}-{hashlib.sha256(str(out.absolute()).encode()).hexdigest()[:8]}"
+    _check_not_running(settings, name, out)
+    given = (*_on_cluster(job_settings, settings, name), *arguments)
+    options = beam_options(given, _java_options(settings.job_endpoint))
+    announce(
+        f"{jar_versions(job_settings.jar)}, cluster of Flink {seen['flink-version']} with "
+        f"{seen['slots-total']} slots at {settings.rest_url}"
+    )
+    yield _submitting(options, _last_reason)
+
+
+def _submitting(options: PipelineOptions, reason: Callable[[Exception], str]) -> Run:
+    """Runs dataflows as jobs, to their end."""
+
+    def run(dataflow: Dataflow) -> None:
+        flow = beam.Pipeline(runner=PortableRunner(), options=options)
+        dataflow.build(flow, spread=True)
+        with quiet_beam(), _quiet_job_messages():
+            try:
+                job = flow.run()
+                try:
+                    job.wait_until_finish()
+                except KeyboardInterrupt:
+                    job.cancel()
+                    raise
+            except Exception as error:  # also gRPC's own, when the job server is gone
+                raise RuntimeError(reason(error)) from error
+
+    return run
+
+
+def _check_not_running(settings: FlinkClusterSettings, name: str, out: Path) -> None:
+    for job in rest(settings, "/jobs/overview")["jobs"]:
+        if job["name"] == name and job["state"] not in _ENDED:
+            raise FlinkSetupError(
+                f"job {job['jid']} still writes to {out}: wait for it, or cancel it at {settings.rest_url}"
+            )
 
 
 def _with_shipped(settings: FlinkSettings, arguments: tuple[str, ...]) -> tuple[str, ...]:
@@ -107,11 +179,36 @@ def _with_shipped(settings: FlinkSettings, arguments: tuple[str, ...]) -> tuple[
         f"--flink_version={settings.flink_version}",
         f"--flink_job_server_jar={settings.jar}",
         "--environment_type=LOOPBACK",
-        "--streaming",
         f"--parallelism={settings.parallelism}",
+        *_streaming(settings),
+        *arguments,
+    )
+
+
+def _on_cluster(job_settings: FlinkSettings, settings: FlinkClusterSettings, name: str) -> tuple[str, ...]:
+    return (
+        f"--job_name={name}",
+        f"--job_endpoint={settings.job_endpoint}",
+        f"--artifact_endpoint={HOST}:{settings.artifact_port}",
+        "--environment_type=EXTERNAL",
+        f"--environment_config={settings.worker_pool}",
+        f"--parallelism={settings.slots}",
+        f"--checkpointing_interval={settings.checkpoint_interval_ms}",
+        "--externalized_checkpoints_enabled",
+        "--retain_externalized_checkpoints_on_cancellation",
+        # With checkpoints on, Beam's sources would otherwise stay when they have nothing more to give.
+        f"--shutdown_sources_after_idle_ms={_IDLE_MS}",
+        f"--number_of_execution_retries={_RETRIES}",
+        f"--execution_retry_delay={_RETRY_DELAY_S * 1000}",
+        *_streaming(job_settings),
+    )
+
+
+def _streaming(settings: FlinkSettings) -> tuple[str, ...]:
+    return (
+        "--streaming",
         f"--max_bundle_time_mills={settings.max_bundle_time_ms}",
         f"--max_bundle_size={settings.max_bundle_size}",
-        *arguments,
     )
 
 
@@ -153,15 +250,19 @@ class _JobServer:
     process: subprocess.Popen[bytes]
     log: Path
 
+    def end(self) -> str:
+        """How it ended, if it did."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            code = self.process.wait(0.5)
+            return f"the Flink job server ended with exit code {code}: {self.last_words()}"
+        return ""
+
     def last_words(self) -> str:
         return " / ".join(self.log.read_text("utf-8", "replace").splitlines()[-3:]) or "no output"
 
 
-def _reason(error: Exception, server: _JobServer) -> str:
+def _last_reason(error: Exception) -> str:
     """What went wrong, without the frames of Python and Java around it."""
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        code = server.process.wait(0.5)
-        return f"the Flink job server ended with exit code {code}: {server.last_words()}"
     lines = [line.strip() for line in str(error).splitlines()]
     told = [line for line in lines if line and not line.startswith("at ")]
     return told[-1] if told else type(error).__name__
@@ -174,21 +275,7 @@ def _job_server(java: Path, jar: Path, heap_mb: int, master: str) -> Iterator[_J
         folder = Path(name)
         (folder / "flink-conf.yaml").write_text(_FLINK_CONFIG, encoding="utf-8")
         log = folder / "job-server.log"
-        command = [
-            str(java),
-            f"-Xmx{heap_mb}m",
-            f"-Djava.io.tmpdir={folder}",
-            *_JAVA_OPTIONS,
-            "-jar",
-            str(jar),
-            "--job-host=localhost",
-            "--job-port=0",
-            "--artifact-port=0",
-            "--expansion-port=-1",
-            f"--flink-master={master}",
-            f"--flink-conf-dir={folder}",
-            f"--artifacts-dir={folder / 'artifacts'}",
-        ]
+        command = job_server_command(java, jar, heap_mb, master, folder)
         with log.open("wb") as stream:
             process = subprocess.Popen(
                 ["/bin/sh", "-c", _END_WITH_PARENT, "job-server", *command],

@@ -33,6 +33,14 @@ _MANIFEST_KEYS = {
     "job_service_version": "Job-Service-Version",
 }
 
+_JAVA_OPTIONS = (
+    # Flink's serializers look into these by reflection.
+    "--add-opens=java.base/java.util=ALL-UNNAMED",
+    "--add-opens=java.base/java.lang=ALL-UNNAMED",
+    "-Dorg.slf4j.simpleLogger.defaultLogLevel=warn",
+    "-Dorg.slf4j.simpleLogger.log.org.apache.beam.runners.jobsubmission=info",
+)
+
 
 class FlinkSetupError(RuntimeError):
     """Something Flink needs is not there; the message says what to do."""
@@ -148,7 +156,7 @@ def set_up(jar: Path, versions: JobServerVersions) -> bool:
     FlinkSetupError
         Maven or Java cannot be had, or Maven failed.
     """
-    java = _java_or_wheel()
+    java = java_or_wheel()
     if jar.is_file():
         try:
             if jar_versions(jar) == versions:
@@ -160,7 +168,8 @@ def set_up(jar: Path, versions: JobServerVersions) -> bool:
     return True
 
 
-def _java_or_wheel() -> Path:
+def java_or_wheel() -> Path:
+    """The Java to run, from the wheel where the machine has none; FlinkSetupError if that cannot be had."""
     try:
         return java_command()
     except FlinkSetupError:
@@ -172,34 +181,59 @@ def _java_or_wheel() -> Path:
 
 
 def _assemble(jar: Path, versions: JobServerVersions, java: Path) -> None:
-    maven = shutil.which("mvn")
-    if maven is None:
-        raise FlinkSetupError("Maven is not on the PATH: install it (Debian: apt-get install maven)")
     work = jar.with_name("maven")
-    log = jar.with_name("maven.log")
-    with resources.as_file(resources.files("runners.config") / "flink" / "pom.xml") as pom, log.open("wb") as stream:
-        command = [
-            maven,
-            "--batch-mode",
-            "--no-transfer-progress",
-            f"--file={pom}",
+    with resources.as_file(resources.files("runners.config") / "flink" / "pom.xml") as pom:
+        run_maven(
+            pom,
+            jar.with_name("maven.log"),
+            java,
             f"-Dwork.folder={work}",
             f"-Dflink.version={versions.flink_version}",
             f"-Drunner.version={versions.runner_version}",
             f"-Djob.service.version={versions.job_service_version}",
             "package",
-        ]
-        environment = {"MAVEN_OPTS": "-Xmx1g", **os.environ}
-        if "JAVA_HOME" not in environment and shutil.which("java") is None:
-            # Any Java does for Maven, and the machine's own knows the certificates of its network.
-            environment["JAVA_HOME"] = str(java.parent.parent)
+        )
+    (work / "job-server.jar").replace(jar)
+    shutil.rmtree(work, ignore_errors=True)
+
+
+def run_maven(pom: Path, log: Path, java: Path, *arguments: str) -> None:
+    """Run Maven on a pom, its output to `log`; FlinkSetupError if there is no Maven, or it failed."""
+    maven = shutil.which("mvn")
+    if maven is None:
+        raise FlinkSetupError("Maven is not on the PATH: install it (Debian: apt-get install maven)")
+    command = [maven, "--batch-mode", "--no-transfer-progress", f"--file={pom}", *arguments]
+    environment = {"MAVEN_OPTS": "-Xmx1g", **os.environ}
+    if "JAVA_HOME" not in environment and shutil.which("java") is None:
+        # Any Java does for Maven, and the machine's own knows the certificates of its network.
+        environment["JAVA_HOME"] = str(java.parent.parent)
+    with log.open("wb") as stream:
         done = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT, env=environment, check=False)
     if done.returncode:
         errors = [line for line in log.read_text("utf-8", "replace").splitlines() if line.startswith("[ERROR]")]
         reason = errors[0].removeprefix("[ERROR]").strip() if errors else f"exit code {done.returncode}"
         raise FlinkSetupError(f"Maven failed: {reason} (all of it in {log})")
-    (work / "job-server.jar").replace(jar)
-    shutil.rmtree(work, ignore_errors=True)
+
+
+def job_server_command(
+    java: Path, jar: Path, heap_mb: int, master: str, folder: Path, job_port: int = 0, artifact_port: int = 0
+) -> list[str]:
+    """What starts Beam's job server, with Flink's configuration in `folder`; port 0 is any that is free."""
+    return [
+        str(java),
+        f"-Xmx{heap_mb}m",
+        f"-Djava.io.tmpdir={folder}",
+        *_JAVA_OPTIONS,
+        "-jar",
+        str(jar),
+        "--job-host=localhost",
+        f"--job-port={job_port}",
+        f"--artifact-port={artifact_port}",
+        "--expansion-port=-1",
+        f"--flink-master={master}",
+        f"--flink-conf-dir={folder}",
+        f"--artifacts-dir={folder / 'artifacts'}",
+    ]
 
 
 @click.command()

@@ -17,9 +17,12 @@ import time
 import uuid
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
+
+from schemas.avro.messages import message_of_record
 
 DIA_SOURCE_ID_HEADER = "dia_source_id"
 
@@ -35,6 +38,10 @@ _MAX_MESSAGE_BYTES = 10_000_000
 
 class KafkaUnreachableError(ConnectionError):
     """No Kafka broker answered at the address given."""
+
+
+class TopicOrderError(ValueError):
+    """Messages whose order matters lie on several partitions."""
 
 
 class DeliveryError(RuntimeError):
@@ -252,13 +259,14 @@ class KafkaAlertSink:
 
         self.open()
         window = _WINDOWS.get((self.bootstrap, topic))
+        n_bytes = len(key or b"") + len(value)
         if window is not None:
-            window.reserve(len(value), while_waiting=lambda: self._producer.poll(0))
+            window.reserve(n_bytes, while_waiting=lambda: self._producer.poll(0))
         try:
             self._produce(topic, key, value, headers)
         except (KafkaException, DeliveryError) as error:
             if window is not None:
-                window.refund(len(value))
+                window.refund(n_bytes)
             if isinstance(error, DeliveryError):
                 raise
             raise DeliveryError(f"{len(value)} bytes for topic {topic} were refused: {error}") from error
@@ -319,7 +327,7 @@ class KafkaAlertSink:
             self._first_error = f"topic {message.topic()}: {error}"
         window = _WINDOWS.get((self.bootstrap, message.topic()))
         if window is not None:
-            window.refund(len(message.value()))
+            window.refund(_record_bytes(message))
 
     def _on_server_error(self, error: Any) -> None:
         self._server_error = str(error)
@@ -332,6 +340,88 @@ class KafkaAlertSink:
 
 
 # --- reading --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class KafkaMessageLog:
+    """The messages of a topic's first partition, by offset (`transforms.visit_stream.MessageLog`).
+
+    Pickles as its address; the process keeps the consumer, which joins no group. Where Kafka is away, it waits.
+    """
+
+    bootstrap: str
+    topic: str
+
+    def end(self) -> int:
+        """The offset that the next message will have.
+
+        Raises
+        ------
+        KafkaUnreachableError
+            Nobody answers.
+        TopicOrderError
+            Messages lie on other partitions: nothing says in which order.
+        """
+        from confluent_kafka import KafkaException, TopicPartition
+
+        partitions = _topic_partitions(self.bootstrap, self.topic, timeout_s=10.0)
+        consumer = _log_consumer(self.bootstrap, self.topic).consumer
+        try:
+            ends = [
+                consumer.get_watermark_offsets(TopicPartition(self.topic, partition), timeout=10.0)[1]
+                for partition in partitions
+            ]
+        except KafkaException as error:
+            raise KafkaUnreachableError(f"topic {self.topic} of {self.bootstrap}: {error.args[0].str()}") from error
+        if any(ends[1:]):
+            raise TopicOrderError(f"topic {self.topic} has messages on several partitions: announce on the first")
+        return int(ends[0])
+
+    def append(self, messages: Iterable[bytes]) -> None:
+        """Add messages and return when Kafka has them; DeliveryError where it takes none."""
+        from confluent_kafka import Producer
+
+        producer = Producer({"bootstrap.servers": self.bootstrap, "enable.idempotence": True, "log_level": 0})
+        errors: list[Any] = []
+        for message in messages:
+            producer.produce(self.topic, message, partition=0, on_delivery=lambda error, _: errors.append(error))
+        waiting = producer.flush(60.0)
+        refused = [error for error in errors if error is not None]
+        if waiting or refused:
+            raise DeliveryError(
+                f"{waiting + len(refused)} messages for {self.topic} were not acknowledged: {refused[:1]}"
+            )
+
+    def read(self, offset: int, timeout_s: float) -> tuple[int, bytes] | None:
+        """Offset and bytes of the first message at `offset`, or of the next one kept; None if none came in time."""
+        from confluent_kafka import TopicPartition
+
+        log = _log_consumer(self.bootstrap, self.topic)
+        if log.next_offset != offset:
+            log.consumer.assign([TopicPartition(self.topic, 0, offset)])
+            log.next_offset = offset
+        message = log.consumer.poll(timeout_s)
+        if message is None or message.error() is not None:  # Kafka is away, or the topic not there yet
+            return None
+        log.next_offset = message.offset() + 1
+        return message.offset(), message.value() or b""
+
+
+class _LogConsumer:
+    """A consumer, and the offset it is at."""
+
+    def __init__(self, bootstrap: str) -> None:
+        from confluent_kafka import Consumer
+
+        settings = consumer_settings(bootstrap, "visits", from_beginning=True)
+        self.consumer = Consumer({**settings, "enable.auto.commit": False, "fetch.wait.max.ms": 200})
+        self.next_offset: int | None = None
+
+
+@cache
+def _log_consumer(bootstrap: str, topic: str) -> _LogConsumer:
+    """The process's consumer of a topic: a source is unpickled at every turn."""
+    return _LogConsumer(bootstrap)
 
 
 @dataclass(frozen=True)
@@ -357,9 +447,9 @@ class _Spooled:
 class BrokerReader:
     """One broker of the demo: reads a topic from before the first packet to after the last.
 
-    A thread keeps pace with production; what it reads goes to a spool file (a night may be GBs),
-    only ids and places stay in memory. Repeats are dropped by the `dia_source_id` header; one
-    whose bytes differ from the first is a contradiction and counted as such.
+    A thread keeps pace with production; what it reads goes to a spool file (a night may be GBs) as
+    messages that say their own schema, only ids and places stay in memory. Repeats are dropped by the
+    `dia_source_id` header; one whose bytes differ from the first is a contradiction and counted as such.
 
     Parameters
     ----------
@@ -367,7 +457,7 @@ class BrokerReader:
         The broker's name; prefix of its consumer group.
     bootstrap, topic : str
         What to read. The topic is created by asking for it where the Kafka broker allows that.
-    visit_of : callable (value) -> int
+    visit_of : callable (message) -> int
         The visit a message belongs to.
     spool_folder : Path
         Where the spool file lies until `close`.
@@ -445,7 +535,7 @@ class BrokerReader:
         )
 
     def write(self, folder: Path, write_messages: Callable[[Path, Iterable[bytes]], object]) -> None:
-        """Write `folder/<visit>.avro` for every visit received, messages in order of diaSourceId.
+        """Write `folder/<visit>.avro` (or `.jsonl`) for every visit received, in order of diaSourceId.
 
         Parameters
         ----------
@@ -488,7 +578,7 @@ class BrokerReader:
             if message.error() is not None:
                 self._note("malformed", f"{message.error()}")
                 continue
-            n_bytes += len(message.value() or b"")
+            n_bytes += _record_bytes(message)
             self._follow_offset(message.partition(), message.offset())
             self._keep(message)
         if self._window is not None:
@@ -503,8 +593,8 @@ class BrokerReader:
         self._next_offset[partition] = offset + 1
 
     def _keep(self, message: Any) -> None:
-        value = message.value() or b""
         try:
+            value = message_of_record(message.key(), message.value() or b"")
             dia_source_id = _dia_source_id(message.headers())
             first = self._by_id.get(dia_source_id)
             if first is not None:
@@ -568,6 +658,10 @@ def consumer_settings(bootstrap: str, group: str, *, from_beginning: bool) -> di
         "fetch.error.backoff.ms": 20,
         "log_level": 0,
     }
+
+
+def _record_bytes(message: Any) -> int:
+    return len(message.key() or b"") + len(message.value() or b"")
 
 
 def _dia_source_id(headers: list[tuple[str, bytes | str | None]] | None) -> int:

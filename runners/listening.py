@@ -7,7 +7,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from runners.kafka import check_kafka, consumer_settings
 from schemas.avro.container import read_container
@@ -57,6 +57,13 @@ def listen_path(path: Path) -> Iterator[dict[str, Any]]:
         raise PacketFileError("; ".join(problems))
 
 
+class KafkaRecord(NamedTuple):
+    """What lies on a topic: key and value."""
+
+    key: bytes | None
+    value: bytes
+
+
 def listen_topic(
     bootstrap: str,
     topic: str,
@@ -66,8 +73,8 @@ def listen_topic(
     idle_timeout_s: float | None = None,
     limit: int | None = None,
     answer_timeout_s: float = 10.0,
-) -> Iterator[bytes]:
-    """Yield message values as they come, in order within each partition.
+) -> Iterator[KafkaRecord]:
+    """Yield records as they come, in order within each partition.
 
     Parameters
     ----------
@@ -114,7 +121,7 @@ def listen_topic(
                 continue
             if message.error() is not None:
                 raise TopicReadError(f"topic {topic} at {bootstrap} cannot be read: {message.error().str()}")
-            yield message.value() or b""
+            yield KafkaRecord(message.key(), message.value() or b"")
             consumer.store_offsets(message)
             yielded += 1
             start_idle_clock()

@@ -108,6 +108,9 @@ def close_books(
     out: Path, filter_problems: tuple[FilterProblem, ...] = (), problems: tuple[FailureRecord, ...] = ()
 ) -> None:
     """What can only be written when the flow has ended; `problems` are those of the night as a whole."""
+    # Nobody writes any more: temporary files that are still there are those of workers, or runs, that were killed.
+    for path in (out / "archive").rglob(".*"):
+        path.unlink(missing_ok=True)
     finish_object_tables(out / "archive")
     finish_ledger(out / "ledger")
     left_out = tuple(

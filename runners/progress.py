@@ -30,7 +30,7 @@ class VisitProgress:
     out : Path
         Output folder; its ledger may not exist yet.
     n_visits : int
-        Visits to come.
+        Visits to come; 0 where nobody knows.
     quiet : bool
         Show nothing.
     console : rich.console.Console or None
@@ -62,7 +62,7 @@ class VisitProgress:
                 TimeElapsedColumn(),
                 console=self._console,
             )
-            self._task = self._bar.add_task(self._totals(), total=self._n_visits)
+            self._task = self._bar.add_task(self._totals(), total=self._n_visits or None)
             self._bar.start()
         self._thread = threading.Thread(target=self._watch, name="visit progress", daemon=True)
         self._thread.start()
@@ -105,7 +105,8 @@ class VisitProgress:
             line += f" in {latency_s:.1f} s"
         if failures:
             line += f", {failures:,} failures"
-        self._console.print(Text(f"{line} ({len(self._records)} of {self._n_visits})"), soft_wrap=True)
+        of_all = f" of {self._n_visits}" if self._n_visits else ""
+        self._console.print(Text(f"{line} ({len(self._records)}{of_all})"), soft_wrap=True)
 
     def _totals(self) -> str:
         alerts = sum(record.get("alerts") or 0 for record in self._records.values())

@@ -15,8 +15,9 @@ if TYPE_CHECKING:
     from runners.local import Run
     from runners.running import RunInput, RunRequest
 
+FLINK_CLUSTER = "flink-cluster"
 _FOLDER = click.Path(path_type=Path)
-_EXISTING = click.Path(exists=True, path_type=Path)
+EXISTING = click.Path(exists=True, path_type=Path)
 
 
 class Failure(click.ClickException):
@@ -31,7 +32,7 @@ class BadUsage(click.ClickException):
     exit_code = 2
 
 
-class _ManyValuesCommand(click.Command):
+class ManyValuesCommand(click.Command):
     """Lets `--history A B C` stand for `--history A --history B --history C`."""
 
     many = "--history"
@@ -51,18 +52,22 @@ class _ManyValuesCommand(click.Command):
         return super().parse_args(ctx, spread)
 
 
-_HISTORY = click.option("--history", type=_EXISTING, multiple=True, help="Output folders of earlier nights. [OUT0 ...]")
+HISTORY = click.option("--history", type=EXISTING, multiple=True, help="Output folders of earlier nights. [OUT0 ...]")
 
 
-def _run_options(command: Callable[..., None]) -> Callable[..., None]:
+def run_options(command: Callable[..., None]) -> Callable[..., None]:
     """The options that all entries share."""
     options = (
         click.option("--out", required=True, type=_FOLDER, help="Output folder; empty, or that of the same input."),
-        click.option("--config", type=_EXISTING, help="YAML laid over the shipped alert_production.yaml."),
-        click.option("--brokers", type=_EXISTING, help="YAML list of brokers instead of the shipped one."),
-        click.option("--filters", type=_EXISTING, help="Folder of filter YAML files instead of the shipped examples."),
+        click.option("--config", type=EXISTING, help="YAML laid over the shipped alert_production.yaml."),
+        click.option("--brokers", type=EXISTING, help="YAML list of brokers instead of the shipped one."),
+        click.option("--filters", type=EXISTING, help="Folder of filter YAML files instead of the shipped examples."),
         click.option(
-            "--runner", type=click.Choice(["local", "flink"]), default="local", show_default=True, help="Where it runs."
+            "--runner",
+            type=click.Choice(["local", "flink", FLINK_CLUSTER]),
+            default="local",
+            show_default=True,
+            help="Where it runs: here, on an embedded Flink, or on that of `cluster up flink`.",
         ),
         click.option(
             "--kafka",
@@ -79,14 +84,14 @@ def _run_options(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
-_BEAM_OPTIONS = click.argument("beam_options", nargs=-1, type=click.UNPROCESSED)
+BEAM_OPTIONS = click.argument("beam_options", nargs=-1, type=click.UNPROCESSED)
 
 
-@click.command(cls=_ManyValuesCommand)
-@click.argument("night", type=_EXISTING)
-@_run_options
-@_HISTORY
-@_BEAM_OPTIONS
+@click.command(cls=ManyValuesCommand)
+@click.argument("night", type=EXISTING)
+@run_options
+@HISTORY
+@BEAM_OPTIONS
 def produce(night: Path, history: tuple[Path, ...], **options: Any) -> None:
     """Run the whole chain on NIGHT, a folder with visits.jsonl.
 
@@ -100,14 +105,15 @@ def produce(night: Path, history: tuple[Path, ...], **options: Any) -> None:
     from runners.entries import night_input
     from schemas.manifests import night_folder
 
-    _run(options, lambda request: night_input(night, request, history), night=night_folder(night))
+    night, *earlier = _placed(options, night, *history)
+    run_command(options, lambda request: night_input(night, request, tuple(earlier)), night=night_folder(night))
 
 
-@click.command(cls=_ManyValuesCommand)
+@click.command(cls=ManyValuesCommand)
 @click.argument("table", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@_run_options
-@_HISTORY
-@_BEAM_OPTIONS
+@run_options
+@HISTORY
+@BEAM_OPTIONS
 def associate(table: Path, history: tuple[Path, ...], **options: Any) -> None:
     """Run the chain from association on, on TABLE, a Parquet file of diaSources.
 
@@ -130,12 +136,13 @@ def associate(table: Path, history: tuple[Path, ...], **options: Any) -> None:
     except ManifestError as error:
         raise Failure(str(error)) from error
     asked = {} if radius_arcsec is None else {"association": {"radius_arcsec": radius_arcsec}}
-    _run(options, lambda request: table_input(table, request, history), asked=asked)
+    table, *earlier = _placed(options, table, *history)
+    run_command(options, lambda request: table_input(table, request, tuple(earlier)), asked=asked)
 
 
 @click.command()
-@click.argument("packets", nargs=-1, required=True, type=_EXISTING)
-@_run_options
+@click.argument("packets", nargs=-1, required=True, type=EXISTING)
+@run_options
 def replay(packets: tuple[Path, ...], **options: Any) -> None:
     """Send archived alert packets through filters to brokers, their own bytes unchanged.
 
@@ -152,10 +159,16 @@ def replay(packets: tuple[Path, ...], **options: Any) -> None:
 
     quiet = options["quiet"]
     with _packet_count(quiet) as tell:
-        _run({**options, "beam_options": ()}, lambda request: packets_input(packets, request, tell))
+        placed = _placed(options, *packets)
+        run_command({**options, "beam_options": ()}, lambda request: packets_input(placed, request, tell))
 
 
-def _run(
+def _placed(options: dict[str, Any], *paths: Path) -> tuple[Path, ...]:
+    """The paths as all workers find them: those of the cluster run in a folder of their own."""
+    return tuple(path.absolute() for path in paths) if options["runner"] == FLINK_CLUSTER else paths
+
+
+def run_command(
     options: dict[str, Any],
     open_input: Callable[[RunRequest], RunInput],
     *,
@@ -175,12 +188,13 @@ def _run(
     from runners.running import run_chain
     from schemas.manifests import ManifestError
 
-    out, quiet = options["out"], options["quiet"]
+    (out,) = _placed(options, options["out"])
+    quiet = options["quiet"]
     console = Console(stderr=True)
     try:
-        request = _request(options, asked or {}, console)
+        request = _request({**options, "out": out}, asked or {}, console)
         given = open_input(request)
-        engine = _engine(options["runner"], options["beam_options"], console)
+        engine = _engine(options["runner"], options["beam_options"], out, console)
         result = run_chain(request, given, lambda n_visits: VisitProgress(out, n_visits, quiet=quiet), engine)
     except (ConfigurationError, OutputFolderError, HistoryError, BeamOptionsError) as error:
         raise BadUsage(str(error)) from error
@@ -209,6 +223,9 @@ def _request(options: dict[str, Any], asked: dict[str, Any], console: Console) -
     kafka, brokers = options["kafka"], options["brokers"]
     if kafka not in ("none", "embedded") and not _is_address(kafka):
         raise BadUsage(f"--kafka {kafka!r}: expected none, embedded or HOST:PORT")
+    if kafka == "embedded" and options["runner"] == FLINK_CLUSTER:
+        # It forgets what its readers have not read, unless those who write are in the same process and wait.
+        raise BadUsage("--kafka embedded lives in this process, the workers of a cluster do not: give HOST:PORT")
     checked, problems = load_checked_filters(options["filters"])
     chosen = load_brokers(brokers)
     if brokers is not None and not problems:
@@ -233,7 +250,7 @@ class _SetupNeededError(Exception):
 
 
 @contextlib.contextmanager
-def _engine(runner: str, beam_options: tuple[str, ...], console: Console) -> Iterator[Run]:
+def _engine(runner: str, beam_options: tuple[str, ...], out: Path, console: Console) -> Iterator[Run]:
     """What runs the dataflow."""
     if runner == "local":
         from runners.local import local_engine
@@ -241,13 +258,21 @@ def _engine(runner: str, beam_options: tuple[str, ...], console: Console) -> Ite
         with local_engine(beam_options) as run:
             yield run
         return
-    from runners.flink import flink_engine
+    from runners.cluster.settings import ClusterError
+    from runners.flink import flink_cluster_engine, flink_engine
     from runners.flink_setup import FlinkSetupError
 
+    def announce(text: str) -> None:
+        console.print(text, markup=False)
+
+    on_cluster = runner == FLINK_CLUSTER
     try:
-        with flink_engine(beam_options, lambda text: console.print(text, markup=False)) as run:
+        engine = (
+            flink_cluster_engine(beam_options, announce, out) if on_cluster else flink_engine(beam_options, announce)
+        )
+        with engine as run:
             yield run
-    except FlinkSetupError as error:
+    except (FlinkSetupError, ClusterError) as error:
         raise _SetupNeededError(str(error)) from error
 
 

@@ -25,8 +25,8 @@ from runners.output_folder import (
     remove_scratch,
 )
 from schemas.avro.adaptation import adapt_packet
-from schemas.avro.messages import packet_of, write_messages
-from schemas.avro.reading import decode_body, packet_prefix
+from schemas.avro.messages import is_json, packet_of, write_messages
+from schemas.avro.reading import decode_body, decode_json, packet_prefix
 from schemas.avro.schema_versions import PACKET_SCHEMA_IDS
 from schemas.elements import FailureRecord
 from schemas.manifests import Manifest
@@ -195,6 +195,8 @@ def _stop_readers(out: Path, readers: dict[str, BrokerReader]) -> dict[str, Brok
 
 def _visit_of(message: bytes) -> int:
     """The visit of a message, whatever its encoding and survey."""
+    if is_json(message):
+        return int(decode_json(message)["visit"])
     packet = packet_of(message)
     if packet.schema.schema_id in PACKET_SCHEMA_IDS:
         return packet_prefix(packet.body).visit

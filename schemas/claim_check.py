@@ -11,7 +11,7 @@ import contextlib
 import os
 import struct
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -109,13 +109,17 @@ class ImageStore:
             psf, science_psf = (
                 np.asarray(np.load(self.psf_path(visit, detector, name), mmap_mode="r")) for name in _PSF_NAMES
             )
+            if pixels.ndim != 3 or len(PLANES) != pixels.shape[0] or pixels.dtype != np.float32:
+                raise ValueError(f"it holds {pixels.dtype} of shape {pixels.shape}")
             wcs = WCS(fits.Header.fromstring(pixels.schunk.vlmeta["wcs"], sep="\n"))
-        except (OSError, RuntimeError, KeyError, ValueError, EOFError) as error:
+            if not wcs.has_celestial:
+                raise ValueError("its WCS speaks of no sky")
+        except (OSError, RuntimeError, KeyError, ValueError, EOFError, AttributeError, TypeError) as error:
             raise ClaimCheckError(f"stored image of visit {visit} detector {detector} is broken: {error}") from error
         return StoredExposure(wcs, psf, science_psf, (pixels.shape[1], pixels.shape[2]), pixels)
 
 
-def write_blobs(path: Path, keys: np.ndarray, rows: Sequence[Sequence[bytes]]) -> None:
+def write_blobs(path: Path, keys: np.ndarray, rows: Sequence[Sequence[bytes | memoryview]]) -> None:
     """Write an indexed blob file: for each key a fixed number of blobs.
 
     Parameters
@@ -140,30 +144,43 @@ def write_blobs(path: Path, keys: np.ndarray, rows: Sequence[Sequence[bytes]]) -
             stream.writelines(row)
 
 
-def read_blobs(path: Path, keys: np.ndarray) -> list[tuple[bytes, ...]]:
-    """The blobs of the given keys, in that order.
+class BlobFile:
+    """An indexed blob file: its index is read once, its blobs when they are asked for, the file not kept open.
 
     Raises
     ------
     ClaimCheckError
-        The file is missing or broken, or a key is not in it.
+        The file is missing or broken.
     """
-    try:
-        with path.open("rb") as stream:
-            stored, offsets = _blob_index(stream, path.name)
-            width = (len(offsets) - 1) // len(stored) if len(stored) else 0
-            position = {int(key): row for row, key in enumerate(stored)}
-            found = []
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with self._stream() as stream:
+            keys, self._offsets = _blob_index(stream, path.name)
+        self._width = (len(self._offsets) - 1) // len(keys) if len(keys) else 0
+        self._row_of = {key: row for row, key in enumerate(keys.tolist())}
+
+    def read(self, keys: Iterable[int]) -> Iterator[tuple[bytes, ...]]:
+        """The blobs of the given keys, in that order; ClaimCheckError where one is not in the file."""
+        with self._stream() as stream:
             for key in keys:
-                row = position.get(int(key))
+                row = self._row_of.get(int(key))
                 if row is None:
-                    raise ClaimCheckError(f"{path.name} does not hold {int(key)}")
-                bounds = offsets[row * width : (row + 1) * width + 1]
+                    raise ClaimCheckError(f"{self.path.name} does not hold {int(key)}")
+                bounds = self._offsets[row * self._width : (row + 1) * self._width + 1]
                 stream.seek(int(bounds[0]))
-                found.append(tuple(stream.read(int(length)) for length in np.diff(bounds)))
-            return found
-    except FileNotFoundError as error:
-        raise ClaimCheckError(f"{path.name} is missing") from error
+                yield tuple(stream.read(int(length)) for length in np.diff(bounds))
+
+    def _stream(self) -> BinaryIO:
+        try:
+            return self.path.open("rb")
+        except FileNotFoundError as error:
+            raise ClaimCheckError(f"{self.path.name} is missing") from error
+
+
+def read_blobs(path: Path, keys: np.ndarray) -> list[tuple[bytes, ...]]:
+    """The blobs of the given keys, in that order; ClaimCheckError where the file is missing or broken or lacks one."""
+    return list(BlobFile(path).read(keys))
 
 
 def _blob_index(stream: BinaryIO, name: str) -> tuple[np.ndarray, np.ndarray]:

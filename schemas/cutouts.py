@@ -1,11 +1,12 @@
-"""Cutouts: a stamp of an image around a source, with variance, mask, PSF and WCS, as FITS bytes.
+"""Cutouts: a stamp of an image around a source, with variance, PSF and WCS, as FITS bytes.
 
-HDUs: PRIMARY float32 image in nJy with a TAN WCS of its own; UNCERT float32 variance in nJy^2;
-PSFIMAGE float64; MASK int32 with `MP_<PLANE>` cards giving bit numbers. Names and keywords are those that
-`astropy.nddata.CCDData.read` looks for.
+Two contents. `complete`: PRIMARY float32 image in nJy with a TAN WCS of its own; UNCERT float32 variance in nJy^2;
+PSFIMAGE float64; MASK int32 with `MP_<PLANE>` cards giving bit numbers. `strict`: what LSST's packager gets of
+`astropy.nddata.CCDData.write`, to the byte: no MASK and no CTYPE. Names and keywords of both are those that
+`CCDData.read` looks for.
 
-astropy writes one file per (side, PSF size, mask planes) with placeholders; a cutout is a copy of that
-file with numbers put into its header cards and pixels into its data.
+astropy writes one file per (content, side, PSF size, ...) with placeholders; a cutout is a copy of that file with
+numbers put into its header cards and pixels into its data, for all sources of a detector in one compiled loop.
 """
 
 from __future__ import annotations
@@ -13,21 +14,29 @@ from __future__ import annotations
 import io
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Literal, NamedTuple
 
 import numpy as np
 from astropy.io import fits
+from astropy.nddata import CCDData, VarianceUncertainty
 from astropy.wcs import WCS
+from numba import njit
+
+Content = Literal["complete", "strict"]
 
 MIN_SIDE_PIX = 30
 MAX_SIDE_PIX = 102
 _CARD_BYTES = 80
-_PLACEHOLDER = 0.5
-_DTYPES = {-32: ">f4", -64: ">f8", 32: ">i4"}  # by BITPIX
 _FLOAT_CARDS = ("ROTPA", "CRPIX1", "CRPIX2", "CRVAL1", "CRVAL2", "CD1_1", "CD1_2", "CD2_1", "CD2_2")
-_INTEGER_CARDS = ("CUTMINX", "CUTMINY")
+_WCSLIB_CARDS = ("CRPIX1", "CRPIX2", "PC1_1", "PC1_2", "PC2_1", "PC2_2", "CRVAL1", "CRVAL2")
+_ROTATION_COMMENT = "Pos angle in deg of focal plane +Y wrt North"
+# In the files' templates. They differ from 0 and 1, which astropy leaves out of a PC matrix, and make a regular one.
+_PLACEHOLDER = 0.5
+_PLACEHOLDER_MATRIX = (0.5, 0.25, 0.125, 0.75)
+_UNIT_MATRIX = (1.0, 0.0, 0.0, 1.0)
 _TANGENT_STEP_PIX = 20.0  # as far from a source as most stamps reach
 
 
@@ -53,9 +62,39 @@ class LocalTan:
     cd_deg_per_pix: tuple[tuple[float, float], tuple[float, float]]
 
 
-def cutout_side(bbox_size_pix: int) -> int:
-    """Side of the stamp for a source whose footprint needs `bbox_size_pix`: clamped to 30..102 pixels."""
-    return min(max(int(bbox_size_pix), MIN_SIDE_PIX), MAX_SIDE_PIX)
+class CutImage(NamedTuple):
+    """One of the images that stamps are cut from.
+
+    Attributes
+    ----------
+    image : (ny, nx) float32, nJy
+    variance : (ny, nx) float32, nJy^2
+    psfs : (m, k, k) with sum 1, or None: the files then have no PSFIMAGE
+    psf_of : (n,) int, which of `psfs` is that of each source
+    """
+
+    image: np.ndarray
+    variance: np.ndarray
+    psfs: np.ndarray | None
+    psf_of: np.ndarray
+
+
+class Cutouts(NamedTuple):
+    """Stamps of n sources.
+
+    Attributes
+    ----------
+    files : n tuples, one FITS file for each `CutImage`; None where there can be no stamp
+    refused : why there is none, by row
+    """
+
+    files: list[tuple[memoryview, ...] | None]
+    refused: dict[int, str]
+
+
+def cutout_sides(bbox_size_pix: np.ndarray) -> np.ndarray:
+    """Sides of the stamps for sources whose footprints need `bbox_size_pix` (n,): clamped to 30..102 pixels."""
+    return np.clip(bbox_size_pix, MIN_SIDE_PIX, MAX_SIDE_PIX).astype(np.int64)
 
 
 def local_tangents(wcs: WCS, x_pix: np.ndarray, y_pix: np.ndarray) -> list[LocalTan]:
@@ -73,6 +112,8 @@ def local_tangents(wcs: WCS, x_pix: np.ndarray, y_pix: np.ndarray) -> list[Local
     """
     x = np.asarray(x_pix, dtype=np.float64)
     y = np.asarray(y_pix, dtype=np.float64)
+    if len(x) == 0:
+        return []  # astropy's transformations take no empty arrays
     step = _TANGENT_STEP_PIX
     all_x = np.concatenate([x, x - step, x + step, x, x])
     all_y = np.concatenate([y, y, y, y - step, y + step])
@@ -92,95 +133,210 @@ def local_tangents(wcs: WCS, x_pix: np.ndarray, y_pix: np.ndarray) -> list[Local
     ]
 
 
-def cutout_bytes(
-    image: np.ndarray,
-    variance: np.ndarray,
+def cut_out(
+    images: Sequence[CutImage],
     mask: np.ndarray,
-    psf: np.ndarray | None,
-    x_pix: float,
-    y_pix: float,
-    side_pix: int,
-    wcs_local: LocalTan,
+    x_pix: np.ndarray,
+    y_pix: np.ndarray,
+    sides_pix: np.ndarray,
+    tangents: Sequence[LocalTan],
     rotation_deg: float,
     mask_planes: Mapping[str, int],
-) -> bytes | None:
-    """FITS bytes of the stamp around a source.
+    content: Content = "complete",
+) -> Cutouts:
+    """Stamps around the sources of a detector, from each of several images of it.
 
-    Where the stamp crosses the border of the image it keeps its full side: the pixels beyond are NaN in
-    image and variance and NO_DATA and EDGE in the mask.
+    Where a stamp crosses the border of the image it keeps its full side: the pixels beyond are NaN in the image,
+    infinite in the variance and, in a `complete` file, NO_DATA and EDGE in the mask. A source whose centroid is
+    not finite or lies outside the image (its border is at -0.5 and n - 0.5), or whose WCS is not finite or
+    singular, has no stamps.
 
     Parameters
     ----------
-    image : (ny, nx) float32, nJy
-    variance : (ny, nx) float32, nJy^2
+    images : all of one shape
     mask : (ny, nx) int32, bits as in `mask_planes`
-    psf : (k, k) float64 with sum 1, or None: the file then has no PSFIMAGE
-    x_pix, y_pix : centroid, 0-based pixels
-    side_pix : side of the square stamp, in [1, 1000]; see `cutout_side`
-    wcs_local : see `local_tangents`
+    x_pix, y_pix : (n,) centroids, 0-based pixels
+    sides_pix : (n,) sides of the square stamps, in [1, 1000]; see `cutout_sides`
+    tangents : n; see `local_tangents`
     rotation_deg : position angle of the camera, card ROTPA
     mask_planes : bit number of each mask plane; NO_DATA and EDGE must be among them
-
-    Returns
-    -------
-    bytes or None
-        None if the centroid is not finite or lies outside the image (its border is at -0.5 and n - 0.5).
+    content : `complete`, or `strict`
 
     Raises
     ------
     CutoutError
-        Planes of different shapes, a PSF that is not square, a side out of range, no NO_DATA or EDGE
-        plane, numbers that are not finite in the WCS or the rotation.
+        Planes of different shapes, PSFs that are not square, a side out of range, no NO_DATA or EDGE
+        plane, a rotation that is not finite.
+
+    Notes
+    -----
+    About 10 us for a stamp of 51 pixels with a PSF of 41.
     """
-    if not image.shape == variance.shape == mask.shape or image.ndim != 2:
-        raise CutoutError(
-            f"image, variance and mask must be 2-d of one shape, got {image.shape}, {variance.shape}, {mask.shape}"
-        )
-    if not 1 <= side_pix <= 1000:
-        raise CutoutError(f"side_pix must lie in [1, 1000], got {side_pix}")
-    ny, nx = image.shape
-    if not (-0.5 <= x_pix < nx - 0.5 and -0.5 <= y_pix < ny - 0.5):
-        return None
-    template = _template(side_pix, _psf_side(psf), tuple(mask_planes.items()))
-    # The stamp's centre lies within half a pixel of the centroid, for odd and even sides.
-    x_min = math.floor(x_pix - side_pix / 2 + 1)
-    y_min = math.floor(y_pix - side_pix / 2 + 1)
-    file = bytearray(template.file)
-    _patch_header(file, template, x_min, y_min, wcs_local, rotation_deg)
-    inside = (
-        slice(max(y_min, 0), min(y_min + side_pix, ny)),
-        slice(max(x_min, 0), min(x_min + side_pix, nx)),
-    )
-    target = (
-        slice(inside[0].start - y_min, inside[0].stop - y_min),
-        slice(inside[1].start - x_min, inside[1].stop - x_min),
-    )
-    # The template's pixels are the padding, so only pixels of the image are written.
-    template.plane(file, "PRIMARY")[target] = image[inside]
-    template.plane(file, "UNCERT")[target] = variance[inside]
-    template.plane(file, "MASK")[target] = mask[inside]
-    if psf is not None:
-        template.plane(file, "PSFIMAGE")[:] = psf
-    return bytes(file)
+    _check(images, mask, sides_pix, rotation_deg, mask_planes)
+    planes = tuple(mask_planes.items())
+    refused: dict[int, str] = {}
+    groups: dict[tuple[int, tuple[bool, ...]], list[int]] = {}
+    places = zip(x_pix.tolist(), y_pix.tolist(), sides_pix.tolist(), tangents, strict=True)
+    for row, (x, y, side, tangent) in enumerate(places):
+        problem = _problem(x, y, mask.shape, tangent)
+        if problem is None:
+            groups.setdefault((side, _unit_elements(tangent) if content == "strict" else ()), []).append(row)
+        else:
+            refused[row] = problem
+    files: list[list[memoryview]] = [[] for _ in tangents]
+    mask_words = np.ascontiguousarray(mask, dtype=np.int32).view(np.uint32)
+    psfs = [_words_of_psfs(one) for one in images]
+    for (side, unit_elements), rows in groups.items():
+        # The stamp's centre lies within half a pixel of the centroid, for odd and even sides.
+        corners = np.floor(np.stack([x_pix[rows], y_pix[rows]], axis=1) - side / 2 + 1).astype(np.int64)
+        templates = [
+            _strict_template(side, psf_side, unit_elements)
+            if content == "strict"
+            else _complete_template(side, psf_side, planes)
+            for psf_side, _, _ in psfs
+        ]
+        heads = _heads(templates[0].head, content, corners.tolist(), [tangents[row] for row in rows], rotation_deg)
+        for one, template, (_, words, psf_of) in zip(images, templates, psfs, strict=True):
+            group = np.empty((len(rows), len(template.words)), dtype=np.uint32)
+            image, variance = (
+                np.ascontiguousarray(plane, dtype=np.float32).view(np.uint32) for plane in (one.image, one.variance)
+            )
+            _write_stamps(
+                image,
+                variance,
+                mask_words,
+                words,
+                psf_of[rows],
+                corners,
+                side,
+                heads,
+                template.words,
+                template.starts,
+                group,
+            )
+            data, size = group.reshape(-1).view(np.uint8).data, group.itemsize * group.shape[1]
+            for i, row in enumerate(rows):
+                files[row].append(data[i * size : (i + 1) * size])
+    return Cutouts([None if row in refused else tuple(stamps) for row, stamps in enumerate(files)], refused)
 
 
-@dataclass(frozen=True)
-class _Template:
-    file: bytes
-    cards: Mapping[str, int]  # keyword -> byte at which its card starts
-    planes: Mapping[str, tuple[int, str, int]]  # HDU -> first byte of its data, dtype, side
+class _Template(NamedTuple):
+    """A file with placeholders.
 
-    def plane(self, file: bytearray, name: str) -> np.ndarray:
-        """The pixels of one HDU of a copy of this template, writable."""
-        start, dtype, side = self.planes[name]
-        return np.frombuffer(file, dtype, side * side, start).reshape(side, side)
+    head : the first HDU's header, as a `%` format for the values of `_heads`
+    words : the file, (file bytes / 4,) uint32
+    starts : (4,) word at which the data of PRIMARY, UNCERT, PSFIMAGE and MASK begin, -1 where there are none
+    """
+
+    head: bytes
+    words: np.ndarray
+    starts: np.ndarray
+
+
+def _check(
+    images: Sequence[CutImage],
+    mask: np.ndarray,
+    sides_pix: np.ndarray,
+    rotation_deg: float,
+    mask_planes: Mapping[str, int],
+) -> None:
+    shapes = [mask.shape, *(plane.shape for one in images for plane in (one.image, one.variance))]
+    if len(set(shapes)) != 1 or mask.ndim != 2:
+        raise CutoutError(f"images, variances and mask must be 2-d of one shape, got {sorted(set(shapes))}")
+    for one in images:
+        shape = (1, 1, 1) if one.psfs is None else one.psfs.shape
+        if len(shape) != 3 or shape[1] != shape[2] or 0 in shape:
+            raise CutoutError(f"psfs must be square images, got shape {shape}")
+    if len(sides_pix) and not 1 <= sides_pix.min() <= sides_pix.max() <= 1000:
+        raise CutoutError(f"sides must lie in [1, 1000], got {sides_pix.min()} to {sides_pix.max()}")
+    if not math.isfinite(rotation_deg):
+        raise CutoutError(f"the rotation must be finite, got {rotation_deg}")
+    if "NO_DATA" not in mask_planes or "EDGE" not in mask_planes:
+        raise CutoutError(f"mask_planes must name NO_DATA and EDGE, got {', '.join(sorted(mask_planes)) or 'none'}")
+
+
+def _problem(x: float, y: float, shape: tuple[int, ...], tangent: LocalTan) -> str | None:
+    """Why a source can have no stamp."""
+    ny, nx = shape
+    if not (-0.5 <= x < nx - 0.5 and -0.5 <= y < ny - 0.5):
+        return f"the centroid ({x:g}, {y:g}) lies outside the image of {nx} x {ny} pixels"
+    (cd11, cd12), (cd21, cd22) = tangent.cd_deg_per_pix
+    numbers = (tangent.x_pix, tangent.y_pix, tangent.ra_deg, tangent.dec_deg, cd11, cd12, cd21, cd22)
+    if not all(map(math.isfinite, numbers)):
+        return f"the WCS is not finite: {tangent}"
+    if cd11 * cd22 == cd12 * cd21:
+        return f"the WCS is singular: {tangent}"
+    return None
+
+
+def _unit_elements(tangent: LocalTan) -> tuple[bool, ...]:
+    """Which elements of the matrix are the unit matrix's: astropy writes no card for those."""
+    return tuple(one == unit for one, unit in zip(_matrix(tangent), _UNIT_MATRIX, strict=True))
+
+
+def _matrix(tangent: LocalTan) -> tuple[float, ...]:
+    return tangent.cd_deg_per_pix[0] + tangent.cd_deg_per_pix[1]
+
+
+def _words_of_psfs(one: CutImage) -> tuple[int, np.ndarray, np.ndarray]:
+    """Side of the PSFs, those that are used as words of a file (n_used, words), and which is whose (n,)."""
+    if one.psfs is None:
+        return 0, np.zeros((1, 0), dtype=np.uint32), np.zeros(len(one.psf_of), dtype=np.int64)
+    used, psf_of = np.unique(one.psf_of, return_inverse=True)
+    side = one.psfs.shape[1]
+    pixels = one.psfs[used].astype(">f8").reshape(len(used), side * side)
+    return side, pixels.view(np.uint32), psf_of.astype(np.int64)
+
+
+def _heads(
+    head: bytes, content: Content, corners: list[list[int]], tangents: list[LocalTan], rotation_deg: float
+) -> np.ndarray:
+    """First headers of the files of sources, (n, words) uint32."""
+    filled = []
+    for (x_min, y_min), tangent in zip(corners, tangents, strict=True):
+        # FITS counts pixels from 1.
+        reference = (tangent.x_pix - x_min + 1, tangent.y_pix - y_min + 1)
+        sky = (tangent.ra_deg, tangent.dec_deg)
+        if content == "complete":
+            filled.append(head % (x_min, y_min, rotation_deg, *reference, *sky, *_matrix(tangent)))
+        else:
+            elements = [
+                value for value, unit in zip(_matrix(tangent), _unit_elements(tangent), strict=True) if not unit
+            ]
+            # LSST gives the column and row before the first pixel.
+            filled.append(
+                head
+                % (
+                    x_min - 1,
+                    y_min - 1,
+                    _astropy_card(rotation_deg, _ROTATION_COMMENT),
+                    *(_wcslib_card(value, "Pixel coordinate of reference point") for value in reference),
+                    *(_wcslib_card(value, "Coordinate transformation matrix element") for value in elements),
+                    *(_wcslib_card(value, "Coordinate value at reference point") for value in sky),
+                )
+            )
+    return np.frombuffer(b"".join(filled), dtype=np.uint32).reshape(len(filled), -1)
+
+
+def _astropy_card(value: float, comment: str) -> bytes:
+    """A card behind its keyword as astropy writes it: as many digits as the number needs, at most 20 characters."""
+    mantissa, mark, exponent = repr(value).upper().partition("E")
+    return _card(mantissa[: 20 - len(mark + exponent)] + mark + exponent, comment)
+
+
+def _wcslib_card(value: float, comment: str) -> bytes:
+    """A card behind its keyword as wcslib writes it: a place for the sign, then 14 significant digits."""
+    text = f"{value: .14G}"
+    return _card(text if "." in text or "E" in text else f"{text}.0", comment)
+
+
+def _card(text: str, comment: str) -> bytes:
+    return f"{text:>20} / {comment}".ljust(_CARD_BYTES - 10).encode("ascii")
 
 
 @lru_cache(maxsize=256)  # sides 30..102 of one PSF size and one set of planes, with room for other PSF sizes
-def _template(side: int, psf_side: int, mask_planes: tuple[tuple[str, int], ...]) -> _Template:
+def _complete_template(side: int, psf_side: int, mask_planes: tuple[tuple[str, int], ...]) -> _Template:
     bits = dict(mask_planes)
-    if "NO_DATA" not in bits or "EDGE" not in bits:
-        raise CutoutError(f"mask_planes must name NO_DATA and EDGE, got {', '.join(sorted(bits)) or 'none'}")
     beyond = (1 << bits["NO_DATA"]) | (1 << bits["EDGE"])
     variance_header = fits.Header([("UTYPE", "VarianceUncertainty", "astropy class"), ("BUNIT", "nJy2")])
     mask_header = fits.Header()
@@ -188,23 +344,57 @@ def _template(side: int, psf_side: int, mask_planes: tuple[tuple[str, int], ...]
         warnings.filterwarnings("ignore", category=fits.verify.VerifyWarning)  # long plane names need HIERARCH
         for plane, bit in mask_planes:
             mask_header[f"MP_{plane}"] = bit
-    padding = np.full((side, side), np.nan, dtype=np.float32)
     hdus = [
-        fits.PrimaryHDU(padding, _primary_header()),
-        fits.ImageHDU(padding, variance_header, name="UNCERT"),
+        fits.PrimaryHDU(_padding(side, np.nan), _primary_header()),
+        fits.ImageHDU(_padding(side, np.inf), variance_header, name="UNCERT"),
     ]
     if psf_side:
         hdus.append(fits.ImageHDU(np.zeros((psf_side, psf_side)), name="PSFIMAGE"))
     hdus.append(fits.ImageHDU(np.full((side, side), beyond, dtype=np.int32), mask_header, name="MASK"))
     stream = io.BytesIO()
     fits.HDUList(hdus).writeto(stream)
-    file = stream.getvalue()
-    with fits.open(io.BytesIO(file)) as written:
-        starts = {hdu.name: hdu.fileinfo()["datLoc"] for hdu in written}
-        planes = {hdu.name: (starts[hdu.name], _DTYPES[hdu.header["BITPIX"]], hdu.header["NAXIS1"]) for hdu in written}
-    keywords = [file[at : at + 8].decode("ascii").rstrip() for at in range(0, starts["PRIMARY"], _CARD_BYTES)]
-    cards = {key: _CARD_BYTES * keywords.index(key) for key in (*_FLOAT_CARDS, *_INTEGER_CARDS)}
-    return _Template(file, cards, planes)
+    return _template(stream.getvalue(), {key: b"%20.12E" for key in _FLOAT_CARDS}, 20)
+
+
+@lru_cache(maxsize=256)
+def _strict_template(side: int, psf_side: int, unit_elements: tuple[bool, ...]) -> _Template:
+    wcs = WCS(naxis=2)
+    wcs.wcs.crpix = wcs.wcs.crval = [_PLACEHOLDER, _PLACEHOLDER]
+    matrix = np.where(unit_elements, _UNIT_MATRIX, _PLACEHOLDER_MATRIX)
+    wcs.wcs.cd = matrix.reshape(2, 2)
+    stamp = CCDData(
+        _padding(side, np.nan),
+        uncertainty=VarianceUncertainty(_padding(side, np.inf)),
+        wcs=wcs,
+        psf=np.zeros((psf_side, psf_side)) if psf_side else None,
+        meta={"cutMinX": 0, "cutMinY": 0},
+        unit="nJy",
+    )
+    stamp.header["ROTPA"] = (_PLACEHOLDER, _ROTATION_COMMENT)
+    stream = io.BytesIO()
+    stamp.write(stream, format="fits")
+    return _template(stream.getvalue(), dict.fromkeys(("ROTPA", *_WCSLIB_CARDS), b"%s"), _CARD_BYTES - 10)
+
+
+def _padding(side: int, value: float) -> np.ndarray:
+    return np.full((side, side), value, dtype=np.float32)
+
+
+def _template(file: bytes, slots: dict[str, bytes], n_bytes: int) -> _Template:
+    """A template of a file: `slots` replace `n_bytes` of the cards of their keywords, from column 11 on."""
+    with fits.open(io.BytesIO(file)) as hdus:
+        first = {hdu.name: hdu.fileinfo()["datLoc"] // 4 for hdu in hdus}
+    head = b""
+    for at in range(0, 4 * first["PRIMARY"], _CARD_BYTES):
+        card = file[at : at + _CARD_BYTES]
+        keyword = card[:8].decode("ascii").rstrip()
+        if keyword in slots:
+            card = card[:10] + slots[keyword] + card[10 + n_bytes :]
+        elif keyword in ("CUTMINX", "CUTMINY"):
+            card = card[:10] + b"%20d" + card[30:]
+        head += card
+    starts = [first.get(name, -1) for name in ("PRIMARY", "UNCERT", "PSFIMAGE", "MASK")]
+    return _Template(head, np.frombuffer(file, dtype=np.uint32).copy(), np.array(starts))
 
 
 def _primary_header() -> fits.Header:
@@ -224,41 +414,51 @@ def _primary_header() -> fits.Header:
     return fits.Header([fits.Card(*card) for card in cards])
 
 
-def _patch_header(
-    file: bytearray, template: _Template, x_min: int, y_min: int, wcs: LocalTan, rotation_deg: float
+@njit(cache=True)
+def _write_stamps(
+    image: np.ndarray,
+    variance: np.ndarray,
+    mask: np.ndarray,
+    psfs: np.ndarray,
+    psf_of: np.ndarray,
+    corners: np.ndarray,
+    side: int,
+    heads: np.ndarray,
+    template: np.ndarray,
+    starts: np.ndarray,
+    files: np.ndarray,
 ) -> None:
-    (cd11, cd12), (cd21, cd22) = wcs.cd_deg_per_pix
-    # FITS counts pixels from 1.
-    floats = (
-        rotation_deg,
-        wcs.x_pix - x_min + 1,
-        wcs.y_pix - y_min + 1,
-        wcs.ra_deg,
-        wcs.dec_deg,
-        cd11,
-        cd12,
-        cd21,
-        cd22,
-    )
-    if not all(map(math.isfinite, floats)):
-        raise CutoutError(f"rotation and WCS must be finite, got {rotation_deg} and {wcs}")
-    for keyword, value in zip(_FLOAT_CARDS, floats, strict=True):
-        _patch_card(file, template.cards[keyword], f"{value:20.12E}")
-    for keyword, number in zip(_INTEGER_CARDS, (x_min, y_min), strict=True):
-        _patch_card(file, template.cards[keyword], f"{number:20d}")
+    """Stamps of one side from one image. All words are uint32: pixels as the machine has them, the rest as in files."""
+    for i in range(len(files)):
+        file = files[i]
+        # The template's pixels are the padding, so only pixels of the image are written.
+        file[:] = template
+        file[: heads.shape[1]] = heads[i]
+        _write_window(image, corners[i], side, file, starts[0])
+        _write_window(variance, corners[i], side, file, starts[1])
+        if starts[2] >= 0:
+            file[starts[2] : starts[2] + psfs.shape[1]] = psfs[psf_of[i]]
+        if starts[3] >= 0:
+            _write_window(mask, corners[i], side, file, starts[3])
 
 
-def _patch_card(file: bytearray, start: int, value: str) -> None:
-    """Put a value of 20 characters where the FITS standard has it: columns 11 to 30 of the card."""
-    file[start + 10 : start + 30] = value.encode("ascii")
-
-
-def _psf_side(psf: np.ndarray | None) -> int:
-    if psf is None:
-        return 0
-    if psf.ndim != 2 or psf.shape[0] != psf.shape[1] or not psf.size:
-        raise CutoutError(f"psf must be a square image, got shape {psf.shape}")
-    return int(psf.shape[0])
+@njit(cache=True)
+def _write_window(pixels: np.ndarray, corner: np.ndarray, side: int, file: np.ndarray, start: int) -> None:
+    """The part of a stamp that lies on the image, big endian."""
+    ny, nx = pixels.shape
+    x_min, y_min = corner
+    first, end = max(0, -x_min), min(side, nx - x_min)
+    for row in range(max(0, -y_min), min(side, ny - y_min)):
+        source = pixels[y_min + row, x_min + first : x_min + end]
+        target = file[start + row * side + first : start + row * side + end]
+        for column in range(len(source)):
+            word = source[column]
+            target[column] = (
+                (word >> np.uint32(24))
+                | ((word >> np.uint32(8)) & np.uint32(0xFF00))
+                | ((word << np.uint32(8)) & np.uint32(0xFF0000))
+                | (word << np.uint32(24))
+            )
 
 
 def _gnomonic_deg(

@@ -8,7 +8,7 @@ not something to be slow about.
 from __future__ import annotations
 
 import pickle
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import apache_beam as beam
@@ -185,6 +185,26 @@ class AlertBatch(FusedElement):
     def nbytes(self) -> int:
         return self.dia_sources.nbytes + self.prv_dia_sources.nbytes + self.prv_forced_sources.nbytes
 
+    def part(self, start: int, stop: int) -> AlertBatch:
+        """Alerts start..stop-1 with their history, without what belongs to the cell as a whole."""
+        stop = min(stop, len(self.dia_sources))
+        history = slice(self.prv_offsets[start], self.prv_offsets[stop])
+        forced = slice(self.forced_offsets[start], self.forced_offsets[stop])
+        return replace(
+            self,
+            dia_sources=self.dia_sources[start:stop],
+            prv_dia_sources=self.prv_dia_sources[history],
+            prv_offsets=self.prv_offsets[start : stop + 1] - self.prv_offsets[start],
+            prv_forced_sources=self.prv_forced_sources[forced],
+            forced_offsets=self.forced_offsets[start : stop + 1] - self.forced_offsets[start],
+            dia_objects=self.dia_objects[start:stop],
+            ss_sources=self.ss_sources[start:stop],
+            object_states=self.object_states[:0],
+            unassociated=self.unassociated[:0],
+            forced_sources=self.forced_sources[:0],
+            counts={},
+        )
+
 
 @dataclass(frozen=True)
 class VisitAlerts(FusedElement):
@@ -200,6 +220,7 @@ class VisitAlerts(FusedElement):
     tables : records for the archive by table name
     failures : failure records met so far
     passed : per filter the diaSourceIds that passed, in rank order
+    selected : per filter that selects columns these, a row for each in `passed`
     """
 
     visit: int
@@ -210,6 +231,7 @@ class VisitAlerts(FusedElement):
     tables: dict[str, np.ndarray]
     failures: tuple[FailureRecord, ...] = ()
     passed: dict[str, np.ndarray] = field(default_factory=dict)
+    selected: dict[str, pa.Table] = field(default_factory=dict)
 
     def nbytes(self) -> int:
         return self.alerts.nbytes + sum(records.nbytes for records in self.tables.values())

@@ -6,10 +6,11 @@ and typed problems, one per line that could not be used, so that one bad line ne
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import date, timedelta
 from pathlib import Path
 from typing import Any
@@ -273,6 +274,58 @@ def parse_visit(record: Any, folder: Path) -> Visit:
         detectors=_detectors(record, folder),
         observatory=_optional_text(record, "observatory"),
     )
+
+
+@dataclass(frozen=True)
+class AnnouncedDetector:
+    """One detector of a visit, announced by itself.
+
+    Attributes
+    ----------
+    visit : the visit; of its detectors only this one
+    images : of the detector
+    expected : all detectors of the visit
+    facts : digest of what the announcements of one visit have in common
+    """
+
+    visit: Visit
+    images: DetectorImages
+    expected: tuple[int, ...]
+    facts: str
+
+
+def announcements(visit: Visit) -> list[bytes]:
+    """A visit as messages, one per detector: JSON as in `visits.jsonl`, with the detector's fields besides."""
+    record = asdict(visit)
+    images = record.pop("detectors")
+    record["expected_detectors"] = [one["detector"] for one in images]
+    return [json.dumps({**record, **one}).encode() for one in images]
+
+
+def parse_announcement(message: bytes) -> AnnouncedDetector:
+    """Check one announcement; its paths must be absolute. ValueError says what is wrong."""
+    try:
+        record = json.loads(message)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not JSON: {error}") from error
+    if not isinstance(record, dict):
+        raise ValueError(f"expected an object, got {type(record).__name__}")
+    own = {key: record.pop(key, None) for key in ("detector", "science", "template")}
+    visit = parse_visit({**record, "detectors": [own]}, Path("/"))
+    for name in ("science", "template"):
+        if own[name] and not own[name].startswith("/"):
+            raise ValueError(f"{name} must be an absolute path, got {_shortened(own[name])}")
+    listed = record.get("expected_detectors")
+    if not isinstance(listed, list):
+        raise ValueError("expected_detectors must be a list")
+    expected = tuple(
+        sorted({_integer({"expected_detectors": one}, "expected_detectors", 0, MAX_DETECTOR) for one in listed})
+    )
+    (images,) = visit.detectors
+    if images.detector not in expected:
+        raise ValueError(f"detector {images.detector} is none of expected_detectors")
+    facts = json.dumps([asdict(replace(visit, detectors=())), expected], sort_keys=True)
+    return AnnouncedDetector(visit, images, expected, hashlib.sha256(facts.encode()).hexdigest()[:16])
 
 
 def _detectors(record: dict[str, Any], folder: Path) -> tuple[DetectorImages, ...]:

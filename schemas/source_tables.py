@@ -48,6 +48,7 @@ _KEY_TYPES = {
 }
 _MAX_DETECTOR = 2**31 - 1
 _FULL_CIRCLE_DEG = 360.0
+_MOST_AT_ONE_PLACE = 100  # more sources of one visit are at no place: 0, 0, say, stands where it is not known
 
 
 @dataclass(frozen=True)
@@ -164,8 +165,24 @@ def _usable(records: np.ndarray) -> tuple[np.ndarray, list[ManifestProblem]]:
     first = np.zeros(len(records), dtype=bool)
     agreeing = np.flatnonzero(~unlike_visit)
     first[agreeing[np.unique(records["diaSourceId"][agreeing], return_index=True)[1]]] = True
-    rules = {"another time or band than most of its visit": unlike_visit, "diaSourceId occurs twice": ~first}
+    rules = {
+        "another time or band than most of its visit": unlike_visit,
+        "diaSourceId occurs twice": ~first,
+        f"at one place with more than {_MOST_AT_ONE_PLACE} sources of its visit": _heaped(records),
+    }
     return _checked(records["visit"], rules)
+
+
+def _heaped(records: np.ndarray) -> np.ndarray:
+    """Which records share a place, to the bit, with too many others of their visit."""
+    place = records["dec"], records["ra"], records["visit"]
+    order = np.lexsort(place)
+    starts = np.ones(len(records), dtype=bool)
+    starts[1:] = np.any([np.diff(values[order]) != 0 for values in place], axis=0)
+    heap = np.cumsum(starts) - 1
+    heaped = np.empty(len(records), dtype=bool)
+    heaped[order] = np.bincount(heap)[heap] > _MOST_AT_ONE_PLACE
+    return heaped
 
 
 def _checked(visits: np.ndarray, rules: dict[str, np.ndarray]) -> tuple[np.ndarray, list[ManifestProblem]]:

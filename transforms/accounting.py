@@ -12,7 +12,7 @@ from typing import Any
 import apache_beam as beam
 
 from schemas.elements import VisitAlerts
-from transforms.distribution import AlertSink, FullStream
+from transforms.distribution import AlertSink, KafkaStream
 from transforms.failures import write_bytes, write_lines
 
 STAGE = "accounting"
@@ -28,7 +28,7 @@ class AccountVisits(beam.PTransform):
     """
 
     def __init__(
-        self, folder: str, *, streams: tuple[FullStream, ...], sink: AlertSink | None, delivery_deadline_s: float
+        self, folder: str, *, streams: tuple[KafkaStream, ...], sink: AlertSink | None, delivery_deadline_s: float
     ) -> None:
         super().__init__()
         self.account = _AccountFn(folder, streams, sink, delivery_deadline_s)
@@ -39,7 +39,7 @@ class AccountVisits(beam.PTransform):
 
 class _AccountFn(beam.DoFn):
     def __init__(
-        self, folder: str, streams: tuple[FullStream, ...], sink: AlertSink | None, delivery_deadline_s: float
+        self, folder: str, streams: tuple[KafkaStream, ...], sink: AlertSink | None, delivery_deadline_s: float
     ) -> None:
         self.folder = folder
         self.streams = streams
@@ -64,7 +64,7 @@ class _AccountFn(beam.DoFn):
         yield line
 
 
-def ledger_record(visit: VisitAlerts, streams: tuple[FullStream, ...], now: float) -> dict[str, Any]:
+def ledger_record(visit: VisitAlerts, streams: tuple[KafkaStream, ...], now: float) -> dict[str, Any]:
     """The ledger's record of a visit. `alerts_digest` is the SHA-256 of the packets' own, by diaSourceId."""
     summary = dict(visit.summary)
     started_at = summary.pop("started_at")
@@ -72,7 +72,9 @@ def ledger_record(visit: VisitAlerts, streams: tuple[FullStream, ...], now: floa
     return {
         **summary,
         "alerts_digest": hashlib.sha256(digests.encode()).hexdigest(),
-        "streams": {stream.topic: {"sent": len(visit.alerts)} for stream in streams},
+        "streams": {
+            stream.topic: {"sent": len(visit.alerts) - summary["too_large"].get(stream.topic, 0)} for stream in streams
+        },
         "failures": len(visit.failures),
         "latency_s": None if started_at is None else now - started_at,
     }

@@ -1,13 +1,21 @@
-"""The thin table of alerts that travels to visit space: identity, location and the columns filters name."""
+"""The thin table of alerts that travels to visit space: identity, location and the columns filters name.
+
+Where a broker gets alerts in JSON, the table has what these say besides, and they are made of it.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 
+import erfa
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from schemas.avro.adaptation import PacketHead
+from schemas.avro.reading import to_json
 from schemas.elements import AlertBatch
 from schemas.records import records_to_arrow, take_records
 from schemas.tables import project_alerts_schema
@@ -18,6 +26,11 @@ LOCATION_FIELDS = (
     pa.field("packetFile", pa.string()),
     pa.field("packetDigest", pa.string()),
 )
+
+JSON_COLUMNS = frozenset(
+    f"diaSource.{name}" for name in ("diaObjectId", "ssObjectId", "diaSourceId", "visit", "ra", "dec", "midpointMjdTai")
+)
+_MJD_ZERO_JD = 2_400_000.5
 
 
 def thin_schema(filter_columns: Iterable[str]) -> pa.Schema:
@@ -74,6 +87,48 @@ def replayed_alerts(
     schema = thin_schema(filter_columns)
     arrays = [located[name] if name in located else table[name] for name in schema.names]
     return pa.table(arrays, schema=schema)
+
+
+def thin_json(alerts: pa.Table, selected: pa.Table | None = None) -> list[bytes]:
+    """Alerts as JSON objects, without cutouts or history (encoding `json-thin`).
+
+    Parameters
+    ----------
+    alerts : thin table with `JSON_COLUMNS`
+    selected : what the stream's filter selects of them, row by row; a column named like one of ours is left out
+
+    Returns
+    -------
+    list of bytes
+        One object each: ids as text (as are all whole numbers beyond 2^53), what is unknown null. `UTC` is the
+        visit's midpoint, so that the same alert has the same bytes whenever it is sent.
+    """
+    names = [name.partition(".")[2] for name in JSON_COLUMNS]
+    source = {name: pc.struct_field(alerts["diaSource"], name) for name in names}
+    columns = {
+        "diaObjectId": source["diaObjectId"],
+        "objectId": source["diaObjectId"],
+        "ssObjectId": source["ssObjectId"],
+        "diaSourceId": source["diaSourceId"],
+        "visit": source["visit"],
+        "ra": source["ra"],
+        "dec": source["dec"],
+        "time": source["midpointMjdTai"],
+    }
+    if selected is not None:
+        columns |= {name: selected[name] for name in selected.column_names if name not in {*columns, "UTC"}}
+    columns["UTC"] = pa.array([_utc_text(time) for time in source["midpointMjdTai"].to_pylist()], pa.string())
+    return [to_json(row).encode() for row in pa.table(columns).to_pylist()]
+
+
+@lru_cache(maxsize=1024)
+def _utc_text(mjd_tai: float | None) -> str | None:
+    """A TAI time as date and time in UTC to the second; None for no time."""
+    if mjd_tai is None or not math.isfinite(mjd_tai):
+        return None
+    utc = erfa.ufunc.taiutc(_MJD_ZERO_JD, mjd_tai)[:2]
+    year, month, day, clock, _ = erfa.ufunc.d2dtf(b"UTC", 0, *utc)
+    return f"{year}-{month:02}-{day:02} {clock['h']:02}:{clock['m']:02}:{clock['s']:02}"
 
 
 def _struct(rows: np.ndarray, struct: pa.StructType, valid: np.ndarray) -> pa.StructArray:

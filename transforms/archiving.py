@@ -119,6 +119,11 @@ def write_table(path: Path, table: pa.Table, sorted_by: str | None = None) -> No
     partial.replace(path)
 
 
+def are_object_tables_unfinished(archive: Path) -> bool:
+    """Whether `finish_object_tables` is still to come."""
+    return (archive / "dia_objects" / _PARTS).exists()
+
+
 def finish_object_tables(archive: Path) -> None:
     """Put the parts of `dia_objects` together: per night one row per object, its latest state."""
     parts = archive / "dia_objects" / _PARTS

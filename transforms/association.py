@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import apache_beam as beam
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 from apache_beam.coders import BytesCoder
 from apache_beam.transforms.timeutil import TimeDomain
@@ -26,12 +27,14 @@ from pydantic.dataclasses import dataclass
 from schemas.claim_check import PLANES, ImageStore, StoredExposure
 from schemas.elements import CatalogueSources, DetectedSources, EarlierNights, FailureRecord, StageElement, VisitPart
 from schemas.framing import pack, unpack
-from schemas.manifests import Visit, event_time_s
+from schemas.manifests import Visit
 from schemas.records import (
     DIA_FORCED_SOURCE,
     DIA_OBJECT,
     DIA_SOURCE,
     SS_SOURCE,
+    RecordLayoutError,
+    arrow_schema,
     concatenate_records,
     empty_records,
     records_from_arrow,
@@ -39,10 +42,12 @@ from schemas.records import (
     records_to_bytes,
     take_records,
 )
+from transforms.archiving import are_object_tables_unfinished
 from transforms.cell_state import (
     COMPACTED_FROM,
     LATEST_DAYS,
     CellIndex,
+    DamagedStateError,
     history_block,
     index_bytes,
     reaching_rows,
@@ -51,7 +56,7 @@ from transforms.cell_state import (
     seen_of,
 )
 from transforms.failures import FAILED, failure_of, failure_part
-from transforms.ingestion import visit_context
+from transforms.ingestion import event_timestamp, visit_context
 from transforms.numerics.forced_photometry import forced_psf_flux, psf_splines
 from transforms.numerics.psf_grid import PsfGrid
 from transforms.sky_cells import (
@@ -128,8 +133,8 @@ class AssociateDiaSources(beam.PTransform):
     (midpoint, visit), whole visits, when the watermark has passed them; a detector that comes later is
     processed when it comes, with the history that precedes it. A detector delivered twice changes
     nothing; one that comes more than `history_months` and a month after the newest visit of a cell is
-    refused, as the cell no longer knows what preceded it. State per cell: what waits for the watermark,
-    and `transforms.cell_state`.
+    refused, as the cell no longer knows what preceded it; so is what comes to a cell whose state is damaged.
+    State per cell: what waits for the watermark, and `transforms.cell_state`.
     """
 
     def __init__(self, config: AssociationConfig, image_store: ImageStore | None) -> None:
@@ -189,9 +194,10 @@ def _to_cells(
     config: AssociationConfig,
 ) -> Iterator[tuple[int, bytes]]:
     header = {"kind": "visit", "detector": detector, "context": visit_context(visit)}
-    needed = cells_with_halo(sources["ra"], sources["dec"], config.cell_order, config.halo_arcsec)
-    for cell in np.unique(np.concatenate([covered, needed.ravel()])):
-        rows = take_records(sources, (needed == cell).any(axis=1))
+    needing, needed = _cells_needing(sources, config)
+    for cell in np.union1d(covered, needing):
+        first, last = np.searchsorted(needing, [cell, cell + 1])
+        rows = take_records(sources, needed[first:last])
         own_ss = take_records(ss_sources, np.isin(ss_sources["diaSourceId"], rows["diaSourceId"]))
         yield int(cell), pack(header, (records_to_bytes(rows), records_to_bytes(own_ss)))
 
@@ -268,11 +274,16 @@ def read_archive(folders: tuple[str, ...], reach_days: float = np.inf) -> CellKn
     Raises
     ------
     FileNotFoundError
-        A folder that is not an output folder.
+        A folder that is not an output folder, or that of a run which was broken off.
+    RecordLayoutError
+        A table that cannot be read or lacks columns.
     """
     for folder in folders:
-        if not (Path(folder) / "archive").is_dir():
+        archive = Path(folder) / "archive"
+        if not archive.is_dir():
             raise FileNotFoundError(f"{folder} holds no archive: --history wants an output folder of produce")
+        if are_object_tables_unfinished(archive):
+            raise FileNotFoundError(f"{folder} is the output of a run that was broken off: run it again first")
     sources = [
         take_records(rows, rows["diaObjectId"] != 0)
         for rows in _read_tables(folders, "dia_sources", DIA_SOURCE, reach_days)
@@ -318,8 +329,19 @@ def _read_tables(
     for night in nights:
         # A day more, as a night's visits are up to a day after the noon it is named for.
         if newest - _day(night) <= reach_days + 1:
-            for path in sorted(night.glob("*.parquet")):
-                yield records_from_arrow(pq.ParquetFile(path).read(), dtype)
+            for path in sorted(night.glob("[!.]*.parquet")):
+                yield _read_table(path, dtype)
+
+
+def _read_table(path: Path, dtype: np.dtype) -> np.ndarray:
+    try:
+        table = pq.ParquetFile(path).read()
+        wanted = [field.name for field in arrow_schema(dtype) if not field.nullable]
+        if missing := sorted({*wanted, "diaObjectId"} - {*table.column_names}):
+            raise RecordLayoutError(f"no column {', '.join(missing)}")
+        return records_from_arrow(table, dtype)
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise RecordLayoutError(f"{path}: {error}") from error
 
 
 def _day(night: Path) -> int:
@@ -372,19 +394,29 @@ class _AssociateInCellsFn(beam.DoFn):
         if cell < 0:
             yield from _visit_parts(arrived)
             return
-        known = read_index(index.read())
         blocks = [bytes(block) for block in history.read()]
+        try:
+            known = read_index(index.read())
+            sources, forced = read_history(blocks)
+        except DamagedStateError as error:
+            for visit in _visits_of(arrived, read_index(None)):
+                lost = f"{len(visit.sources)} sources in or around sky cell {cell}"
+                failure = failure_of(error, STAGE, visit.number, lost=lost)
+                yield from _failed_at(event_timestamp(visit.midpoint_mjd_tai), visit, failure)
+            return
         for message in earlier:
             _, buffers = unpack(message)
             objects = _merged_objects(known.objects, records_from_bytes(DIA_OBJECT, buffers[0]))
-            sources = records_from_bytes(DIA_SOURCE, buffers[1])
-            known = replace(known, objects=objects).with_seen(seen_of(sources))
-            blocks.append(history_block(sources, records_from_bytes(DIA_FORCED_SOURCE, buffers[2])))
+            more = _not_among(sources, records_from_bytes(DIA_SOURCE, buffers[1]), "diaSourceId")
+            more_forced = _not_among(forced, records_from_bytes(DIA_FORCED_SOURCE, buffers[2]), "diaForcedSourceId")
+            known = replace(known, objects=objects).with_seen(seen_of(more))
+            sources = concatenate_records([sources, more], DIA_SOURCE)
+            forced = concatenate_records([forced, more_forced], DIA_FORCED_SOURCE)
+            blocks.append(history_block(more, more_forced))
             history.add(blocks[-1])
         reach = self.config.rules().history_days + LATEST_DAYS
-        sources, forced = read_history(blocks)
         for visit in _visits_of(arrived, known):
-            event_time = Timestamp(event_time_s(visit.midpoint_mjd_tai))
+            event_time = event_timestamp(visit.midpoint_mjd_tai)
             if visit.midpoint_mjd_tai <= known.newest_mjd_tai - reach:
                 yield from _failed_at(event_time, visit, _too_late(cell, visit, known.newest_mjd_tai, reach))
                 continue
@@ -433,7 +465,7 @@ def _visit_parts(messages: list[bytes]) -> Iterator[TimestampedValue]:
     for message in sorted(messages):
         header, buffers = unpack(message)
         visit, midpoint = header["context"]["visit"], header["context"]["midpoint_mjd_tai"]
-        yield TimestampedValue(VisitPart(visit, midpoint, bytes(buffers[0])), Timestamp(event_time_s(midpoint)))
+        yield TimestampedValue(VisitPart(visit, midpoint, bytes(buffers[0])), event_timestamp(midpoint))
 
 
 def _split_due(waiting: list[bytes], fired_at: Timestamp) -> tuple[list[bytes], list[bytes], list[bytes]]:
@@ -443,7 +475,7 @@ def _split_due(waiting: list[bytes], fired_at: Timestamp) -> tuple[list[bytes], 
         header, _ = unpack(message)
         if header["kind"] == "history":
             earlier.append(message)
-        elif Timestamp(event_time_s(header["context"]["midpoint_mjd_tai"])) <= fired_at:
+        elif event_timestamp(header["context"]["midpoint_mjd_tai"]) <= fired_at:
             arrived.append(message)
         else:
             rest.append(message)
@@ -477,9 +509,12 @@ def _visits_of(messages: list[bytes], known: CellIndex) -> list[CellVisit]:
     return visits
 
 
+def _not_among(known: np.ndarray, more: np.ndarray, key: str) -> np.ndarray:
+    return take_records(more, ~np.isin(more[key], known[key]))
+
+
 def _merged_objects(known: np.ndarray, more: np.ndarray) -> np.ndarray:
-    fresh = take_records(more, ~np.isin(more["diaObjectId"], known["diaObjectId"]))
-    merged = concatenate_records([known, fresh], DIA_OBJECT)
+    merged = concatenate_records([known, _not_among(known, more, "diaObjectId")], DIA_OBJECT)
     return take_records(merged, np.argsort(merged["diaObjectId"], kind="stable"))
 
 

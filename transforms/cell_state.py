@@ -7,7 +7,8 @@ forced sources it measured. Once there are `COMPACTED_FROM` blocks they become o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,6 +34,10 @@ SEEN = np.dtype([("visit", "<i8"), ("detector", "<i4"), ("midpointMjdTai", "<f8"
 
 class CellStateError(ValueError):
     """State that this code cannot read."""
+
+
+class DamagedStateError(CellStateError):
+    """State that no version of this code has written."""
 
 
 @dataclass(frozen=True)
@@ -76,20 +81,36 @@ def read_index(stored: bytes | None) -> CellIndex:
     ------
     CellStateError
         State of a later version.
+    DamagedStateError
+        Cut short, or not framed as state is.
     """
     if not stored:
         return CellIndex(np.empty(0, SEEN), empty_records(DIA_OBJECT, 0))
-    header, buffers = unpack(stored)
-    objects = records_from_bytes(DIA_OBJECT, buffers[1])
-    if header["version"] == STATE_VERSION:
-        return CellIndex(np.frombuffer(buffers[0], SEEN), objects)
-    if header["version"] == 1:  # pairs without times: as old as the newest object, so that they stay long enough
+    with _damage_told():
+        header, buffers = unpack(stored)
+        version = int(header["version"])
+        if version > STATE_VERSION:
+            raise CellStateError(f"sky-cell state of version {version}, this code reads up to {STATE_VERSION}")
+        objects = records_from_bytes(DIA_OBJECT, buffers[1])
+        if version == STATE_VERSION:
+            return CellIndex(np.frombuffer(buffers[0], SEEN), objects)
+        # Pairs without times: as old as the newest object, so that they stay long enough.
         pairs = np.frombuffer(buffers[0], dtype="<i8").reshape(-1, 2)
         seen = np.empty(len(pairs), SEEN)
         seen["visit"], seen["detector"] = pairs.T
         seen["midpointMjdTai"] = np.nanmax(objects["lastDiaSourceMjdTai"], initial=-np.inf)
         return CellIndex(seen, objects)
-    raise CellStateError(f"sky-cell state of version {header['version']}, this code reads up to {STATE_VERSION}")
+
+
+@contextlib.contextmanager
+def _damage_told() -> Iterator[None]:
+    """Any error of taking state apart as a DamagedStateError."""
+    try:
+        yield
+    except CellStateError:
+        raise
+    except (ValueError, KeyError, IndexError, TypeError) as error:
+        raise DamagedStateError(f"sky-cell state is damaged: {error}") from error
 
 
 def index_bytes(index: CellIndex) -> bytes:
@@ -104,13 +125,14 @@ def history_block(sources: np.ndarray, forced: np.ndarray) -> bytes:
 
 
 def read_history(blocks: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
-    """DIA_SOURCE and DIA_FORCED_SOURCE rows of all blocks."""
-    frames = [unpack(block)[1] for block in blocks]
-    sources = concatenate_records([records_from_bytes(DIA_SOURCE, frame[0]) for frame in frames], DIA_SOURCE)
-    forced = concatenate_records(
-        [records_from_bytes(DIA_FORCED_SOURCE, frame[1]) for frame in frames], DIA_FORCED_SOURCE
-    )
-    return sources, forced
+    """DIA_SOURCE and DIA_FORCED_SOURCE rows of all blocks; DamagedStateError as `read_index`."""
+    with _damage_told():
+        frames = [unpack(block)[1] for block in blocks]
+        sources = concatenate_records([records_from_bytes(DIA_SOURCE, frame[0]) for frame in frames], DIA_SOURCE)
+        forced = concatenate_records(
+            [records_from_bytes(DIA_FORCED_SOURCE, frame[1]) for frame in frames], DIA_FORCED_SOURCE
+        )
+        return sources, forced
 
 
 def reaching_rows(rows: np.ndarray, newest_mjd_tai: float, days: float) -> np.ndarray:

@@ -8,9 +8,11 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import apache_beam as beam
+import numpy as np
+from pydantic.dataclasses import dataclass
 
 from schemas.claim_check import write_blobs
-from schemas.cutouts import cutout_bytes, cutout_side, local_tangents
+from schemas.cutouts import Content, CutImage, CutoutError, Cutouts, cut_out, cutout_sides, local_tangents
 from schemas.elements import DetectedSources, StageElement, VisitPart
 from schemas.exposures import MASK_BITS
 from schemas.framing import pack
@@ -19,6 +21,13 @@ from transforms.numerics.psf_grid import PsfGrid
 from transforms.packaging import cutout_file
 
 STAGE = "cutouts"
+
+
+@dataclass(frozen=True)
+class CutoutConfig:
+    """What a cutout holds: `complete`, or `strict`, which is LSST's file to the byte (no mask, no CTYPE)."""
+
+    content: Content = "complete"
 
 
 class CutoutResult(NamedTuple):
@@ -32,34 +41,41 @@ class EncodeCutouts(beam.PTransform):
     """Write the cutouts of an exposure's sources to the cutout store, where packaging finds them.
 
     Input and output `good`: DetectedSources, and after each the VisitPart that says it was processed;
-    `failed`: exposures whose cutouts could not be made (their alerts go without). Order: as it comes; a
-    duplicate writes nothing new. No state.
+    `failed`: exposures whose cutouts, or some of them, could not be made (their alerts go without). Order: as it
+    comes; a duplicate writes nothing new. No state.
     """
 
-    def __init__(self, folder: str) -> None:
+    def __init__(self, config: CutoutConfig, folder: str) -> None:
         super().__init__()
-        self.folder = folder
+        self.write = _WriteCutoutsFn(config, folder)
 
     def expand(self, detected: beam.PCollection) -> CutoutResult:
-        outputs = detected | "WriteCutouts" >> beam.ParDo(_WriteCutoutsFn(self.folder)).with_output_types(
-            StageElement
-        ).with_outputs(FAILED, main="good")
+        outputs = detected | "WriteCutouts" >> beam.ParDo(self.write).with_output_types(StageElement).with_outputs(
+            FAILED, main="good"
+        )
         return CutoutResult(outputs.good, outputs[FAILED])
 
 
 class _WriteCutoutsFn(StageFn):
-    def __init__(self, folder: str) -> None:
+    def __init__(self, config: CutoutConfig, folder: str) -> None:
+        self.config = config
         self.folder = folder
 
     def work(self, detected: DetectedSources) -> Iterator[Any]:
         started = time.perf_counter()
-        exposure = detected.exposure
+        exposure, n = detected.exposure, len(detected.dia_sources)
+        error: Exception
         try:
             path = cutout_file(self.folder, exposure.visit.visit, exposure.detector)
-            write_blobs(path, detected.dia_sources["diaSourceId"], encode_cutouts(detected))
-        except Exception as error:  # an alert without cutouts is better than none
-            lost = f"cutouts of {len(detected.dia_sources)} alerts"
-            failure = failure_of(error, STAGE, exposure.visit.visit, exposure.detector, lost=lost)
+            cutouts = encode_cutouts(detected, self.config.content)
+            # Empty bytes stand for no stamp.
+            write_blobs(path, detected.dia_sources["diaSourceId"], [files or (b"",) * 3 for files in cutouts.files])
+            lost, error = len(cutouts.refused), CutoutError(next(iter(cutouts.refused.values()), ""))
+        except Exception as problem:  # an alert without cutouts is better than none
+            lost, error = n, problem
+        if lost:
+            what = f"cutouts of {lost} of {n} alerts"
+            failure = failure_of(error, STAGE, exposure.visit.visit, exposure.detector, lost=what)
             yield from failed_in(exposure.visit, failure)
         detected.seconds["cutouts"] = time.perf_counter() - started
         yield detected
@@ -110,34 +126,27 @@ def detector_account(
     return pack(header)
 
 
-def encode_cutouts(detected: DetectedSources) -> list[tuple[bytes, bytes, bytes]]:
-    """Difference, science and template stamps of each source; empty bytes where there is none."""
+def encode_cutouts(detected: DetectedSources, content: Content = "complete") -> Cutouts:
+    """Difference, science and template stamps of each source."""
     exposure, sources = detected.exposure, detected.dia_sources
-    if len(sources) == 0:
-        return []
-    tangents = local_tangents(exposure.wcs, sources["x"].astype(float), sources["y"].astype(float))
+    x, y = (sources[name].astype(np.float64) for name in ("x", "y"))
     psf, science_psf = PsfGrid(exposure.psf), PsfGrid(exposure.science_psf)
-    planes = (
-        (exposure.difference, exposure.difference_variance, psf),
-        (exposure.science, exposure.science_variance, science_psf),
-        (exposure.matched_template, exposure.template_variance, science_psf),
+    images = [
+        CutImage(image, variance, psfs.of_cells, psfs.cells_at(x, y))
+        for image, variance, psfs in (
+            (exposure.difference, exposure.difference_variance, psf),
+            (exposure.science, exposure.science_variance, science_psf),
+            (exposure.matched_template, exposure.template_variance, science_psf),
+        )
+    ]
+    return cut_out(
+        images,
+        exposure.mask,
+        x,
+        y,
+        cutout_sides(sources["bboxSize"]),
+        local_tangents(exposure.wcs, x, y),
+        exposure.visit.rotation_deg,
+        MASK_BITS,
+        content,
     )
-    rows = []
-    for source, tangent in zip(sources, tangents, strict=True):
-        stamps = [
-            cutout_bytes(
-                image,
-                variance,
-                exposure.mask,
-                psfs.at(float(source["x"]), float(source["y"])),
-                float(source["x"]),
-                float(source["y"]),
-                cutout_side(int(source["bboxSize"])),
-                tangent,
-                exposure.visit.rotation_deg,
-                MASK_BITS,
-            )
-            for image, variance, psfs in planes
-        ]
-        rows.append((stamps[0] or b"", stamps[1] or b"", stamps[2] or b""))
-    return rows

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import apache_beam as beam
 
+from schemas.avro.messages import JSON_THIN
 from transforms.accounting import AccountVisits
+from transforms.alert_columns import JSON_COLUMNS
 from transforms.archiving import ArchiveAlerts
-from transforms.distribution import AlertSink, BrokerConfig, DistributeAlerts, FullStream, full_streams
+from transforms.distribution import AlertSink, BrokerConfig, DistributeAlerts, KafkaStream, full_streams
 from transforms.failures import CollectFailures
 from transforms.filtering import FilterAlerts, GatherVisits
 from transforms.filters.checking import CheckedFilter
@@ -42,14 +44,15 @@ class Delivery:
         return str(Path(self.store) / "packets")
 
     @cached_property
-    def streams(self) -> tuple[FullStream, ...]:
+    def streams(self) -> tuple[KafkaStream, ...]:
         """The full streams that are sent where packets are made."""
         return full_streams(self.brokers)
 
     @cached_property
     def filter_columns(self) -> frozenset[str]:
-        """The columns that the installed filters need."""
-        return frozenset({"diaSource.diaSourceId"}).union(*(one.columns for one in self.filters))
+        """The columns that the installed filters need, and those of alerts in JSON where a broker gets them."""
+        in_json = JSON_COLUMNS if any(broker.encoding == JSON_THIN for broker in self.brokers) else frozenset()
+        return frozenset({"diaSource.diaSourceId"}).union(in_json, *(one.columns for one in self.filters))
 
 
 class DeliverAlerts(beam.PTransform):

@@ -196,6 +196,11 @@ def _summary(
     for header in headers["alerts"]:
         for name, count in header["counts"].items():
             counts[name] = counts.get(name, 0) + count
+    shipped: dict[str, dict[str, int]] = {"trimmed": {}, "too_large": {}}
+    for header in headers["alerts"]:
+        for name, topics in header["shipped"].items():
+            for topic, count in topics.items():
+                shipped[name][topic] = shipped[name].get(topic, 0) + count
     expected = set(announced["expected"])
     return {
         "visit": visit,
@@ -222,6 +227,7 @@ def _summary(
         "wide_groups": counts.get("wide_groups", 0),
         "alerts": len(alerts),
         "forced_sources": len(tables["dia_forced_sources"]),
+        **shipped,
         "started_at": min((header["started_at"] for header in detectors.values()), default=None),
         "notes": sorted({note for header in detectors.values() for note in header["notes"]}),
         "seconds": seconds,
@@ -246,8 +252,8 @@ class FilterResult(NamedTuple):
 class FilterAlerts(beam.PTransform):
     """Run the installed filters on a visit's alerts, each capped per visit by its own rank.
 
-    Input: VisitAlerts. Output `good`: the same with the passed ids of each filter and counts in the
-    summary; `failed`: a filter that failed (the others run). The cap holds over revisions: late rows
+    Input: VisitAlerts. Output `good`: the same with the passed ids of each filter, what it selects of them,
+    and counts in the summary; `failed`: a filter that failed (the others run). The cap holds over revisions: late rows
     take what room earlier ones left. Order: as it comes; a duplicate gives the same. No state.
     """
 
@@ -275,6 +281,7 @@ class _RunFiltersFn(beam.DoFn):
     def process(self, visit: VisitAlerts) -> Iterator[Any]:
         passed: dict[str, np.ndarray] = {one.definition.full_name: np.empty(0, dtype=np.int64) for one in self.filters}
         counts = {name: {"seen": 0, "passed": 0, "capped": 0, "error": None} for name in passed}
+        selected: dict[str, list[pa.Table]] = {}
         failures: list[FailureRecord] = []
         revisions = visit.alerts["revision"].to_numpy()
         for number in range(visit.revision + 1):
@@ -284,13 +291,21 @@ class _RunFiltersFn(beam.DoFn):
                 room = one.definition.max_per_visit - len(passed[name])
                 taken = outcome.passed[: max(room, 0)]
                 passed[name] = np.concatenate([passed[name], taken])
+                if outcome.columns.num_columns:
+                    selected.setdefault(name, []).append(outcome.columns.slice(0, len(taken)))
                 _add_counts(counts[name], outcome, len(taken))
                 if outcome.error is not None and number == visit.revision:
                     lost = f"what {name} would have passed of {outcome.n_seen} alerts"
                     failures.append(FailureRecord(visit.visit, None, STAGE, "FilterFailed", outcome.error, lost))
         yield from (beam.pvalue.TaggedOutput(FAILED, failure) for failure in failures)
         summary = {**visit.summary, "filters": counts}
-        yield replace(visit, summary=summary, passed=passed, failures=visit.failures + tuple(failures))
+        yield replace(
+            visit,
+            summary=summary,
+            passed=passed,
+            selected={name: pa.concat_tables(tables) for name, tables in selected.items()},
+            failures=visit.failures + tuple(failures),
+        )
 
 
 def _add_counts(counts: dict[str, Any], outcome: FilterOutcome, n_taken: int) -> None:

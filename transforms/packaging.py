@@ -15,8 +15,8 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from schemas.avro.encoding import AlertColumns, encode_packets
-from schemas.avro.messages import Packet, wire_message
 from schemas.avro.schema_versions import packet_schema
+from schemas.avro.wire import wire_header
 from schemas.claim_check import ClaimCheckError, read_blobs, write_blobs
 from schemas.element_tables import ElementTable
 from schemas.elements import AlertBatch, FailureRecord, VisitPart
@@ -24,19 +24,25 @@ from schemas.framing import pack
 from schemas.records import DIA_SOURCE, concatenate_records, records_to_bytes
 from transforms.alert_columns import thin_alerts
 from transforms.delivery import Delivery
-from transforms.distribution import send_full_streams
+from transforms.distribution import Shipment, send_full_streams
 from transforms.failures import FAILED, failure_of, failure_part
 from transforms.solar_system import element_table, orbit_records
 
 STAGE = "packaging"
+# Finished packets that are in memory at a time, and the first of which are sent before the next are made.
+_ALERTS_AT_ONCE = 64
 Cutouts = tuple[list[bytes | None], list[bytes | None], list[bytes | None]]  # difference, science, template
 
 
 @dataclass(frozen=True)
 class PackagingConfig:
-    """Which packets are made."""
+    """Which packets are made.
+
+    `sized_blocks`: see `encode_packets`; equal to LSST's to the byte only without.
+    """
 
     schema_version: str = Field(default="11.0", pattern=r"^11\.[01]$")
+    sized_blocks: bool = False
     delivery_deadline_s: float = Field(default=120.0, gt=0, le=3600)
 
 
@@ -87,6 +93,7 @@ class _PackageAlertsFn(beam.DoFn):
 
     def setup(self) -> None:
         self.schema = packet_schema(self.config.schema_version)
+        self.wire_header = wire_header(self.schema.schema_id)
         self.orbits = None if self.elements is None else element_table(self.elements)
         if self.sink is not None:
             self.sink.open()
@@ -103,28 +110,39 @@ class _PackageAlertsFn(beam.DoFn):
 
     def _package(self, batch: AlertBatch) -> Iterator[Any]:
         started = time.perf_counter()
-        cutouts, failures = self._cutouts(batch)
-        for failure in failures:
+        visit = batch.context["visit"]
+        tables = [thin_alerts(batch.part(0, 0), "", [], self.filter_columns)]
+        shipment = Shipment()
+        failures: list[FailureRecord] = []
+        for start in range(0, len(batch.dia_sources), _ALERTS_AT_ONCE):
+            alerts = batch.part(start, start + _ALERTS_AT_ONCE)
+            cutouts, unread = self._cutouts(alerts)
+            failures += unread
+            try:
+                columns = _alert_columns(alerts, cutouts, self.orbits)
+                messages = encode_packets(
+                    self.schema, columns, prefix=self.wire_header, sized_blocks=self.config.sized_blocks
+                )
+            except Exception as error:  # some alerts must not stop the others
+                lost = f"{len(alerts.dia_sources)} alerts of sky cell {batch.context['cell']}"
+                failures.append(failure_of(error, STAGE, visit, lost=lost))
+            else:
+                tables.append(self._hand_over(alerts, messages, shipment))
+        for failure in failures + shipment.failures:
             yield beam.pvalue.TaggedOutput(FAILED, failure)
-            yield batch.context["visit"], failure_part(failure)
-        try:
-            bodies = encode_packets(self.schema, _alert_columns(batch, cutouts, self.orbits))
-        except Exception as error:  # one cell's alerts must not stop the others
-            lost = f"{len(batch.dia_sources)} alerts of sky cell {batch.context['cell']}"
-            failure = failure_of(error, STAGE, batch.context["visit"], lost=lost)
-            yield beam.pvalue.TaggedOutput(FAILED, failure)
-            yield batch.context["visit"], failure_part(failure)
-            return
-        ids = batch.dia_sources["diaSourceId"]
-        file_name = packet_file(batch.context["visit"], batch.context["cell"], ids)
-        messages = [wire_message(Packet(self.schema, body)) for body in bodies]
-        if len(ids):
-            write_blobs(Path(self.packet_folder) / file_name, ids, [(message,) for message in messages])
-        thin = thin_alerts(batch, file_name, [packet_digest(body) for body in bodies], self.filter_columns)
+            yield visit, failure_part(failure)
+        yield visit, visit_part(batch, pa.concat_tables(tables), time.perf_counter() - started, shipment.counts())
+
+    def _hand_over(self, alerts: AlertBatch, messages: list[bytes], shipment: Shipment) -> pa.Table:
+        """Keep and send finished packets; their thin table."""
+        ids = alerts.dia_sources["diaSourceId"]
+        name = packet_file(alerts.context["visit"], alerts.context["cell"], ids)
+        write_blobs(Path(self.packet_folder) / name, ids, [(message,) for message in messages])
+        digests = [packet_digest(memoryview(message)[len(self.wire_header) :]) for message in messages]
+        thin = thin_alerts(alerts, name, digests, self.filter_columns)
         if self.sink is not None:
-            send_full_streams(self.sink, self.streams, thin, messages)
-        seconds = time.perf_counter() - started
-        yield batch.context["visit"], visit_part(batch, thin, seconds)
+            send_full_streams(self.sink, self.streams, alerts.context["visit"], thin, messages, shipment)
+        return thin
 
     def finish_bundle(self) -> None:
         if self.sink is not None:
@@ -166,7 +184,7 @@ def packet_file(visit: int, group: int, ids: np.ndarray) -> str:
     return f"{visit}/{group}-{digest}.packets"
 
 
-def packet_digest(body: bytes) -> str:
+def packet_digest(body: bytes | memoryview) -> str:
     """SHA-256 of a packet body, hexadecimal."""
     return hashlib.sha256(body).hexdigest()
 
@@ -191,7 +209,7 @@ def _alert_columns(batch: AlertBatch, cutouts: Cutouts, orbits: ElementTable | N
     )
 
 
-def visit_part(batch: AlertBatch, thin: pa.Table, seconds: float) -> bytes:
+def visit_part(batch: AlertBatch, thin: pa.Table, seconds: float, shipped: dict[str, dict[str, int]]) -> bytes:
     """A batch as it travels to visit space: counts, thin columns, table rows; no packet bytes."""
     counts = {name: value for name, value in batch.counts.items() if name != "association_us"}
     has_ss = batch.dia_sources["ssObjectId"] != 0
@@ -206,6 +224,7 @@ def visit_part(batch: AlertBatch, thin: pa.Table, seconds: float) -> bytes:
         ),
         counts=counts,
         seconds={"association": batch.counts["association_us"] * 1e-6, "packaging": seconds},
+        shipped=shipped,
     )
 
 
@@ -216,6 +235,7 @@ def alerts_part(
     *,
     counts: dict[str, int],
     seconds: dict[str, float],
+    shipped: dict[str, dict[str, int]],
 ) -> bytes:
     """The part of a visit that holds alerts.
 
@@ -225,9 +245,10 @@ def alerts_part(
     thin : table of `transforms.alert_columns.thin_schema`
     tables : rows for the archive: dia_sources, dia_objects, dia_forced_sources, ss_sources
     counts, seconds : for the ledger
+    shipped : `Shipment.counts` of the full streams
     """
     stream = pa.BufferOutputStream()
     with pa.ipc.new_stream(stream, thin.schema) as writer:
         writer.write_table(thin)
-    header = {"kind": "alerts", "group": group, "counts": counts, "seconds": seconds}
+    header = {"kind": "alerts", "group": group, "counts": counts, "seconds": seconds, "shipped": shipped}
     return pack(header, (stream.getvalue().to_pybytes(), *(records_to_bytes(rows) for rows in tables)))

@@ -22,7 +22,7 @@ from schemas.records import DIA_FORCED_SOURCE, DIA_OBJECT, DIA_SOURCE, SS_SOURCE
 from transforms.alert_columns import replayed_alerts
 from transforms.cutouts import detector_account
 from transforms.delivery import Delivery
-from transforms.distribution import send_full_streams
+from transforms.distribution import Shipment, send_full_streams
 from transforms.failures import FAILED, failure_of, failure_part
 from transforms.packaging import alerts_part, packet_digest, packet_file
 
@@ -115,10 +115,14 @@ class _ReadPacketsFn(beam.DoFn):
         if len(ids):
             write_blobs(Path(to.packet_folder) / file_name, ids, [(message,) for message in packets.messages])
         thin = replayed_alerts(packets.heads, packets.table, file_name, packets.digests, to.filter_columns)
+        shipment = Shipment()
         if to.sink is not None:
-            send_full_streams(to.sink, to.streams, thin, packets.messages)
+            send_full_streams(to.sink, to.streams, visit, thin, packets.messages, shipment)
+            for failure in shipment.failures:
+                yield beam.pvalue.TaggedOutput(FAILED, failure)
+                yield visit, failure_part(failure)
         seconds = {"replaying": time.perf_counter() - started}
-        yield visit, alerts_part([detector], thin, _NO_ROWS, counts={}, seconds=seconds)
+        yield visit, alerts_part([detector], thin, _NO_ROWS, counts={}, seconds=seconds, shipped=shipment.counts())
         yield visit, detector_account(detector, len(ids), len(ids), started_at, ss_matches=packets.n_moving)
 
     def _stored(self, visit: int, detector: int) -> tuple[list[_StoredPacket], list[FailureRecord]]:

@@ -211,7 +211,7 @@ def process_visit(
         max_group_width_arcsec=rules.halo_arcsec / 2.0,
         founded=free["firstDiaSourceMjdTai"],
     )
-    fit = _qualifies(fixed, rules.new_object_min_reliability)
+    fit = _qualifies(fixed, rules.new_object_min_reliability) & _is_new(fixed["diaSourceId"], known.objects)
     matched = match.object_index >= 0
     matched[matched] &= fit[matched] | ~(free["firstDiaSourceMjdTai"][match.object_index[matched]] > midpoint)
     qualified = ~matched & fit
@@ -294,6 +294,11 @@ def _qualifies(sources: np.ndarray, min_reliability: float) -> np.ndarray:
         flagged |= sources[name] == 1
     placed = np.isfinite(sources["ra"]) & np.isfinite(sources["dec"])
     return placed & ~flagged & ~(sources["reliability"] < min_reliability)
+
+
+def _is_new(ids: np.ndarray, objects: np.ndarray) -> np.ndarray:
+    """Which sorted ids are no object's, and not that of the source before: an id stands for one object for good."""
+    return ~_among(ids, objects["diaObjectId"]) & (np.diff(ids, prepend=-1) != 0)
 
 
 def _new_objects(sources: np.ndarray) -> np.ndarray:

@@ -12,6 +12,7 @@ import os
 import threading
 import zlib
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from mmap import mmap
@@ -44,17 +45,23 @@ def container_bytes(schema: ContainerSchema, bodies: Iterable[bytes], *, docs: b
 def write_container(path: Path, schema: ContainerSchema, bodies: Iterable[bytes]) -> int:
     """Write a container file and return its number of packets.
 
-    The file appears under its name complete or not at all: it is written beside it under a name that begins
-    with a dot and renamed. `bodies` may be a generator; one block is held in memory.
+    The file appears under its name complete or not at all. `bodies` may be a generator; one block is held
+    in memory.
     """
+    with whole_file(path) as stream:
+        return _write(stream, schema, bodies, docs=True)
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write that appears under its name complete or not at all: under a dotted one first, then renamed."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
     try:
         with partial.open("wb") as stream:
-            n_packets = _write(stream, schema, bodies, docs=True)
+            yield stream
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
-    return n_packets
 
 
 def read_container(path: Path) -> Iterator[dict[str, Any]]:

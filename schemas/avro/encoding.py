@@ -121,10 +121,20 @@ def _check_offsets(name: str, offsets: np.ndarray, n_rows: int, has_object: np.n
         raise PacketContentError(f"{name}: history for an alert without an object")
 
 
-def encode_packets(schema: PacketSchema, batch: AlertColumns) -> list[bytes]:
+def encode_packets(
+    schema: PacketSchema, batch: AlertColumns, prefix: bytes = b"", *, sized_blocks: bool = False
+) -> list[bytes]:
     """Encode a batch, one schemaless Avro body per alert in the batch's order.
 
     The bytes equal what fastavro writes for the same values; fields the version does not know are left out.
+
+    Parameters
+    ----------
+    schema : which fields, in which order
+    batch : the alerts
+    prefix : put in front of each body, such as `wire_header`; it saves a copy of the packet
+    sized_blocks : histories say how many bytes they have, so that readers that do not want them step over; same
+        values, other bytes
     """
     n = len(batch)
     sources, source_at = _encoded(schema, "diaSource", batch.dia_sources)
@@ -141,13 +151,13 @@ def encode_packets(schema: PacketSchema, batch: AlertColumns) -> list[bytes]:
 
     bodies = []
     for i in range(n):
-        parts: list[bytes | memoryview] = [avro_long(ids[i]), visit, sources[source_at[i] : source_at[i + 1]]]
+        parts: list[bytes | memoryview] = [prefix, avro_long(ids[i]), visit, sources[source_at[i] : source_at[i + 1]]]
         if has_object[i]:
             if has_history[i]:
-                parts += _array(history, history_at, prv_offsets[i], prv_offsets[i + 1])
+                parts += _array(history, history_at, prv_offsets[i], prv_offsets[i + 1], sized_blocks)
             else:
                 parts.append(_NULL)
-            parts += _array(forced, forced_at, forced_offsets[i], forced_offsets[i + 1])
+            parts += _array(forced, forced_at, forced_offsets[i], forced_offsets[i + 1], sized_blocks)
             parts += (_VALUE, objects[object_at[i] : object_at[i + 1]])
         else:
             parts.append(_NULL * 3)
@@ -181,11 +191,14 @@ def _plan(schema: PacketSchema, record: str) -> RowPlan:
     return row_plan(fields)
 
 
-def _array(data: memoryview, row_at: list[int], first: int, last: int) -> tuple[bytes | memoryview, ...]:
+def _array(data: memoryview, row_at: list[int], first: int, last: int, sized: bool) -> tuple[bytes | memoryview, ...]:
     """A non-null array of the rows first..last-1: one block, then the end mark."""
     if first == last:
         return (_VALUE, _END_OF_ARRAY)
-    return (_VALUE, avro_long(last - first), data[row_at[first] : row_at[last]], _END_OF_ARRAY)
+    rows = data[row_at[first] : row_at[last]]
+    # A negative count says that the block's length in bytes follows.
+    count = avro_long(first - last) + avro_long(len(rows)) if sized else avro_long(last - first)
+    return (_VALUE, count, rows, _END_OF_ARRAY)
 
 
 def _optional_text(text: str | None) -> bytes:

@@ -2,17 +2,19 @@
 
 A message says which schema it is in. It is a wire message (0, schema id, body; encoding `rubin`) or an
 object container of one packet (encoding `ocf`). Our own packets wait as the first; replayed ones as they
-came, whatever survey's they are.
+came, whatever survey's they are. Two encodings are sent only: `fink`, a body whose schema is the key of the
+Kafka record, and `json-thin`, a line of JSON made of columns, no packet.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
-from schemas.avro.container import ContainerSchema, container_bytes, single_body, write_container
+from schemas.avro.container import ContainerSchema, container_bytes, single_body, whole_file, write_container
 from schemas.avro.schema_versions import (
     PACKET_SCHEMA_IDS,
     SchemaVersionError,
@@ -22,7 +24,9 @@ from schemas.avro.schema_versions import (
 )
 from schemas.avro.wire import PacketFormatError, unwrap, wrap
 
-ENCODINGS = ("rubin", "ocf")
+FINK = "fink"
+JSON_THIN = "json-thin"
+ENCODINGS = ("rubin", "ocf", FINK, JSON_THIN)
 
 
 class UnknownEncodingError(ValueError):
@@ -70,23 +74,52 @@ def encoded(encoding: str, message: bytes) -> bytes:
     """A message in the encoding of a stream.
 
     A message that is in it already stays as it is, to the byte; so does a container whose schema has no
-    id, in every encoding.
+    id, in the encoding `rubin`.
 
     Raises
     ------
     UnknownEncodingError
         Another encoding than `ENCODINGS`.
     PacketFormatError
-        No message.
+        No message; a packet in `json-thin`, which is made of columns.
     """
     if encoding not in ENCODINGS:
         raise UnknownEncodingError(f"unknown encoding {encoding!r}, known are {', '.join(ENCODINGS)}")
+    if encoding == JSON_THIN:
+        if not is_json(message):
+            raise PacketFormatError("json-thin is made of an alert's columns, not of its packet")
+        return message
+    if encoding == FINK:
+        return packet_of(message).body
     if _is_container(message) == (encoding == "ocf"):
         return message
     packet = packet_of(message)
     if encoding == "ocf":
         return container_message(packet)
     return message if packet.schema.schema_id is None else wire_message(packet)
+
+
+def record_key(encoding: str, message: bytes, object_key: str) -> bytes:
+    """The key of the Kafka record: the object's id as text; in `fink` the schema of the body as JSON text."""
+    return _schema_key(packet_of(message).schema) if encoding == FINK else object_key.encode()
+
+
+@lru_cache(maxsize=64)
+def _schema_key(schema: ContainerSchema) -> bytes:
+    return schema.json_text(docs=False).encode()
+
+
+def message_of_record(key: bytes | None, value: bytes) -> bytes:
+    """The message of a Kafka record in any encoding; a body whose schema was the key becomes a container.
+
+    PacketFormatError where a key looks like a schema and is none.
+    """
+    if key is None or not is_json(key):
+        return value
+    try:
+        return container_message(Packet(schema_of_container(key.decode()), value))
+    except (UnicodeDecodeError, SchemaVersionError) as error:
+        raise PacketFormatError(f"the key of the record is no schema: {error}") from error
 
 
 def message_headers(message: bytes) -> list[tuple[str, bytes]]:
@@ -98,12 +131,18 @@ def write_messages(path: Path, messages: Iterable[bytes]) -> list[Path]:
     """Write packets to a container file; those in a further schema to one beside it, `<stem>.<schema>.avro`.
 
     `path` takes the schema of the first packet, block by block as the messages come; the rest is held in
-    memory until then. Returns the files written.
+    memory until then. Messages in JSON become the lines of `<stem>.jsonl` instead. Returns the files written.
     """
-    packets = map(packet_of, messages)
-    first = next(packets, None)
-    if first is None:
+    messages = iter(messages)
+    opening = next(messages, None)
+    if opening is None:
         return []
+    if is_json(opening):
+        with whole_file(path.with_suffix(".jsonl")) as stream:
+            stream.writelines(line + b"\n" for line in chain((opening,), messages))
+        return [path.with_suffix(".jsonl")]
+    packets = map(packet_of, chain((opening,), messages))
+    first = next(packets)
     others: dict[str, list[Packet]] = {}
 
     def bodies_in_first_schema() -> Iterator[bytes]:
@@ -119,6 +158,11 @@ def write_messages(path: Path, messages: Iterable[bytes]) -> list[Path]:
         written.append(path.with_name(f"{path.stem}.{fingerprint[:8]}.avro"))
         write_container(written[-1], group[0].schema, (packet.body for packet in group))
     return written
+
+
+def is_json(text: bytes) -> bool:
+    """Whether these bytes are a JSON object: an alert in `json-thin`, or the key of a record in `fink`."""
+    return text[:1] == b"{"
 
 
 def _is_container(message: bytes) -> bool:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import io
 import json
 import math
-from datetime import datetime
+from datetime import date
+from decimal import Decimal
 from typing import Any, NamedTuple
 
 import fastavro
@@ -13,6 +14,8 @@ import fastavro
 from schemas.avro.container import read_container_stream
 from schemas.avro.schema_versions import PacketSchema, SchemaVersionError, WriterSchema, lsst_schema_by_id
 from schemas.avro.wire import PacketFormatError, read_long, unwrap
+
+_MAX_EXACT = 2**53  # beyond, not every whole number is a 64-bit float
 
 
 class PacketPrefix(NamedTuple):
@@ -42,8 +45,21 @@ def decode_packet(message: bytes) -> dict[str, Any]:
 
 
 def decode_message(message: bytes) -> dict[str, Any]:
-    """The packet of a Kafka message, wire (`rubin`) or container (`ocf`); PacketFormatError for anything else."""
+    """The packet of a message, wire or container, or an alert in JSON; PacketFormatError for anything else."""
+    if message[:1] == b"{":
+        return decode_json(message)
     return decode_body_of_container(message) if message[:3] == b"Obj" else decode_packet(message)
+
+
+def decode_json(message: bytes) -> dict[str, Any]:
+    """An alert in JSON, its ids as text. PacketFormatError if it is broken."""
+    try:
+        alert = json.loads(message)
+    except (ValueError, RecursionError) as error:
+        raise PacketFormatError(f"broken JSON of {len(message)} bytes: {error}") from error
+    if not isinstance(alert, dict):
+        raise PacketFormatError(f"an alert in JSON is an object, got {type(alert).__name__}")
+    return alert
 
 
 def decode_body_of_container(message: bytes) -> dict[str, Any]:
@@ -103,8 +119,9 @@ def packet_prefix(body: bytes) -> PacketPrefix:
 def to_json(packet: dict[str, Any], *, cutout_sizes: bool = True) -> str:
     """One line of strict JSON for people and scripts.
 
-    Ids (fields whose names end in `Id`) are text, as they exceed 2^53; NaN and infinities are null; times
-    of type timestamp are ISO 8601; a cutout is its size, `{"bytes": 34560}`, or left out.
+    Ids (fields whose names end in `Id`) are text, and so are all whole numbers beyond 2^53; NaN and
+    infinities are null; times of type timestamp are ISO 8601; a cutout is its size, `{"bytes": 34560}`, or
+    left out.
     """
     return json.dumps(_plain(packet, cutout_sizes), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
@@ -122,7 +139,11 @@ def _plain(value: Any, cutout_sizes: bool) -> Any:
         return {"bytes": len(value)}
     if isinstance(value, float) and not math.isfinite(value):
         return None
-    if isinstance(value, datetime):
+    if isinstance(value, int) and abs(value) > _MAX_EXACT:
+        return str(value)
+    if isinstance(value, Decimal):
+        return _plain(int(value) if value == value.to_integral_value() else float(value), cutout_sizes)
+    if isinstance(value, date):  # a datetime is one too
         return value.isoformat()
     return value
 

@@ -13,9 +13,14 @@ class PacketFormatError(ValueError):
     """Bytes that are no packet; the message says where and why."""
 
 
+def wire_header(schema_id: int) -> bytes:
+    """What stands in front of a schemaless Avro body in a wire message."""
+    return _HEADER.pack(0, schema_id)
+
+
 def wrap(schema_id: int, body: bytes) -> bytes:
     """The wire message of a schemaless Avro body."""
-    return _HEADER.pack(0, schema_id) + body
+    return wire_header(schema_id) + body
 
 
 def unwrap(message: bytes) -> tuple[int, bytes]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -202,6 +203,10 @@ ODD: list[dict[str, Any]] = [
     {"diaSourceId": MAX_LONG},
     {"midpointMjdTai": 10_000.0},
     {"midpointMjdTai": 100_000.0},
+    # Seconds of these times 1e6 round to less than the millisecond they are.
+    {"midpointMjdTai": 14_800.002468},
+    {"midpointMjdTai": 53_400.002468},
+    {"midpointMjdTai": 65_800.004936},
     {"ra": -100.0},
     {"ra": 360.0, "dec": 40.0},
     {"ra": -1e-20, "dec": 41.0},
@@ -227,7 +232,7 @@ def bad_run(associate: Callable[..., Any], tmp_path_factory: pytest.TempPathFact
     for visit, change in enumerate(ODD, start=FIRST_ODD):
         rows.append(row(visit, 0, dec=-30.0 + visit * 0.001) | change)
     # Twice at one place, so that light curves are made of them.
-    rows += [row(FIRST_ODD + 500 + k, 0, dec=5.0, midpointMjdTai=61_010.0 + k, **ODD[10 + k]) for k in range(6)]
+    rows += [row(FIRST_ODD + 500 + k, 0, dec=5.0, midpointMjdTai=61_010.0 + k, **ODD[-6 + k]) for k in range(6)]
     rows += [
         row(12, 70) | {"visit": None},
         row(12, 71) | {"visit": 0},
@@ -303,6 +308,88 @@ def test_a_table_of_bad_rows_only_ends_with_exit_code_0_and_no_alert(associate: 
     run = associate(written(tmp_path / "t.parquet", [row(11, 0, ra=np.nan), row(0, 1)]), tmp_path / "out")
     assert run.exit_code == 0 and (run.summary["alerts"], run.summary["visits"]) == (0, 0)
     assert sorted(record["reason"] for record in run.failures()) == ["no finite position", "visit is not positive"]
+
+
+def test_sources_heaped_on_one_place_are_told_of_and_left_out(tmp_path: Path) -> None:
+    """0, 0 where the place is unknown: one hundred of a visit at one place may be sources, one more is none."""
+    rows = [row(11, k, ra=0.0, dec=0.0) for k in range(101)] + [row(12, k, ra=0.0, dec=0.0) for k in range(100)]
+    table = read_source_table(written(tmp_path / "t.parquet", [*rows, row(11, 500, ra=360.0, dec=0.0), row(11, 501)]))
+    assert sorted(table.records["visit"].tolist()) == [11] + [12] * 100
+    assert [(one.visit, one.lost) for one in table.manifest.problems] == [(11, "102 diaSources")]
+    assert "at one place with more than 100 sources" in table.manifest.problems[0].reason
+
+
+# --- histories ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def first_night(whole: Any, associate: Any, tmp_path: Path) -> Path:
+    """Output of the first night."""
+    rows = [one for one in good_rows() if one["visit"] < 20]
+    assert associate(written(tmp_path / "first.parquet", rows), tmp_path / "first").exit_code == 0
+    return tmp_path / "first"
+
+
+def _edited(folder: Path, name: str, change: Callable[[pa.Table], pa.Table]) -> None:
+    for path in (folder / "archive" / name).rglob("*.parquet"):
+        pq.write_table(change(pq.ParquetFile(path).read()), path)
+
+
+def test_a_history_that_does_not_fit_together_or_comes_again_is_refused(
+    first_night: Path, associate: Any, tmp_path: Path
+) -> None:
+    """Each would be a wrong answer, or no answer, without a word."""
+    second = [one for one in good_rows() if one["visit"] > 20]
+    attempts: list[tuple[list[dict[str, Any]], Callable[[Path], object], str]] = [
+        ([one for one in good_rows() if one["visit"] < 20], lambda _: None, "visit 11, detector 0 is in it"),
+        ([one | {"visit": one["visit"] - 10} for one in second], lambda _: None, "visit 11, detector 0 is in it"),
+        ([one | {"diaSourceId": one["diaSourceId"] - 10_000} for one in second], lambda _: None, "12 diaSourceIds"),
+        (second, lambda old: shutil.rmtree(old / "archive" / "dia_objects"), "of diaObjects that are not in it"),
+        (second, lambda old: (old / "archive" / "dia_objects" / "_parts").mkdir(), "a run that was broken off"),
+        (second, lambda old: _edited(old, "dia_objects", lambda one: one.drop_columns("ra")), "no column ra"),
+        (second, lambda old: _edited(old, "dia_objects", lambda one: _filled(one, "ra", np.nan)), "have no position"),
+        (second, lambda old: _edited(old, "dia_sources", lambda one: _filled(one, "dec", 99.0)), "have no position"),
+        (second, lambda old: _edited(old, "dia_sources", lambda one: _filled(one, "midpointMjdTai", np.nan)), "time"),
+    ]
+    for k, (rows, change, words) in enumerate(attempts):
+        history, table = tmp_path / f"old{k}", written(tmp_path / "t.parquet", rows)
+        shutil.copytree(first_night, history)
+        change(history)
+        associate(table, tmp_path / "out", "--history", history).assert_refused(2, f"--history {history}", words)
+    assert not (tmp_path / "out").exists()
+
+
+def _filled(table: pa.Table, name: str, value: float) -> pa.Table:
+    index = table.column_names.index(name)
+    return table.set_column(index, name, pa.array([value] * len(table)))
+
+
+def test_a_history_that_lacks_a_night_is_told_of_and_what_a_killed_writer_left_is_not_read(
+    first_night: Path, associate: Any, tmp_path: Path
+) -> None:
+    """The first night's sources are gone; in the objects' place lies half a file under a temporary name."""
+    shutil.rmtree(first_night / "archive" / "dia_sources")
+    next((first_night / "archive" / "dia_objects").iterdir()).joinpath(".77.dia_objects.parquet").write_bytes(b"PAR1")
+    second = written(tmp_path / "second.parquet", [one for one in good_rows() if one["visit"] > 20])
+    run = associate(second, tmp_path / "out", "--history", first_night)
+    assert run.exit_code == 0, run.stderr
+    assert run.summary["objects_new"] == 0
+    assert [(one["error"], one["lost"]) for one in run.failures()] == [
+        ("ShortHistory", f"part of the history of {N_OBJECTS} diaObjects")
+    ]
+
+
+def test_what_a_killed_run_left_under_temporary_names_does_not_stop_the_next(
+    first_night: Path, associate: Any, tmp_path: Path
+) -> None:
+    before = {path: path.read_bytes() for path in (first_night / "archive").rglob("*") if path.is_file()}
+    for name in ("dia_objects/_parts/day_obs=20251120/.77.11.parquet", "dia_sources/day_obs=20251120/.77.11.parquet"):
+        path = first_night / "archive" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"PAR1 and not much more")
+    run = associate(tmp_path / "first.parquet", first_night)
+    assert run.exit_code == 0, run.stderr
+    assert before == {path: path.read_bytes() for path in (first_night / "archive").rglob("*") if path.is_file()}
 
 
 # --- refused before anything is written -----------------------------------------------------------------

@@ -94,6 +94,19 @@ def test_all_messages_of_one_key_lie_in_one_partition_and_none_is_lost(
     assert (receipt.received, receipt.lost) == (150, 0)
 
 
+def test_keys_count_too_where_they_are_larger_than_values(kafka: EmbeddedKafka, topic: str, tmp_path: Path) -> None:
+    """As in the encoding `fink`; six times what all four partitions keep."""
+    sink = KafkaAlertSink(kafka.bootstrap)
+    n_packets, n_bytes = 1_200, 100_000
+    noise = random.Random(2).randbytes(n_bytes + n_packets)
+    with BrokerReader("fink", kafka.bootstrap, topic, visit_of, tmp_path) as reader:
+        for number in range(n_packets):
+            sink.send(topic, b"k" + noise[number : number + n_bytes], packet(number, 1), [dia_source_id_header(number)])
+        sink.flush(30)
+        receipt = reader.stop(expected=n_packets, timeout_s=30)
+    assert (receipt.received, receipt.lost, receipt.malformed) == (n_packets, 0, 0)
+
+
 def test_reader_writes_one_file_a_visit_sorted_by_id(kafka: EmbeddedKafka, topic: str, tmp_path: Path) -> None:
     sink = KafkaAlertSink(kafka.bootstrap)
     ids = list(range(40))

@@ -7,10 +7,17 @@ from pathlib import Path
 
 import fastavro
 import pytest
+from click.testing import CliRunner
 
+from runners.cli import main
 from runners.kafka import EmbeddedKafka, KafkaAlertSink, KafkaUnreachableError
 from runners.listening import PacketFileError, listen_path, listen_topic
+from schemas.avro.messages import Packet, encoded, record_key, wire_message
+from schemas.avro.reading import decode_packet, to_json
+from schemas.avro.schema_versions import packet_schema
+from schemas.avro.wire import HEADER_BYTES
 
+GOLDEN = Path(__file__).parents[1] / "golden" / "packets"
 SCHEMA = {"type": "record", "name": "alert", "fields": [{"name": "diaSourceId", "type": "long"}]}
 
 
@@ -37,7 +44,7 @@ def produce(kafka: EmbeddedKafka, topic: str, n_messages: int, first: int = 0) -
 
 def heard(kafka: EmbeddedKafka, topic: str, **options: object) -> list[int]:
     settings = {"idle_timeout_s": 0.5, **options}
-    return [int(value) for value in listen_topic(kafka.bootstrap, topic, **settings)]  # type: ignore[arg-type]
+    return [int(record.value) for record in listen_topic(kafka.bootstrap, topic, **settings)]  # type: ignore[arg-type]
 
 
 def test_folder_is_read_in_order_of_path_without_unfinished_files(tmp_path: Path) -> None:
@@ -80,9 +87,27 @@ def test_topic_is_heard_in_order_up_to_the_limit(kafka: EmbeddedKafka) -> None:
 def test_group_goes_on_where_it_stopped_and_hears_its_unfinished_message_again(kafka: EmbeddedKafka) -> None:
     produce(kafka, "stopped", 5)
     listener = listen_topic(kafka.bootstrap, "stopped", group="fink-1", idle_timeout_s=5.0)
-    assert [int(next(listener)), int(next(listener))] == [0, 1]
+    assert [int(next(listener).value), int(next(listener).value)] == [0, 1]
     listener.close()  # type: ignore[attr-defined]
     assert heard(kafka, "stopped", group="fink-1") == [1, 2, 3, 4]
+
+
+def test_listen_prints_packets_of_every_encoding(kafka: EmbeddedKafka) -> None:
+    """A body names its schema in the key (fink); JSON is printed as it is; what is neither is told and left out."""
+    packet = Packet(packet_schema("11.0"), (GOLDEN / "v11.0.bin").read_bytes()[HEADER_BYTES:])
+    wire = wire_message(packet)
+    sink = KafkaAlertSink(kafka.bootstrap)
+    for encoding in ("rubin", "ocf", "fink"):
+        sink.send("every-encoding", record_key(encoding, wire, "12"), encoded(encoding, wire), [])
+    sink.send("every-encoding", b"12", b'{"diaSourceId":"27131565485064193"}', [])
+    sink.send("every-encoding", b'{"type":"long"}', packet.body, [])
+    sink.flush(10)
+    options = ["--bootstrap", kafka.bootstrap, "--topic", "every-encoding", "--limit", "5"]
+    result = CliRunner().invoke(main, ["listen", *options])
+    assert result.exit_code == 1 and result.stderr.count("message left out: the key of the record is no schema") == 1
+    printed = sorted(result.stdout.splitlines(), key=len)
+    assert printed[0] == '{"diaSourceId":"27131565485064193"}'
+    assert printed[1:] == [to_json(decode_packet(wire))] * 3
 
 
 def test_nobody_at_the_address_is_said_at_once() -> None:

@@ -43,6 +43,8 @@ brokers:
   - {name: everyone, topic: full-stream}
   - {name: bright-readers, stream: demo.bright, topic: bright-stream}
   - {name: mirror, sink: files}
+  - {name: bright-lines, stream: demo.bright, encoding: json-thin, sink: files}
+  - {name: bright-bodies, stream: demo.bright, encoding: fink, topic: bright-bodies}
 """
 
 
@@ -86,6 +88,34 @@ def test_wire_messages_replayed_give_the_same_as_the_containers_they_were_kept_i
     run = replay(tmp_path / "messages", tmp_path / "out", "--kafka", "embedded")
     assert run.exit_code == 0, run.stderr
     assert run.files("brokers", "filters") == first_run.files("brokers", "filters")
+
+
+def test_readers_in_every_encoding_receive_the_same_alerts(first_run: Any, replay: Any, tmp_path: Path) -> None:
+    encodings = ("rubin", "ocf", "fink", "json-thin")
+    brokers = [
+        {"name": f"{encoding}-{sink}", "encoding": encoding, "sink": sink, "topic": f"full-{encoding}"}
+        for encoding in encodings
+        for sink in ("kafka", "files")
+    ]
+    (tmp_path / "brokers.yaml").write_text(json.dumps({"brokers": brokers}))
+    options = ("--kafka", "embedded", "--brokers", tmp_path / "brokers.yaml")
+    run = replay(first_run.out / "archive" / "alerts", tmp_path / "out", *options)
+    assert run.exit_code == 0 and run.failures() == [], run.stderr
+    assert "reader of" not in run.stderr
+    archived = sorted(path.read_bytes() for path in (first_run.out / "archive" / "alerts").rglob("*.avro"))
+    for sink in ("kafka", "files"):
+        for encoding in encodings[:3]:
+            files = run.files(f"brokers/{encoding}-{sink}")
+            assert sorted(files.values()) == archived, (encoding, sink)
+    lines = {sink: run.files(f"brokers/json-thin-{sink}") for sink in ("kafka", "files")}
+    assert [text for _, text in sorted(lines["kafka"].items())] == [text for _, text in sorted(lines["files"].items())]
+    alerts = [json.loads(line) for text in lines["files"].values() for line in text.splitlines()]
+    told = {(one["diaSourceId"], one["diaObjectId"], one["ssObjectId"], one["ra"], one["visit"]) for one in alerts}
+    sources = [packet["diaSource"] for packet in first_run.packets()]
+    ids = ("diaSourceId", "diaObjectId", "ssObjectId")
+    texts = [[None if one[name] is None else str(one[name]) for name in ids] for one in sources]
+    assert len(alerts) == len(sources)
+    assert told == {(*ids, one["ra"], one["visit"]) for ids, one in zip(texts, sources, strict=True)}
 
 
 def _of_ledger(run: Any, key: str) -> dict[int, Any]:
@@ -147,7 +177,9 @@ def ztf_run(
     """The folder replayed to a Kafka that outlives the run, and the messages on each of its topics."""
     with EmbeddedKafka() as kafka:
         run = replay(ztf_files[0], tmp_path_factory.mktemp("out") / "out", "--kafka", kafka.bootstrap, *settings)
-        return run, _read_topics(kafka.bootstrap, {"ztf-alerts": 12, "bright-stream": 5, "alert-ledger": 6})
+        return run, _read_topics(
+            kafka.bootstrap, {"ztf-alerts": 12, "bright-stream": 5, "bright-bodies": 5, "alert-ledger": 6}
+        )
 
 
 def _read_topics(bootstrap: str, expected: dict[str, int]) -> dict[str, list[Any]]:
@@ -191,8 +223,29 @@ def test_filters_see_ztf_packets_in_todays_names_and_pass_their_bytes_on(
     assert sorted(message.value() for message in topics["bright-stream"]) == sorted(messages[key] for key in bright)
     assert {one["candid"] for one in run.packets("filters/demo.bright")} == bright
     assert run.summary["passed"] == {"demo.bright": 5, "demo.known": 12}
-    assert run.summary["delivered"] == {"everyone": 12, "bright-readers": 5, "mirror": 12}
+    served = {"everyone": 12, "bright-readers": 5, "mirror": 12, "bright-lines": 5, "bright-bodies": 5}
+    assert run.summary["delivered"] == served
     assert sorted(one["candid"] for one in run.packets("brokers/mirror")) == sorted(messages)
+
+
+def test_filtered_ztf_packets_go_out_in_the_encodings_that_need_no_schema_id(
+    ztf_run: tuple[Any, dict[str, list[Any]]], ztf_files: tuple[Path, dict[int, bytes]]
+) -> None:
+    run, topics = ztf_run
+    bright = {packet(number)["candid"]: packet(number) for number in range(5)}
+    for message in topics["bright-bodies"]:
+        body, told = io.BytesIO(message.value()), fastavro.parse_schema(json.loads(message.key()))
+        one: Any = fastavro.schemaless_reader(body, told, None)
+        assert one == decode_message(ztf_files[1][bright.pop(one["candid"])["candid"]])
+    assert not bright
+    files = run.files("brokers/bright-lines").values()
+    lines = {int(one["diaSourceId"]): one for text in files for one in map(json.loads, text.splitlines())}
+    for number in range(5):
+        one = packet(number)
+        line = lines.pop(one["candid"])
+        assert (line["ra"], line["dec"]) == (one["candidate"]["ra"], one["candidate"]["dec"])
+        assert line["objectId"] == line["diaObjectId"] == str(object_number(one["objectId"]))
+    assert not lines
 
 
 def test_packets_of_one_exposure_in_two_schemas_go_to_two_files_each_in_its_own(

@@ -293,6 +293,15 @@ def test_age_counts_for_nothing_between_objects_that_are_resolved() -> None:
     assert found.object_index.tolist() == [1]
 
 
+@pytest.mark.parametrize(("n", "expected"), [(300, 300), (301, 1)])
+def test_a_group_of_more_than_600_members_is_matched_by_mutual_nearest_and_counted(n: int, expected: int) -> None:
+    """All at one place: a matching would take n^3, hours for the thousands that a wrong table may hold."""
+    heap = around(150.0, 2.0, [0.0] * n, [0.0] * n)
+    found = associate(heap, heap, founded=np.zeros(n))
+    assert np.count_nonzero(found.object_index >= 0) == expected
+    assert (found.contested.tolist(), len(found.wide)) == ([0], expected == 1)
+
+
 def test_positions_that_are_not_finite_match_nothing_and_disturb_nobody() -> None:
     sources, objects = around(10.0, 5.0, [0.0] * 3, [0.0, 3.0, 6.0]), around(10.0, 5.0, [0.1] * 3, [0.0, 3.0, 6.0])
     sources.ra[0] = objects.dec[2] = math.nan

@@ -122,6 +122,19 @@ def expected_record(version: str, record: str, row: np.void) -> dict[str, Any]:
     return values
 
 
+def same_values(left: object, right: object) -> bool:
+    """Equality in which NaN equals NaN and 0.0 differs from -0.0."""
+    if isinstance(left, dict) and isinstance(right, dict):
+        return list(left) == list(right) and all(same_values(left[key], right[key]) for key in left)
+    if isinstance(left, list) and isinstance(right, list):
+        return len(left) == len(right) and all(map(same_values, left, right))
+    if isinstance(left, float) and isinstance(right, float):
+        if math.isnan(left) or math.isnan(right):
+            return math.isnan(left) and math.isnan(right)
+        return left == right and math.copysign(1, left) == math.copysign(1, right)
+    return type(left) is type(right) and left == right
+
+
 def _random_stamp(rng: np.random.Generator) -> bytes | None:
     length = int(rng.choice([-1, 0, 1, 63, 64, 300]))
     return None if length < 0 else rng.bytes(length)

@@ -1,20 +1,25 @@
-"""Cutouts: astropy reads back the pixels, the sky positions and the CCDData that went in."""
+"""Cutouts: astropy reads back what went in; strict ones are what `CCDData.write` makes of the same, to the byte."""
 
 from __future__ import annotations
 
 import io
+from pathlib import Path
 
+import fastavro
 import numpy as np
 import pytest
 from astropy.io import fits
 from astropy.nddata import CCDData, VarianceUncertainty
 from astropy.wcs import WCS
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
-from schemas.cutouts import CutoutError, LocalTan, cutout_bytes, cutout_side, local_tangents
+from schemas.cutouts import Content, CutImage, CutoutError, LocalTan, cut_out, cutout_sides, local_tangents
 from schemas.exposures import MASK_BITS
 
 PIXEL_DEG = 0.2 / 3600.0
 NY, NX = 260, 300
+RUBIN_ALERTS = Path(__file__).resolve().parents[3] / "shared" / "data" / "rubin_alerts"
 BEYOND = (1 << MASK_BITS["NO_DATA"]) | (1 << MASK_BITS["EDGE"])
 
 
@@ -49,14 +54,34 @@ def _wcs(ra_deg: float = 150.1, dec_deg: float = 2.2, *, distorted: bool = False
     return wcs
 
 
-def _cutout(x: float, y: float, side: int, *, psf: bool = True, wcs: WCS | None = None) -> bytes | None:
-    image, variance, mask, kernel = _image()
+def _cut(
+    planes: tuple[np.ndarray, np.ndarray, np.ndarray],
+    psf: np.ndarray | None,
+    place: tuple[float, float, int],
+    tangent: LocalTan,
+    rotation_deg: float = 0.0,
+    mask_planes: dict[str, int] = MASK_BITS,
+    content: Content = "complete",
+) -> bytes | None:
+    """One stamp; None where there is none."""
+    image, variance, mask = planes
+    one = CutImage(image, variance, None if psf is None else psf[np.newaxis], np.array([0]))
+    x, y, side = (np.array([value]) for value in place)
+    found = cut_out([one], mask, x, y, side, [tangent], rotation_deg, mask_planes, content)
+    assert (found.files[0] is None) == (0 in found.refused)
+    return None if found.files[0] is None else bytes(found.files[0][0])
+
+
+def _cutout(
+    x: float, y: float, side: int, *, psf: bool = True, wcs: WCS | None = None, content: Content = "complete"
+) -> bytes | None:
+    *planes, kernel = _image()
     (tangent,) = local_tangents(wcs or _wcs(), np.array([x]), np.array([y]))
-    return cutout_bytes(image, variance, mask, kernel if psf else None, x, y, side, tangent, 12.5, MASK_BITS)
+    return _cut(tuple(planes), kernel if psf else None, (x, y, side), tangent, 12.5, content=content)
 
 
 def test_side_is_the_bounding_box_within_30_and_102_pixels() -> None:
-    assert [cutout_side(size) for size in (0, 29, 30, 51, 102, 103, 5000)] == [30, 30, 30, 51, 102, 102, 102]
+    assert cutout_sides(np.array([0, 29, 30, 51, 102, 103, 5000])).tolist() == [30, 30, 30, 51, 102, 102, 102]
 
 
 @pytest.mark.parametrize("side", [30, 51, 102])
@@ -150,7 +175,7 @@ def test_a_stamp_across_the_border_keeps_its_size_and_marks_what_lies_beyond(x: 
         assert 0 < inside.sum() < side * side
         source = rows[inside], columns[inside]
         assert np.isnan(hdus["PRIMARY"].data[~inside]).all()
-        assert np.isnan(hdus["UNCERT"].data[~inside]).all()
+        assert (hdus["UNCERT"].data[~inside] == np.inf).all()
         assert (hdus["MASK"].data[~inside] == BEYOND).all()
         np.testing.assert_array_equal(hdus["PRIMARY"].data[inside], image[source])
         np.testing.assert_array_equal(hdus["UNCERT"].data[inside], variance[source])
@@ -160,7 +185,7 @@ def test_a_stamp_across_the_border_keeps_its_size_and_marks_what_lies_beyond(x: 
 def test_a_stamp_wider_than_the_image_holds_all_of_it() -> None:
     planes = np.ones((20, 25), np.float32), np.ones((20, 25), np.float32), np.zeros((20, 25), np.int32)
     tangent = LocalTan(10.0, 20.0, 12.0, 9.0, ((-PIXEL_DEG, 0.0), (0.0, PIXEL_DEG)))
-    data = cutout_bytes(*planes, None, 12.0, 9.0, 102, tangent, 0.0, MASK_BITS)
+    data = _cut(planes, None, (12.0, 9.0, 102), tangent)
     with fits.open(io.BytesIO(data)) as hdus:
         assert np.nansum(hdus[0].data) == 500
         assert [hdu.name for hdu in hdus] == ["PRIMARY", "UNCERT", "MASK"]
@@ -170,9 +195,9 @@ def test_a_stamp_wider_than_the_image_holds_all_of_it() -> None:
     ("x", "y"), [(-0.51, 100.0), (100.0, -0.51), (NX - 0.5, 100.0), (100.0, NY - 0.5), (np.nan, 1.0), (1.0, np.inf)]
 )
 def test_a_source_outside_the_image_has_no_cutout(x: float, y: float) -> None:
-    image, variance, mask, psf = _image()
+    *planes, psf = _image()
     tangent = LocalTan(10.0, 20.0, 0.0, 0.0, ((-PIXEL_DEG, 0.0), (0.0, PIXEL_DEG)))
-    assert cutout_bytes(image, variance, mask, psf, x, y, 30, tangent, 0.0, MASK_BITS) is None
+    assert _cut(tuple(planes), psf, (x, y, 30), tangent) is None
 
 
 def test_same_input_gives_same_bytes_and_one_cutout_leaves_no_trace_in_the_next() -> None:
@@ -181,14 +206,12 @@ def test_same_input_gives_same_bytes_and_one_cutout_leaves_no_trace_in_the_next(
     assert _cutout(140.0, 120.0, 33) == first
 
 
-@pytest.mark.parametrize(
-    "value", [0.0, -1e-300, 5.5555555555555555e-5, -179.99999999999997, -1e200, 359.99999999999994]
-)
+@pytest.mark.parametrize("value", [-1e-300, 5.5555555555555555e-5, -179.99999999999997, -1e200, 359.99999999999994])
 def test_header_numbers_survive(value: float) -> None:
     """13 significant digits: relative error at most 5e-13. Exponents of three digits fill the card."""
-    image, variance, mask, psf = _image()
-    tangent = LocalTan(value, value / 10, 140.0, 120.0, ((value, -value), (value, 1.0)))
-    data = cutout_bytes(image, variance, mask, psf, 140.0, 120.0, 30, tangent, value, MASK_BITS)
+    *planes, psf = _image()
+    tangent = LocalTan(value, value / 10, 140.0, 120.0, ((value, -value), (1.0, 1.0)))
+    data = _cut(tuple(planes), psf, (140.0, 120.0, 30), tangent, value)
     with fits.open(io.BytesIO(data)) as hdus:
         header = hdus[0].header
         for card, expected in (("CRVAL1", value), ("CRVAL2", value / 10), ("CD1_2", -value), ("ROTPA", value)):
@@ -197,15 +220,192 @@ def test_header_numbers_survive(value: float) -> None:
 
 def test_input_that_makes_no_cutout_is_refused() -> None:
     image, variance, mask, psf = _image()
+    planes, place = (image, variance, mask), (140.0, 120.0, 30)
     good = LocalTan(10.0, 20.0, 140.0, 120.0, ((-PIXEL_DEG, 0.0), (0.0, PIXEL_DEG)))
-    bad = LocalTan(np.nan, 20.0, 140.0, 120.0, ((-PIXEL_DEG, 0.0), (0.0, PIXEL_DEG)))
     with pytest.raises(CutoutError, match="of one shape"):
-        cutout_bytes(image, variance[:-1], mask, psf, 140, 120, 30, good, 0.0, MASK_BITS)
-    with pytest.raises(CutoutError, match="square image, got shape"):
-        cutout_bytes(image, variance, mask, psf[:-1], 140, 120, 30, good, 0.0, MASK_BITS)
+        _cut((image, variance[:-1], mask), psf, place, good)
+    with pytest.raises(CutoutError, match="square images, got shape"):
+        _cut(planes, psf[:-1], place, good)
     with pytest.raises(CutoutError, match="got 0"):
-        cutout_bytes(image, variance, mask, psf, 140, 120, 0, good, 0.0, MASK_BITS)
-    with pytest.raises(CutoutError, match="must be finite"):
-        cutout_bytes(image, variance, mask, psf, 140, 120, 30, bad, 0.0, MASK_BITS)
+        _cut(planes, psf, (140.0, 120.0, 0), good)
+    with pytest.raises(CutoutError, match="rotation must be finite"):
+        _cut(planes, psf, place, good, np.nan)
     with pytest.raises(CutoutError, match="must name NO_DATA and EDGE, got BAD"):
-        cutout_bytes(image, variance, mask, psf, 140, 120, 30, good, 0.0, {"BAD": 0})
+        _cut(planes, psf, place, good, 0.0, {"BAD": 0})
+
+
+@pytest.mark.parametrize("content", ["complete", "strict"])
+def test_a_source_without_stamp_costs_the_others_none(content: Content) -> None:
+    image, variance, mask, psf = _image()
+    matrix = ((-PIXEL_DEG, 0.0), (0.0, PIXEL_DEG))
+    x = np.array([140.0, -3.0, 50.0, 60.0, 70.0])
+    y = np.array([120.0, 120.0, 120.0, 120.0, np.nan])
+    tangents = [LocalTan(10.0, 20.0, one, 120.0, matrix) for one in x.tolist()]
+    tangents[2] = LocalTan(np.inf, 20.0, 50.0, 120.0, matrix)
+    tangents[3] = LocalTan(10.0, 20.0, 60.0, 120.0, ((PIXEL_DEG, PIXEL_DEG), (PIXEL_DEG, PIXEL_DEG)))
+    one = CutImage(image, variance, psf[np.newaxis], np.zeros(5, dtype=int))
+    found = cut_out([one] * 3, mask, x, y, np.full(5, 30), tangents, 0.0, MASK_BITS, content)
+    assert [files is None for files in found.files] == [False, True, True, True, True]
+    alone = _cut((image, variance, mask), psf, (140.0, 120.0, 30), tangents[0], content=content)
+    assert found.files[0] == (alone, alone, alone)
+    reasons = {1: "outside the image", 2: "not finite", 3: "singular", 4: "outside the image"}
+    assert found.refused.keys() == reasons.keys()
+    assert all(reason in found.refused[row] for row, reason in reasons.items())
+
+
+@pytest.mark.parametrize("content", ["complete", "strict"])
+def test_a_detector_at_once_gives_the_stamps_of_each_source_alone(content: Content) -> None:
+    """Many sides, PSFs of other sizes in another image, stamps across the border."""
+    rng = np.random.default_rng(3)
+    n = 40
+    x, y = rng.uniform(-0.5, NX - 0.5, n), rng.uniform(-0.5, NY - 0.5, n)
+    sides = cutout_sides(rng.integers(20, 40, n))
+    tangents = local_tangents(_wcs(), x, y)
+    *planes, _ = _image()
+    image, variance, mask = planes
+    images = [
+        CutImage(image, variance, rng.random((5, 41, 41)).astype(np.float32), rng.integers(0, 5, n)),
+        CutImage(image + 1, variance + 1, rng.random((3, 25, 25)), rng.integers(0, 3, n)),
+        CutImage(image + 2, variance + 2, None, np.zeros(n, dtype=int)),
+    ]
+    found = cut_out(images, mask, x, y, sides, tangents, -71.25, MASK_BITS, content)
+    assert not found.refused
+    for i, files in enumerate(found.files):
+        for one, file in zip(images, files, strict=True):
+            psf = None if one.psfs is None else one.psfs[one.psf_of[i]]
+            place = (x[i], y[i], sides[i])
+            assert _cut((one.image, one.variance, mask), psf, place, tangents[i], -71.25, content=content) == file
+
+
+def test_no_sources_make_no_cutouts() -> None:
+    image, variance, mask, psf = _image()
+    none = np.zeros(0)
+    one = CutImage(image, variance, psf[np.newaxis], none.astype(int))
+    found = cut_out([one], mask, none, none, none.astype(int), local_tangents(_wcs(), none, none), 0.0, MASK_BITS)
+    assert found == ([], {})
+
+
+# --- strict -----------------------------------------------------------------------------------------
+
+
+def _written_by_astropy(
+    stamp: np.ndarray,
+    variance: np.ndarray,
+    psf: np.ndarray | None,
+    tangent: LocalTan,
+    corner: tuple[int, int],
+    rotation_deg: float,
+) -> bytes:
+    """What LSST's packager does: a linear WCS, and as corner the column and row before the first pixel."""
+    wcs = WCS(naxis=2)
+    wcs.array_shape = stamp.shape
+    before = corner[0] - 1, corner[1] - 1
+    wcs.wcs.crpix = [tangent.x_pix - before[0], tangent.y_pix - before[1]]
+    wcs.wcs.crval = [tangent.ra_deg, tangent.dec_deg]
+    wcs.wcs.cd = np.array(tangent.cd_deg_per_pix)
+    ccd = CCDData(
+        stamp,
+        uncertainty=VarianceUncertainty(variance),
+        flags=np.zeros(stamp.shape, dtype=np.int32),
+        wcs=wcs,
+        psf=psf,
+        meta={"cutMinX": before[0], "cutMinY": before[1]},
+        unit="nJy",
+    )
+    ccd.header["ROTPA"] = (rotation_deg, "Pos angle in deg of focal plane +Y wrt North")
+    stream = io.BytesIO()
+    ccd.write(stream, format="fits")
+    return stream.getvalue()
+
+
+_FLOATS = st.floats(allow_nan=False, allow_infinity=False)
+_ELEMENTS = st.one_of(st.sampled_from([0.0, -0.0, 1.0, -1.0, 1.0 + 2**-52, 5e-324]), st.floats(-1e-4, 1e-4), _FLOATS)
+_NUMBERS = st.one_of(st.sampled_from([0.0, -0.0, 360.0, 1e14, 1e15, 1e16, 1e-5]), st.floats(-400.0, 400.0), _FLOATS)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    crval=st.tuples(_NUMBERS, _NUMBERS),
+    matrix=st.tuples(*[_ELEMENTS] * 4),
+    rotation_deg=_NUMBERS,
+    x=st.floats(-0.5, NX - 0.5, exclude_max=True),
+    y=st.floats(-0.5, NY - 0.5, exclude_max=True),
+    off=st.tuples(*[st.one_of(st.just(0.0), st.floats(-1e-9, 1e-9), st.floats(-1e20, 1e20))] * 2),
+    side=st.integers(30, 102),
+    psf_side=st.sampled_from([0, 1, 25, 41, 60]),
+)
+@example((-1.2345678901234567e-105, 1e15), (-1.2345678901234567e-105, 0.0, 0.3, 1.0), -1.5e-105, 3, 4, (0, 0), 31, 41)
+def test_a_strict_file_is_the_one_astropy_writes(
+    crval: tuple[float, float],
+    matrix: tuple[float, float, float, float],
+    rotation_deg: float,
+    x: float,
+    y: float,
+    off: tuple[float, float],
+    side: int,
+    psf_side: int,
+) -> None:
+    image, variance, mask, _ = _image()
+    psf = np.random.default_rng(psf_side).random((psf_side, psf_side)) if psf_side else None
+    tangent = LocalTan(*crval, x + off[0], y + off[1], (matrix[:2], matrix[2:]))
+    ours = _cut((image, variance, mask), psf, (x, y, side), tangent, rotation_deg, content="strict")
+    left, low = int(np.floor(x - side / 2 + 1)), int(np.floor(y - side / 2 + 1))
+    rows, columns = np.mgrid[low : low + side, left : left + side]
+    inside = (rows >= 0) & (rows < NY) & (columns >= 0) & (columns < NX)
+    stamps = []
+    for plane, beyond in ((image, np.nan), (variance, np.inf)):
+        stamps.append(np.full((side, side), beyond, dtype=np.float32))
+        stamps[-1][inside] = plane[rows[inside], columns[inside]]
+    try:
+        theirs = _written_by_astropy(*stamps, psf, tangent, (left, low), rotation_deg)
+    except ValueError as error:  # astropy's SingularMatrixError, of products that underflow among them
+        assert "singular" in str(error).lower()
+        return
+    if matrix[0] * matrix[3] == matrix[1] * matrix[2]:
+        assert ours is None
+    else:
+        assert ours == theirs
+
+
+@pytest.mark.skipif(not RUBIN_ALERTS.is_dir(), reason="no rubin_alerts beside the project")
+def test_strict_files_are_those_of_real_lsst_alerts() -> None:
+    """Pixels, PSF and numbers of a stamp back into the file they came from; all but the corner in the full image."""
+    n = 0
+    with (RUBIN_ALERTS / "lsstcam_20260305_i_ddf_long_history_fink.avro").open("rb") as stream:
+        for packet in fastavro.reader(stream):
+            for name in ("cutoutDifference", "cutoutScience", "cutoutTemplate"):
+                theirs = packet[name]
+                with fits.open(io.BytesIO(theirs)) as hdus:
+                    header = hdus[0].header
+                    image, variance = (hdus[hdu].data.astype(np.float32) for hdu in ("PRIMARY", "UNCERT"))
+                    psf = hdus["PSFIMAGE"].data.astype(np.float64)
+                    matrix = tuple(tuple(header[f"PC{i}_{j}"] for j in (1, 2)) for i in (1, 2))
+                sky = header["CRVAL1"], header["CRVAL2"]
+                tangent = LocalTan(*sky, header["CRPIX1"] - 1, header["CRPIX2"] - 1, matrix)
+                place = ((image.shape[0] - 1) / 2, (image.shape[0] - 1) / 2, image.shape[0])
+                planes = (image, variance, np.zeros(image.shape, dtype=np.int32))
+                ours = _cut(planes, psf, place, tangent, header["ROTPA"], content="strict")
+                at = [theirs.index(card.encode()) for card in ("CUTMINX", "CUTMINY")]
+                assert [ours[: at[0]], ours[at[1] + 80 :]] == [theirs[: at[0]], theirs[at[1] + 80 :]]
+                n += 1
+    assert n == 21
+
+
+@pytest.mark.skipif(not RUBIN_ALERTS.is_dir(), reason="no rubin_alerts beside the project")
+def test_lsst_pads_at_the_border_as_we_do() -> None:
+    """One real alert lies 14 pixels from its detector's edge, with stamps of 52: 11 columns hang over."""
+    with (RUBIN_ALERTS / "lsstcam_20250905_i_fink9.0.avro").open("rb") as stream:
+        at_border = [one for one in fastavro.reader(stream) if one["diaSource"]["x"] < 15]
+    (packet,) = at_border
+    for name in ("cutoutDifference", "cutoutScience"):
+        theirs = packet[name]
+        with fits.open(io.BytesIO(theirs)) as hdus:
+            corner, side = hdus[0].header["CUTMINX"], hdus[0].header["NAXIS1"]
+            image, variance = (hdus[hdu].data[:, 11:].astype(np.float32) for hdu in ("PRIMARY", "UNCERT"))
+            psf = hdus["PSFIMAGE"].data.astype(np.float64)
+        tangent = LocalTan(10.0, 20.0, 0.0, 0.0, ((-PIXEL_DEG, 0.0), (0.0, PIXEL_DEG)))
+        place = (packet["diaSource"]["x"], (side - 1) / 2, side)
+        ours = _cut((image, variance, np.zeros(image.shape, np.int32)), psf, place, tangent, content="strict")
+        with fits.open(io.BytesIO(ours)) as hdus:
+            assert hdus[0].header["CUTMINX"] == corner
+        assert ours[2880:] == theirs[2880:]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
-import math
 from dataclasses import replace
+from decimal import Decimal
 
 import fastavro
 import numpy as np
@@ -14,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lsst.alert.packet import SchemaRegistry
 from sample_alerts import expected_packet, random_batch, random_records
+from sample_alerts import same_values as _same
 
 from schemas.avro.container import BLOCK_PACKETS, container_bytes, read_container, write_container
 from schemas.avro.encoding import PacketContentError, encode_packets
@@ -23,27 +25,17 @@ from schemas.avro.messages import (
     container_message,
     encoded,
     message_headers,
+    message_of_record,
+    record_key,
     wire_message,
 )
-from schemas.avro.reading import decode_container, decode_packet, packet_prefix, to_json
+from schemas.avro.reading import decode_container, decode_message, decode_packet, packet_prefix, to_json
+from schemas.avro.row_encoding import DOUBLE, INT, row_plan
 from schemas.avro.schema_versions import VERSIONS, packet_schema
-from schemas.avro.wire import PacketFormatError, unwrap, wrap
+from schemas.avro.wire import PacketFormatError, unwrap, wire_header, wrap
 
 LSST_SCHEMAS = SchemaRegistry.all_schemas_from_filesystem()
 SEEDS = st.integers(0, 2**32 - 1)
-
-
-def _same(left: object, right: object) -> bool:
-    """Equality in which NaN equals NaN and 0.0 differs from -0.0."""
-    if isinstance(left, dict) and isinstance(right, dict):
-        return list(left) == list(right) and all(_same(left[key], right[key]) for key in left)
-    if isinstance(left, list) and isinstance(right, list):
-        return len(left) == len(right) and all(map(_same, left, right))
-    if isinstance(left, float) and isinstance(right, float):
-        if math.isnan(left) or math.isnan(right):
-            return math.isnan(left) and math.isnan(right)
-        return left == right and math.copysign(1, left) == math.copysign(1, right)
-    return type(left) is type(right) and left == right
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -124,6 +116,34 @@ def test_packets_do_not_depend_on_the_batch_they_were_made_in() -> None:
         assert encode_packets(schema, one) == [together[i]]
 
 
+def test_a_prefix_stands_in_front_of_every_packet() -> None:
+    batch = random_batch(5, np.random.default_rng(10))
+    schema = packet_schema("11.0")
+    messages = encode_packets(schema, batch, prefix=wire_header(schema.schema_id))
+    assert messages == [wrap(schema.schema_id, body) for body in encode_packets(schema, batch)]
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@settings(max_examples=10, deadline=None)
+@given(seed=SEEDS)
+def test_sized_histories_decode_to_the_same_and_can_be_stepped_over(version: str, seed: int) -> None:
+    """Each history that is not empty has its length before it: a varint of one to three bytes for less than 1 MB."""
+    batch = random_batch(3, np.random.default_rng(seed), longest=70)
+    schema, lsst = packet_schema(version), LSST_SCHEMAS.get_by_version(version)
+    plain, sized = (encode_packets(schema, batch, sized_blocks=choice) for choice in (False, True))
+    narrow = copy.deepcopy(lsst.definition)
+    narrow["fields"] = [field for field in narrow["fields"] if not field["name"].startswith("prv")]
+    for i, body in enumerate(sized):
+        expected = expected_packet(version, batch, i)
+        assert _same(lsst.deserialize(body), expected)
+        assert _same(decode_packet(wrap(schema.schema_id, body)), expected)
+        assert packet_prefix(body) == packet_prefix(plain[i])
+        histories = [expected.pop(name) for name in ("prvDiaSources", "prvDiaForcedSources")]
+        assert _same(fastavro.schemaless_reader(io.BytesIO(body), lsst.definition, narrow), expected)
+        filled = sum(bool(rows) for rows in histories)
+        assert filled <= len(body) - len(plain[i]) <= 3 * filled
+
+
 def test_read_only_records_give_the_same_bytes() -> None:
     batch = random_batch(4, np.random.default_rng(9))
     frozen = batch.dia_sources.copy()
@@ -162,6 +182,11 @@ def test_history_of_an_alert_without_object_is_refused() -> None:
             prv_dia_sources=random_records("diaSource", 1, rng),
             prv_offsets=np.array([0, 1]),
         )
+
+
+def test_a_number_of_another_width_than_its_kind_is_refused() -> None:
+    with pytest.raises(ValueError, match="the field at byte 3 has 2 bytes, its kind has 4"):
+        row_plan([(DOUBLE, 8, 8, True, 0), (INT, 3, 2, False, 0)])
 
 
 def test_wire_header_is_zero_and_the_big_endian_id() -> None:
@@ -287,8 +312,46 @@ def test_encodings_hold_the_same_packet(version: str) -> None:
     assert encoded("ocf", wire) == encoded("ocf", container) == container
     assert message_headers(container) == [("_format", b"avro")]
     assert message_headers(wire) == []
-    with pytest.raises(UnknownEncodingError, match="'json', known are rubin, ocf"):
+    assert [record_key(encoding, wire, "12") for encoding in ("rubin", "ocf", "json-thin")] == [b"12"] * 3
+    for message in (wire, container):
+        value, key = encoded("fink", message), record_key("fink", message, "12")
+        assert value == body and message_of_record(key, value) == container
+        assert _same(
+            fastavro.schemaless_reader(io.BytesIO(value), fastavro.parse_schema(json.loads(key)), None), expected
+        )
+    assert message_of_record(b"12", wire) == wire
+    with pytest.raises(PacketFormatError, match="made of an alert's columns"):
+        encoded("json-thin", wire)
+    with pytest.raises(UnknownEncodingError, match="'json', known are rubin, ocf, fink, json-thin"):
         encoded("json", wire)
+
+
+def test_a_key_that_is_no_schema_is_one_broken_message() -> None:
+    for key in (b"{", b'{"type": "long"}', b"{\xff}"):
+        with pytest.raises(PacketFormatError, match="the key of the record is no schema"):
+            message_of_record(key, b"body")
+
+
+def test_broken_json_is_one_broken_message() -> None:
+    assert decode_message(b'{"diaSourceId":"27131565485064193"}') == {"diaSourceId": "27131565485064193"}
+    for message in (b"{", b'{"ra": \xff}', b"{" * 100_000):
+        with pytest.raises(PacketFormatError, match="broken JSON"):
+            decode_message(message)
+
+
+def test_json_numbers_hold_no_whole_number_that_a_float_does_not() -> None:
+    numbers = {
+        "sum": Decimal(2**53),
+        "more": Decimal(2**53 + 1),
+        "part": Decimal("1.25"),
+        "list": [2**53 + 1, -(2**63)],
+    }
+    assert json.loads(to_json(numbers)) == {
+        "sum": 2**53,
+        "more": "9007199254740993",
+        "part": 1.25,
+        "list": ["9007199254740993", "-9223372036854775808"],
+    }
 
 
 def test_a_message_container_fits_beside_its_cutouts() -> None:

@@ -9,9 +9,11 @@ import pytest
 from lsst.alert.packet import SchemaRegistry
 
 from schemas.avro.schema_versions import (
+    ARCHIVED_VERSIONS,
     NEWEST_VERSION,
     VERSIONS,
     SchemaVersionError,
+    archived_schema,
     packet_schema,
     packet_schema_by_id,
 )
@@ -19,6 +21,16 @@ from schemas.avro.schema_versions import (
 FINGERPRINTS = {
     "11.0": "9c2dfb211e03b51c3b64fe4105b6dd02aaa9c630ce788656c8cc9a155d468314",
     "11.1": "9aa444ad610374fc167b7f7124a77f58b2d7d819a13b1b6d01cb1e265c783f27",
+}
+ARCHIVED_FINGERPRINTS = {
+    "7.0": "c176fef6a8a0962304c5cd0bdb990a0451dbf50bd673386ae59acca7bc2fdf3f",
+    "7.1": "247bb62dc5e546e3e6170facbc39cc166fd31d0f765aa1f0835d45ecb2b90435",
+    "7.2": "015124e9970354e918dac1a38d959916dc2110df2afe8b21c49e6d0747d7fbb9",
+    "7.3": "0611d6b945c5e9c26a348f30f900f7e6537c341b1a9ad7366d04fc9e62a0d2cd",
+    "7.4": "fd177231a19c203122617572a34a405aaba64ed03dfb8777d0143af5c6646e10",
+    "8.0": "264a45e5ef1920023fa3fb5e26607d5fddb8e370e0eba2b08245ca8d37e67ac6",
+    "9.0": "017239c3ff79ae5156cc4125ab1b12df955c1075e353a283627f590fed625b92",
+    "10.0": "2c47c696524bdb8c19ea2b6e3947c55f642aa7eacc184e38c4b56a8380b03969",
 }
 CRC_64_AVRO = {"11.0": "efe464e649354e2b", "11.1": "a960816bc1c3d70c"}
 LSST_SCHEMAS = SchemaRegistry.all_schemas_from_filesystem()
@@ -36,6 +48,11 @@ def test_fingerprints_stay(version: str) -> None:
     schema = packet_schema(version)
     assert schema.fingerprint == FINGERPRINTS[version]
     assert fastavro.schema.fingerprint(schema.canonical, "CRC-64-AVRO") == CRC_64_AVRO[version]
+
+
+@pytest.mark.parametrize("version", ARCHIVED_VERSIONS)
+def test_fingerprints_of_archived_versions_stay(version: str) -> None:
+    assert archived_schema(version).fingerprint == ARCHIVED_FINGERPRINTS[version]
 
 
 @pytest.mark.parametrize("version", VERSIONS)

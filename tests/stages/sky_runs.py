@@ -25,11 +25,12 @@ from schemas.claim_check import ImageStore
 from schemas.elements import AlertBatch, DetectedSources, StageElement, SubtractedExposure
 from schemas.framing import unpack
 from schemas.identifiers import dia_source_ids
-from schemas.manifests import DetectorImages, Visit, event_time_s
+from schemas.manifests import DetectorImages, Visit
 from schemas.records import DIA_SOURCE, SS_SOURCE, concatenate_records, empty_records, records_to_arrow, take_records
 from transforms.archiving import write_table
 from transforms.association import AssociateDiaSources, AssociationConfig, _AssociateInCellsFn, sky_messages
 from transforms.cell_state import read_index
+from transforms.ingestion import event_timestamp
 
 SIZE_PIX = 64
 PIXEL_ARCSEC = 3.0
@@ -288,15 +289,19 @@ class CellByHand:
 
     def visit(self, element: StageElement) -> Iterator[AlertBatch]:
         """The batches of one visit, all of whose sources lie in one cell."""
+        for output in self.outputs(element):
+            if isinstance(output.value, AlertBatch):
+                yield output.value
+
+    def outputs(self, element: StageElement) -> Iterator[Any]:
+        """All that the stage yields for one visit."""
         messages = dict(sky_messages(element, self.config))
         if not messages:
             return
         cell = max(messages, key=lambda one: len(messages[one]))
-        at = Timestamp(event_time_s(unpack(messages[cell])[0]["context"]["midpoint_mjd_tai"]))
+        at = event_timestamp(unpack(messages[cell])[0]["context"]["midpoint_mjd_tai"])
         self.fn.process((cell, messages[cell]), at, self.pending, self.timers)
-        for output in self.fn.associate(cell, at, self.pending, self.index, self.history, self.timers):
-            if isinstance(output.value, AlertBatch):
-                yield output.value
+        yield from self.fn.associate(cell, at, self.pending, self.index, self.history, self.timers)
 
     def n_objects(self) -> int:
         return len(read_index(self.index.item).objects)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from apache_beam.utils.timestamp import Timestamp
 from astropy.wcs import WCS, Sip
 from sky_runs import (
     Outcome,
@@ -25,11 +26,28 @@ from sky_runs import (
 from sky_samples import alerts_of, tables_of
 
 from schemas.claim_check import ImageStore
-from schemas.elements import EarlierNights, FailureRecord, VisitPart
-from schemas.framing import unpack
-from schemas.records import DIA_FORCED_SOURCE, DIA_OBJECT, records_from_bytes, take_records
+from schemas.elements import CatalogueSources, EarlierNights, FailureRecord, VisitPart
+from schemas.framing import pack, unpack
+from schemas.manifests import SURVEY_MJD_RANGE, visit_without_images
+from schemas.records import (
+    DIA_FORCED_SOURCE,
+    DIA_OBJECT,
+    DIA_SOURCE,
+    SS_SOURCE,
+    empty_records,
+    records_from_bytes,
+    take_records,
+)
 from transforms import association
-from transforms.association import AssociationConfig, _ForcedPhotometer, history_messages, read_archive
+from transforms.association import (
+    AssociationConfig,
+    _ForcedPhotometer,
+    _split_due,
+    history_messages,
+    read_archive,
+    sky_messages,
+)
+from transforms.ingestion import event_timestamp
 from transforms.numerics.forced_photometry import linear_psf_fit
 from transforms.numerics.psf_grid import PsfGrid
 from transforms.sky_cells import cells_with_halo
@@ -109,6 +127,18 @@ def test_visits_at_one_moment_are_taken_by_number(sky: Sky) -> None:
     runs = [run_by_hand([same[i] for i in order], CONFIG, sky.store) for order in (range(10), range(9, -1, -1))]
     assert together(runs[0]) == together(runs[1])
     assert max(np.diff(one.prv_offsets).max(initial=0) for one in runs[0].batches) == 4
+
+
+def test_a_visit_is_due_when_its_timer_fires_whatever_the_year() -> None:
+    """Timers and shuffles keep whole milliseconds, rounded down: what is left must not lie before the visit."""
+    low, high = SURVEY_MJD_RANGE
+    for midpoint in np.random.default_rng(9).uniform(low, high, 20_000).tolist():
+        at = event_timestamp(midpoint)
+        assert at.micros % 1000 == 0
+        assert 0 <= (midpoint - 40587.0) * 86_400_000.0 - at.micros / 1000 < 1.001  # double precision: 1e-3 ms
+    part = pack({"kind": "part", "context": {"visit": 5, "midpoint_mjd_tai": midpoint}})
+    assert _split_due([part], at)[0] == [part]
+    assert _split_due([part], Timestamp(micros=at.micros - 1000))[2] == [part]
 
 
 def test_second_delivery_after_the_visit_is_a_no_op(sky: Sky, sorted_run: Outcome, tmp_path: Path) -> None:
@@ -220,6 +250,25 @@ def test_history_read_and_sent_in_small_portions_is_the_same(
     monkeypatch.setattr(association, "_ROWS_AT_ONCE", 7)
     assert list(history_messages(folders, CONFIG)) == expected
     assert len(expected) > 5
+
+
+def test_sources_go_to_every_cell_that_needs_them_and_to_no_other() -> None:
+    """A detector's sources all over the sky, one in seven moving: each message holds the rows of its cell, in order."""
+    rng, n = np.random.default_rng(2), 400
+    rows = empty_records(DIA_SOURCE, n)
+    rows["diaSourceId"], rows["ra"] = np.arange(1, n + 1), rng.uniform(0.0, 360.0, n)
+    rows["dec"] = np.degrees(np.arcsin(rng.uniform(-1.0, 1.0, n)))
+    rows["ssObjectId"][::7] = 5
+    visit = visit_without_images(1, 61000.0, "r", [0], source="test")
+    sent = dict(sky_messages(CatalogueSources(visit, 0, rows), CONFIG))
+    needed = cells_with_halo(rows["ra"], rows["dec"], CONFIG.cell_order, CONFIG.halo_arcsec)
+    assert set(sent) == {int(cell) for cell in needed.ravel()} and len(sent) > n
+    for cell, message in sent.items():
+        own = take_records(rows, (needed == cell).any(axis=1))
+        _, buffers = unpack(message)
+        assert bytes(buffers[0]) == own.tobytes()
+        moving = records_from_bytes(SS_SOURCE, buffers[1])["diaSourceId"]
+        assert moving.tolist() == own["diaSourceId"][own["ssObjectId"] != 0].tolist()
 
 
 def test_history_goes_to_every_cell_that_needs_it_and_to_no_other(sorted_run: Outcome, tmp_path: Path) -> None:

@@ -4,16 +4,27 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import apache_beam as beam
 import numpy as np
 import pytest
-from sky_runs import Sky, Step, make_sky, run_by_hand, together
+from sky_runs import CellByHand, Sky, Step, make_sky, run_by_hand, together, write_archive
 
-from schemas.elements import VisitPart
+from schemas.elements import EarlierNights, VisitPart
 from schemas.framing import pack, unpack
-from schemas.records import DIA_OBJECT, empty_records, records_to_bytes
+from schemas.records import DIA_FORCED_SOURCE, DIA_OBJECT, DIA_SOURCE, empty_records, records_to_bytes
 from transforms import association, cell_state
 from transforms.association import AssociationConfig
-from transforms.cell_state import SEEN, CellIndex, CellStateError, index_bytes, read_index, seen_of
+from transforms.cell_state import (
+    SEEN,
+    CellIndex,
+    CellStateError,
+    DamagedStateError,
+    history_block,
+    index_bytes,
+    read_history,
+    read_index,
+    seen_of,
+)
 
 CONFIG = AssociationConfig(cell_order=11)
 
@@ -60,6 +71,49 @@ def test_state_of_a_later_version_is_refused() -> None:
     later = pack({**header, "version": cell_state.STATE_VERSION + 1}, tuple(bytes(part) for part in buffers))
     with pytest.raises(CellStateError, match="version"):
         read_index(later)
+
+
+@pytest.mark.parametrize("damage", ["cut", "grown", "header", "no text", "other", "empty frame"])
+@pytest.mark.parametrize("blob", ["index", "history"])
+def test_damaged_state_is_a_typed_error(blob: str, damage: str) -> None:
+    objects = empty_records(DIA_OBJECT, 2)
+    nothing = (empty_records(DIA_SOURCE, 1), empty_records(DIA_FORCED_SOURCE, 1))
+    whole = index_bytes(CellIndex(seen((7, 1, 61000.5)), objects)) if blob == "index" else history_block(*nothing)
+    damaged = {
+        "cut": whole[:-1],
+        "grown": whole + b"1",
+        "header": whole[:4] + bytes([whole[4] ^ 1]) + whole[5:],
+        "no text": b"\xff" * 100,
+        "other": pack({"version": 2}, (b"12345", b"12345")),
+        "empty frame": pack({}),
+    }[damage]
+    with pytest.raises(DamagedStateError, match="state is damaged"):
+        read_index(damaged) if blob == "index" else read_history([damaged])
+
+
+def test_cell_of_damaged_state_fails_visit_by_visit_and_the_others_go_on(sky: Sky) -> None:
+    """One cell's index is cut short between visits: what comes to it is failures, its state stays as it is."""
+    cell = CellByHand(AssociationConfig(cell_order=8))
+    for detectors in sky.visits[:3]:
+        assert list(cell.visit(detectors[0]))
+    cell.index.item = damaged = (cell.index.item or b"")[:-1]
+    blocks = list(cell.history.items)
+    for detectors in sky.visits[3:5]:
+        told = list(cell.outputs(detectors[0]))
+        failures = [one.value.value for one in told if isinstance(one, beam.pvalue.TaggedOutput)]
+        number = detectors[0].exposure.visit.visit
+        assert [(one.visit, one.error) for one in failures] == [(number, "DamagedStateError")]
+        assert len([one for one in told if isinstance(one.value, VisitPart)]) == 1 and len(told) == 2
+    assert cell.index.item == damaged and cell.history.items == blocks and not cell.pending.items
+
+
+def test_history_that_comes_twice_is_known_once(sky: Sky, tmp_path: Path) -> None:
+    first = run_by_hand(Sky(sky.visits[:4], sky.store).steps(), CONFIG, None)
+    write_archive(first.batches, tmp_path)
+    history, rest = EarlierNights((str(tmp_path),)), Sky(sky.visits[4:], sky.store).steps()
+    expected = run_by_hand([(0.0, history), *rest], CONFIG, None)
+    twice = run_by_hand([(0.0, history), (0.0, history), *rest[:3], (0.0, history), *rest[3:]], CONFIG, None)
+    assert together(twice) == together(expected)
 
 
 def test_seen_detectors_of_sources_are_counted_once(sky: Sky) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import blosc2
 import numpy as np
 import pytest
 from astropy.wcs import WCS
@@ -165,6 +166,30 @@ def test_an_image_without_its_psf_is_refused_by_name(tmp_path: Path, planes: lis
     store.write(17, 4, planes, _wcs_text(), np.ones((1, 1, 3, 3)), np.ones((1, 1, 3, 3)))
     store.psf_path(17, 4, "psf").unlink()
     with pytest.raises(ClaimCheckError, match=r"stored image of visit 17 detector 4 is broken: .*004\.psf\.npy"):
+        store.open(17, 4)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "header"),
+    [
+        ((1, 150, 200), np.float32, _wcs_text()),  # would be taken for all four planes
+        ((4, 150, 200), np.float64, _wcs_text()),
+        ((4, 150), np.float32, _wcs_text()),
+        ((4, 150, 200), np.float32, "SIMPLE  =                    T"),
+        ((4, 150, 200), np.float32, 7),
+        ((4, 150, 200), np.float32, None),
+    ],
+)
+def test_a_file_that_is_no_stored_image_is_refused_by_name(
+    tmp_path: Path, planes: list[np.ndarray], shape: tuple[int, ...], dtype: type, header: object
+) -> None:
+    store = ImageStore(str(tmp_path))
+    store.write(17, 4, planes, _wcs_text(), np.ones((1, 1, 3, 3)), np.ones((1, 1, 3, 3)))
+    other = blosc2.asarray(np.ones(shape, dtype), urlpath=str(store.path(17, 4)), mode="w")
+    if header is not None:
+        other.schunk.vlmeta["wcs"] = header
+    del other
+    with pytest.raises(ClaimCheckError, match="stored image of visit 17 detector 4 is broken"):
         store.open(17, 4)
 
 

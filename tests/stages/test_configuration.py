@@ -45,7 +45,7 @@ def test_a_key_replaces_that_key_only(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("detektion: {threshold_snr: 5}", "unknown key 'detektion', expected one of association, detection, packaging"),
+        ("detektion: {threshold_snr: 5}", "unknown key 'detektion', expected one of association, cutouts, detection"),
         ("1: 2", "unknown key 1, expected one of association"),
         ("detection: {treshold_snr: 5}", "detection: unknown key 'treshold_snr', expected one of max_motion_deg"),
         ("detection: {1: 5, a: 3}", "detection: unknown key 1, expected one of max_motion_deg_per_day"),
@@ -57,6 +57,7 @@ def test_a_key_replaces_that_key_only(tmp_path: Path) -> None:
         ("detection: {threshold_snr: .nan}", "detection: threshold_snr: Input should be"),
         ("detection: {max_sources: 1.5}", "detection: max_sources: Input should be a valid integer"),
         ("association: {radius_arcsec: 50}", "association: radius_arcsec: Input should be less than or equal to 5"),
+        ("cutouts: {content: thin}", "cutouts: content: Input should be 'complete' or 'strict' (got 'thin')"),
         ("packaging: {schema_version: '12'}", "packaging: schema_version: String should match pattern"),
         ("packaging: {schema_version: 11.0}", "packaging: schema_version: Input should be a valid string (got 11.0)"),
         ("packaging: {delivery_deadline_s: .inf}", "delivery_deadline_s: Input should be less than or equal to 3600"),
@@ -108,7 +109,10 @@ def test_no_brokers_are_allowed(tmp_path: Path) -> None:
         ("brokers: [{name: A, topic: t}]", "brokers[0]: name: String should match pattern"),
         ("brokers: [{name: ../x, topic: t}]", "brokers[0]: name: String should match pattern"),
         ("brokers: [{name: a, topic: t, encodng: ocf}]", "brokers[0]: unknown key 'encodng', expected one of encoding"),
-        ("brokers: [{name: a, topic: t, encoding: xml}]", "brokers[0]: encoding: Input should be 'rubin' or 'ocf'"),
+        (
+            "brokers: [{name: a, topic: t, encoding: xml}]",
+            "brokers[0]: encoding: Input should be 'rubin', 'ocf', 'fink'",
+        ),
         ("brokers: [{name: a, topic: t, sink: mail}]", "brokers[0]: sink: Input should be 'kafka' or 'files'"),
         ("brokers: [{name: a, topic: 'a b'}]", "brokers[0]: topic: String should match pattern"),
         ("brokers: [{name: a, stream: Full}]", "brokers[0]: stream: String should match pattern"),

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import io
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from apache_beam.pvalue import TaggedOutput
 from astropy.io import fits
 from astropy.wcs import WCS
 
+from schemas.claim_check import read_blobs
 from schemas.elements import DetectedSources, FailureRecord, SubtractedExposure, VisitPart
 from schemas.exposures import MASK_BITS, mask_bits
 from schemas.identifiers import dia_source_ids
 from schemas.manifests import DetectorImages, Visit
 from transforms import detection
-from transforms.cutouts import encode_cutouts
+from transforms.cutouts import CutoutConfig, EncodeCutouts, encode_cutouts
 from transforms.detection import DetectionConfig, SourceStormError, detect_sources
+from transforms.packaging import cutout_file
 
 SIZE = 256
 NOISE = 10.0
@@ -150,7 +154,7 @@ def test_the_psf_of_a_cutout_and_of_the_moments_is_that_of_the_source_s_cell() -
         grid = np.array([[_psf(sigma)[0, 0] for sigma in row] for row in of_cells])
         object.__setattr__(exposure, name, grid)
     detected = detect_sources(exposure, DetectionConfig())
-    for source, stamps in zip(detected.dia_sources, encode_cutouts(detected), strict=True):
+    for source, stamps in zip(detected.dia_sources, encode_cutouts(detected).files, strict=True):
         cell = int(source["y"]) // 128, int(source["x"]) // 128
         assert source["ixxPSF"] == pytest.approx((0.2 * sigmas[cell]) ** 2, rel=1e-3)
         for stamp, plane in zip(stamps, ("psf", "science_psf", "science_psf"), strict=True):
@@ -158,6 +162,23 @@ def test_the_psf_of_a_cutout_and_of_the_moments_is_that_of_the_source_s_cell() -
                 np.testing.assert_array_equal(hdus["PSFIMAGE"].data, getattr(exposure, plane)[cell])
     cells = {(int(source["y"]) // 128, int(source["x"]) // 128) for source in detected.dia_sources}
     assert len(cells) == 3
+
+
+@pytest.mark.parametrize("content", ["complete", "strict"])
+def test_a_source_without_cutouts_is_counted_and_costs_the_others_none(tmp_path: Path, content: str) -> None:
+    detected = detect_sources(_exposure(), DetectionConfig())
+    detected.dia_sources["x"][1] = -5.0
+    stage = EncodeCutouts(CutoutConfig(content), str(tmp_path))
+    outputs = list(stage.write.work(detected))
+    records = [one.value for one in outputs if isinstance(one, TaggedOutput)]
+    n = len(detected.dia_sources)
+    assert [(record.stage, record.lost) for record in records] == [("cutouts", f"cutouts of 1 of {n} alerts")]
+    assert "outside the image" in records[0].reason
+    ids = detected.dia_sources["diaSourceId"]
+    files = read_blobs(cutout_file(str(tmp_path), detected.exposure.visit.visit, detected.exposure.detector), ids)
+    assert [tuple(map(bool, row)) for row in files] == [(i != 1,) * 3 for i in range(n)]
+    with fits.open(io.BytesIO(files[0][0])) as hdus:
+        assert ("MASK" in hdus) == (content == "complete")
 
 
 def test_moments_lie_along_the_axes_of_the_detector_however_it_is_turned() -> None:

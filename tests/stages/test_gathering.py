@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,8 @@ from schemas.records import (
 )
 from transforms.alert_columns import thin_alerts
 from transforms.cutouts import detector_account
-from transforms.distribution import BrokerConfig, DistributeAlerts, full_streams
+from transforms.delivery import Delivery
+from transforms.distribution import BrokerConfig, DistributeAlerts, Shipment, full_streams
 from transforms.failures import failure_part
 from transforms.filtering import FilterAlerts, GatherVisits, visit_alerts
 from transforms.filters.checking import CheckedFilter, check_filter
@@ -89,7 +91,7 @@ def _part(batch: AlertBatch, columns: frozenset[str], packets: Path | None = Non
     name = packet_file(VISIT, batch.context["cell"], ids)
     if packets is not None:
         write_blobs(packets / name, ids, [(wire_message(Packet(schema, body)),) for body in bodies])
-    return visit_part(batch, thin_alerts(batch, name, ["digest"] * n, columns), 0.01)
+    return visit_part(batch, thin_alerts(batch, name, ["digest"] * n, columns), 0.01, Shipment().counts())
 
 
 def _ids(visit: VisitAlerts) -> list[int]:
@@ -185,6 +187,15 @@ class _FileSink:
             stream.write(f"{topic} {(key or b'').decode()} {dict(headers)['dia_source_id'].decode()}\n")
 
 
+@dataclass(frozen=True)
+class _RecordSink(_FileSink):
+    """Writes topic, key and value."""
+
+    def send(self, topic: str, key: bytes | None, value: bytes, headers: list[tuple[str, bytes]]) -> None:
+        with Path(self.path).open("a") as stream:
+            stream.write(json.dumps([topic, (key or b"").decode(), value.decode()]) + "\n")
+
+
 def test_filtered_topic_is_sent_once_and_files_hold_the_same_packets(bright: CheckedFilter, tmp_path: Path) -> None:
     part = _part(_batch(100, 4), bright.columns, tmp_path / "packets")
     visit = visit_alerts(VISIT, 0, {0: {part}}, bright.columns)
@@ -207,6 +218,75 @@ def test_filtered_topic_is_sent_once_and_files_hold_the_same_packets(bright: Che
     for folder, ids in (("filters/demo.bright", [102, 103]), ("brokers/c", [100, 101, 102, 103])):
         with (tmp_path / folder / f"{VISIT}.avro").open("rb") as stream:
             assert [packet["diaSourceId"] for packet in fastavro.reader(stream)] == ids
+
+
+@pytest.fixture
+def measured() -> CheckedFilter:
+    select = "diaSource.psfFlux AS flux, diaObject.ra, len(prvDiaSources) AS n_earlier"
+    return check_filter(
+        FilterDefinition(name="measured", owner="demo", select=select, where="diaSource.snr > 10", max_per_visit=3)
+    )
+
+
+def _delivery(brokers: tuple[BrokerConfig, ...], filters: tuple[CheckedFilter, ...], folder: Path) -> Delivery:
+    return Delivery(str(folder), str(folder / "store"), brokers, filters)
+
+
+def test_alerts_in_json_hold_the_columns_of_their_filter_and_need_no_packet(
+    measured: CheckedFilter, tmp_path: Path
+) -> None:
+    brokers = (
+        BrokerConfig(name="lasair", stream="demo.measured", encoding="json-thin"),
+        BrokerConfig(name="folder", stream="demo.measured", encoding="json-thin", sink="files"),
+        BrokerConfig(name="everything", encoding="json-thin", sink="files"),
+    )
+    to = _delivery(brokers, (measured,), tmp_path)
+    early, late = _batch(2**60 + 1, 4, 1), _batch(2**60 + 11, 4, 2)
+    early.dia_sources["psfFlux"] = [1.0, 2.0, 3.5, np.nan]
+    early.dia_sources["ra"], early.dia_sources["dec"] = 150.25, -2.5
+    late.dia_sources["diaObjectId"], late.dia_sources["ssObjectId"] = 0, 2**61
+    parts = {0: {_part(early, to.filter_columns)}, 1: {_part(late, to.filter_columns)}}
+    visit = visit_alerts(VISIT, 1, parts, to.filter_columns)
+    with beam.Pipeline(runner=FnApiRunner()) as flow:
+        made = flow | beam.Create([0]) | "Make" >> beam.Map(lambda _: visit).with_output_types(VisitAlerts)
+        filtered = made | FilterAlerts(to.filters)
+        filtered.good | DistributeAlerts(
+            to.brokers,
+            packet_folder=str(tmp_path / "nowhere"),
+            broker_folder=str(tmp_path / "brokers"),
+            filter_folder=str(tmp_path / "filters"),
+            sink=_RecordSink(str(tmp_path / "sent")),
+            delivery_deadline_s=1.0,
+        )
+    sent = [json.loads(line) for line in (tmp_path / "sent").read_text().splitlines()]
+    # S/N 14 and 11 of the first part, 14 of the second: only that is new in revision 1.
+    ((topic, key, value),) = sent
+    assert (topic, key) == ("filter-demo-measured", str(2**61))
+    assert json.loads(value) == {
+        "diaObjectId": None,
+        "objectId": None,
+        "ssObjectId": str(2**61),
+        "diaSourceId": str(2**60 + 14),
+        "visit": VISIT,
+        "ra": None,
+        "dec": None,
+        "time": MIDPOINT,
+        "flux": None,
+        "n_earlier": 0,
+        "UTC": "2026-11-23 02:23:23",
+    }
+    lines = (tmp_path / "brokers" / "folder" / f"{VISIT}.jsonl").read_text().splitlines()
+    alerts = [json.loads(line) for line in lines]
+    assert [(one["diaSourceId"], one["flux"]) for one in alerts] == [
+        (str(2**60 + 3), 3.5),
+        (str(2**60 + 4), None),
+        (str(2**60 + 14), None),
+    ]
+    assert [(one["objectId"], one["ra"], one["dec"]) for one in alerts[:1]] == [(str(2**60 + 3), 150.25, -2.5)]
+    assert lines[2] == value
+    every = (tmp_path / "brokers" / "everything" / f"{VISIT}.jsonl").read_text().splitlines()
+    assert [json.loads(line)["diaSourceId"] for line in every] == visit.alerts["diaSourceId"].cast("string").to_pylist()
+    assert "flux" not in every[0]
 
 
 def test_missing_packet_file_is_a_failure_of_that_broker_only(bright: CheckedFilter, tmp_path: Path) -> None:

@@ -118,6 +118,17 @@ def test_source_without_a_position_is_kept_apart_and_disturbs_nobody(axis: str) 
     assert 100_002 in told["diaSourceId"]
 
 
+def test_an_id_founds_one_object_only() -> None:
+    """Ids that come again, from another visit and twice in one: their sources may join objects, not be new ones."""
+    cell = Cell()
+    cell.see(context(1), sources(context(1), [0.0]))
+    rows = sources(context(2), [20.0, 40.0, 60.0], diaSourceId=[100_001, 200_002, 200_002])
+    outcome = cell.see(context(2), rows)
+    assert outcome.objects["diaObjectId"].tolist() == [100_001, 200_002]
+    assert outcome.batch.dia_objects["nDiaSources"].tolist() == [1]
+    assert outcome.batch.counts["sources_without_object"] == 2
+
+
 def test_two_sources_of_a_visit_never_share_an_object() -> None:
     cell = Cell()
     cell.see(context(1), sources(context(1), [0.0]))

@@ -15,6 +15,7 @@ ARCSEC_PER_DEG = 3600.0
 _NO_PAIR = -1
 _TWIN_ARCSEC = 0.2  # what lies nearer is not resolved: two detections of one thing, or two things for good
 _TWIN_SURCHARGE = 1e4  # beyond any difference of scores: (gate / floor)^2 is 400 by default
+_CROWD = 600  # members of a group at most, for a matching: 0.2 s; no sky shows a tenth of them in 5 arcsec
 _CELL_PER_GATE = 4.0  # most gates then touch one or two cells, and cells still hold few
 _PER_DEG = (1.0 - 1e-15) / 360.0  # so that no right ascension below 360 rounds up to the column after the last
 
@@ -46,7 +47,7 @@ class Assignment:
     ----------
     object_index : (n_sources,) int64, -1 where no object was assigned; no object occurs twice
     contested : (n_groups,) int64, the first source of each group of more than one source or object
-    wide : int64, those of `contested` wider than the limit, matched by mutual nearest neighbour instead
+    wide : int64, those of `contested` beyond the limits, matched by mutual nearest neighbour instead
     """
 
     object_index: np.ndarray
@@ -71,8 +72,8 @@ def associate(
     being the sums of both squared errors, each at least the floor and the fallback where missing.
     Each connected group of pairs takes the matching of maximum cardinality and, among those, of
     minimum total score, so the answer does not depend on the rest of the sky. Groups wider than
-    `max_group_width_arcsec` fall back to mutual nearest neighbours. Positions that are not finite
-    match nothing.
+    `max_group_width_arcsec`, or of more than 600 members, fall back to mutual nearest neighbours. Positions
+    that are not finite match nothing.
 
     Parameters
     ----------
@@ -96,7 +97,7 @@ def associate(
     Notes
     -----
     Sources are hashed into cells of the gate's size, objects looked up there: O(n_sources + n_objects), 10 ns an
-    object that is near no source, plus O(k^3) per contested group of k members.
+    object that is near no source, plus O(k^3) per contested group of k members, k at most 600.
 
     References
     ----------
@@ -362,7 +363,7 @@ def _match_groups(
             scores = _pair_scores(sources, objects, own, floor_arcsec, fallback_arcsec)
             if len(founded) > 0:
                 _put_twins_last(objects, own, founded, scores)
-            if _width_arcsec(sources, objects, own) > max_width_arcsec:
+            if _width_arcsec(sources, objects, own) > max_width_arcsec or _is_crowd(own):
                 wide[n_wide] = first
                 n_wide += 1
                 chosen = _mutual_nearest(own, scores)
@@ -378,17 +379,23 @@ def _match_groups(
 def _put_twins_last(objects: _Columns, pairs: np.ndarray, founded: np.ndarray, scores: np.ndarray) -> None:
     """Add a surcharge to pairs of objects beside which an older one of the group lies."""
     chord2 = (2.0 * math.sin(0.5 * math.radians(_TWIN_ARCSEC / ARCSEC_PER_DEG))) ** 2
-    for p in range(len(pairs)):
-        k = pairs[p, 1]
-        x, y, z = unit_vector(objects.ra[k], objects.dec[k])
-        for q in range(len(pairs)):
-            older = pairs[q, 1]
-            if older == k or founded[older] > founded[k] or (founded[older] == founded[k] and older > k):
+    members, member = _ranks(pairs[:, 1].copy())
+    vectors, later = np.empty((len(members), 3)), np.zeros(len(members), dtype=np.bool_)
+    for m in range(len(members)):
+        k = members[m]
+        vectors[m, 0], vectors[m, 1], vectors[m, 2] = unit_vector(objects.ra[k], objects.dec[k])
+    for m in range(len(members)):
+        x, y, z = vectors[m]
+        for other in range(len(members)):
+            first, second = founded[members[other]], founded[members[m]]
+            if other == m or first > second or (first == second and other > m):
                 continue
-            u, v, w = unit_vector(objects.ra[older], objects.dec[older])
-            if (x - u) ** 2 + (y - v) ** 2 + (z - w) ** 2 <= chord2:
-                scores[p] += _TWIN_SURCHARGE
+            if (x - vectors[other, 0]) ** 2 + (y - vectors[other, 1]) ** 2 + (z - vectors[other, 2]) ** 2 <= chord2:
+                later[m] = True
                 break
+    for p in range(len(pairs)):
+        if later[member[p]]:
+            scores[p] += _TWIN_SURCHARGE
 
 
 @njit(cache=True)
@@ -402,6 +409,14 @@ def _width_arcsec(sources: _Columns, objects: _Columns, pairs: np.ndarray) -> fl
         u, v, w = unit_vector(objects.ra[pairs[p, 1]], objects.dec[pairs[p, 1]])
         chord2 = max(chord2, (x - u) ** 2 + (y - v) ** 2 + (z - w) ** 2)
     return 2.0 * math.degrees(2.0 * math.asin(min(0.5 * math.sqrt(chord2), 1.0))) * ARCSEC_PER_DEG
+
+
+@njit(cache=True)
+def _is_crowd(pairs: np.ndarray) -> bool:
+    """Whether a group has too many members for a matching."""
+    if len(pairs) < _CROWD:  # a group hangs together by no fewer pairs than members less one
+        return False
+    return len(np.unique(pairs[:, 0])) + len(np.unique(pairs[:, 1])) > _CROWD
 
 
 @njit(cache=True)
