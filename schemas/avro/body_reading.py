@@ -46,6 +46,7 @@ REASONS = {
 }
 
 _MAX_BODY_BYTES = 2**31 - 1
+_ROOM = 14  # the values take more room
 _TIMES = (-62_135_596_800_000_000, 253_402_300_799_999_999)  # us since 1970 of the years 1 to 9999
 
 
@@ -127,10 +128,6 @@ def _value(
         return np.uint64(data[position] != 0), position + 1, FINE
     if kind == NULL:
         return bits, position, FINE
-    if kind == FIXED:
-        if number > end - position:
-            return bits, position, ENDS
-        return bits, position + number, FINE
     start = position
     integer, position, wrong = _long(data, position, end)
     if wrong != FINE:
@@ -150,6 +147,135 @@ def _value(
     if kind == ENUM and not 0 <= integer < number:
         return bits, start, SYMBOL
     return np.uint64(integer), position, FINE
+
+
+@njit(cache=True)
+def _read_body(
+    code: np.ndarray,
+    targets: np.ndarray,
+    level_slots: np.ndarray,
+    remaining: np.ndarray,
+    block_end: np.ndarray,
+    data: np.ndarray,
+    position: int,
+    end: int,
+    whole: bool,
+    chained: bool,
+    body: int,
+    first: np.ndarray,
+    counts: np.ndarray,
+    values: np.ndarray,
+    valid: np.ndarray,
+    used: int,
+) -> tuple[int, int, int]:
+    """How much of the values is used after a body, where reading stopped, and what is wrong, `_ROOM` for instance."""
+    wrong = FINE
+    base = body * level_slots[0]
+    deepest = -1
+    at = 0
+    while wrong == FINE:
+        what = code[at, 0]
+        kind = code[at, 1]
+        slot = code[at, 2]
+        mark = code[at, 3]
+        number = code[at, 4]
+        at += 1
+        if what in (NULLABLE, VALUE):
+            if what == NULLABLE:
+                if position < end and data[position] <= 2 and data[position] & 1 == 0:
+                    branch = data[position] >> 1
+                    position += 1
+                else:
+                    start = position
+                    branch, position, wrong = _long(data, position, end)
+                    if wrong == FINE and not 0 <= branch <= 1:
+                        position, wrong = start, BRANCH
+                    if wrong != FINE:
+                        break
+                if branch == number & 1:
+                    continue
+                number >>= 1
+            if kind == FIXED:
+                if number > end - position:
+                    wrong = ENDS
+                    break
+                position += number
+                if mark >= 0:
+                    valid[base + mark] = 1
+                continue
+            bits, position, wrong = _value(data, position, end, kind, number, slot >= 0, whole)
+            if wrong != FINE:
+                break
+            if slot >= 0:
+                values[base + slot] = bits
+                valid[base + slot] = kind != NULL
+            if mark >= 0:
+                valid[base + mark] = 1
+        elif what == UNION:
+            start = position
+            branch, position, wrong = _long(data, position, end)
+            if wrong == FINE and not 0 <= branch < kind:
+                position, wrong = start, BRANCH
+            if wrong != FINE:
+                break
+            at = targets[number + branch]
+        elif what == JUMP:
+            at = kind
+        elif what == MARK:
+            valid[base + slot] = 1
+        elif what == LIST:
+            deepest += 1
+            remaining[deepest] = 0
+            block_end[deepest] = -1
+            if slot > 0:
+                first[slot, body] = used
+                counts[slot, body] = 0
+        elif what == NEXT:
+            if remaining[deepest] == 0:
+                if block_end[deepest] >= 0 and block_end[deepest] != position:
+                    wrong = SIZE
+                    break
+                block_end[deepest] = -1
+                start = position
+                count, position, wrong = _long(data, position, end)
+                if wrong != FINE:
+                    break
+                if count == 0:
+                    deepest -= 1
+                    if slot > 0:
+                        base = body * level_slots[0]
+                    at = kind
+                    continue
+                if count < 0:  # the size of its items in bytes comes behind
+                    count = -count
+                    size, position, wrong = _long(data, position, end)
+                    if wrong == FINE and size < 0:
+                        position, wrong = start, LENGTH
+                    elif wrong == FINE and size > end - position:
+                        position, wrong = start, SIZE
+                    if wrong != FINE:
+                        break
+                    block_end[deepest] = position + size
+                    if slot < 0 and not whole:
+                        position += size
+                        at -= 1
+                        continue
+                if count < 0 or count > (end - position) // number:
+                    position, wrong = start, COUNT
+                    break
+                remaining[deepest] = count
+            remaining[deepest] -= 1
+            if slot > 0:
+                base = used
+                used += level_slots[slot]
+                counts[slot, body] += 1
+                if used > len(values):
+                    wrong = _ROOM
+        else:
+            if whole and not chained and position != end:
+                wrong = BEHIND
+            break
+    return used, position, wrong
 
 
 @njit(cache=True)
@@ -190,140 +316,50 @@ def read_bodies(
     Every read lies before the end of its body. An item of a list has at least a byte for each of its values, so that
     the values take up at most some 20 times the bytes of the bodies.
     """
-    n = len(lengths)
-    used = n * level_slots[0]
+    width = level_slots[0]
+    used = len(lengths) * width
     values = np.zeros(used + 64, dtype=np.uint64)
     valid = np.zeros(used + 64, dtype=np.uint8)
     remaining = np.zeros(depth, dtype=np.int64)
     block_end = np.zeros(depth, dtype=np.int64)
-    for body in range(n):
-        end = lengths[body]
-        position = 0
-        wrong = FINE
-        if chained and body > 0:
-            position = ends[body - 1]
-            if codes[body - 1] != FINE:
-                wrong = LOST
-        if end > _MAX_BODY_BYTES:
-            wrong = LARGE
-        data = carray(_byte_pointer(addresses[body]), end)
-        kept = used
-        base = body * level_slots[0]
-        deepest = -1
-        at = 0
-        while wrong == FINE:
-            what = code[at, 0]
-            kind = code[at, 1]
-            slot = code[at, 2]
-            mark = code[at, 3]
-            number = code[at, 4]
-            at += 1
-            if what in (NULLABLE, VALUE):
-                if what == NULLABLE:
-                    if position < end and data[position] <= 2 and data[position] & 1 == 0:
-                        branch = data[position] >> 1
-                        position += 1
-                    else:
-                        start = position
-                        branch, position, wrong = _long(data, position, end)
-                        if wrong == FINE and not 0 <= branch <= 1:
-                            position, wrong = start, BRANCH
-                        if wrong != FINE:
-                            break
-                    if branch == number & 1:
-                        continue
-                    number >>= 1
-                bits, position, wrong = _value(data, position, end, kind, number, slot >= 0, whole)
-                if wrong != FINE:
-                    break
-                if slot >= 0:
-                    values[base + slot] = bits
-                    valid[base + slot] = kind != NULL
-                if mark >= 0:
-                    valid[base + mark] = 1
-            elif what == UNION:
-                start = position
-                branch, position, wrong = _long(data, position, end)
-                if wrong == FINE and not 0 <= branch < kind:
-                    position, wrong = start, BRANCH
-                if wrong != FINE:
-                    break
-                at = targets[number + branch]
-            elif what == JUMP:
-                at = kind
-            elif what == MARK:
-                valid[base + slot] = 1
-            elif what == LIST:
-                deepest += 1
-                remaining[deepest] = 0
-                block_end[deepest] = -1
-                if slot > 0:
-                    first[slot, body] = used
-                    counts[slot, body] = 0
-            elif what == NEXT:
-                if remaining[deepest] == 0:
-                    if block_end[deepest] >= 0 and block_end[deepest] != position:
-                        wrong = SIZE
-                        break
-                    block_end[deepest] = -1
-                    start = position
-                    count, position, wrong = _long(data, position, end)
-                    if wrong != FINE:
-                        break
-                    if count == 0:
-                        deepest -= 1
-                        if slot > 0:
-                            base = body * level_slots[0]
-                        at = kind
-                        continue
-                    if count < 0:  # the size of its items in bytes comes behind
-                        count = -count
-                        size, position, wrong = _long(data, position, end)
-                        if wrong == FINE and size < 0:
-                            position, wrong = start, LENGTH
-                        elif wrong == FINE and size > end - position:
-                            position, wrong = start, ENDS
-                        if wrong != FINE:
-                            break
-                        block_end[deepest] = position + size
-                        if slot < 0 and not whole:
-                            position += size
-                            at -= 1
-                            continue
-                    if count < 0 or count > (end - position) // number:
-                        position, wrong = start, COUNT
-                        break
-                    remaining[deepest] = count
-                remaining[deepest] -= 1
-                if slot > 0:
-                    base = used
-                    used += level_slots[slot]
-                    counts[slot, body] += 1
-                    if used > len(values):
-                        values = _longer(values, used)
-                        valid = _longer(valid, used)
-            else:
-                if whole and not chained and position != end:
-                    wrong = BEHIND
+    for body in range(len(lengths)):
+        start = ends[body - 1] if chained and body > 0 else 0
+        if chained and body > 0 and codes[body - 1] != FINE:
+            codes[body] = LOST
+            ends[body] = start
+            continue
+        if lengths[body] > _MAX_BODY_BYTES:
+            codes[body] = LARGE
+            continue
+        data = carray(_byte_pointer(addresses[body]), lengths[body])
+        while True:
+            reached, position, wrong = _read_body(
+                code, targets, level_slots, remaining, block_end, data, start, lengths[body], whole, chained, body,
+                first, counts, values, valid, used,
+            )  # fmt: skip
+            if wrong == FINE:
                 break
-        ends[body] = position
-        if wrong != FINE:
-            codes[body] = wrong
-            row = body * level_slots[0]
-            for k in range(row, row + level_slots[0]):
+            for k in range(body * width, (body + 1) * width):
                 values[k] = 0
                 valid[k] = 0
-            for k in range(kept, used):
-                values[k] = 0
-                valid[k] = 0
-            used = kept
+            values[used : min(reached, len(values))] = 0
+            valid[used : min(reached, len(valid))] = 0
             counts[:, body] = 0
+            if wrong != _ROOM:
+                reached = used
+                break
+            # Arrays that could change within the loop over instructions would make it four times as slow.
+            values = _longer(values)
+            valid = _longer(valid)
+        used = reached
+        codes[body] = wrong
+        ends[body] = position
     return values, valid
 
 
 @njit(cache=True)
-def _longer(array: np.ndarray, needed: int) -> np.ndarray:
-    longer = np.zeros(max(2 * len(array), needed), dtype=array.dtype)
+def _longer(array: np.ndarray) -> np.ndarray:
+    longer = np.zeros(2 * len(array), dtype=array.dtype)
     longer[: len(array)] = array
     return longer
 

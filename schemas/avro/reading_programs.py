@@ -41,7 +41,7 @@ _KINDS = {
     "long": LONG, "int": INT, "float": FLOAT, "double": DOUBLE, "boolean": BOOLEAN, "string": STRING, "bytes": BYTES,
     "null": NULL,
 }  # fmt: skip
-_LEAST_BYTES = {FLOAT: 4, DOUBLE: 8, NULL: 0}  # 1 of all others
+_WIDTHS = {FLOAT: 4, DOUBLE: 8, BOOLEAN: 1}
 _MAX_INSTRUCTIONS = 200_000
 
 
@@ -138,7 +138,7 @@ class _Compiler:
             return self._add_list(node, path, level, mark)
         kind, number, seen_as = _kind(name, node)
         self._emit(VALUE, kind, self._slot(path, level, seen_as), mark if kind != NULL else -1, number)
-        return number if kind == FIXED else _LEAST_BYTES.get(kind, 1)
+        return number if kind == FIXED else _WIDTHS.get(kind, 0 if kind == NULL else 1)
 
     def _add_union(self, branches: list[Any], path: str, level: int, mark: int) -> int:
         others = [one for one in branches if one != "null"]
@@ -213,6 +213,8 @@ class _Compiler:
         return leaf.slot
 
     def _emit(self, what: int, kind: int, slot: int, mark: int, number: int) -> None:
+        if what in (VALUE, NULLABLE) and slot < 0 and kind in _WIDTHS:  # stepped over, whatever it is
+            kind, number = FIXED, number + (_WIDTHS[kind] << (what == NULLABLE))
         if len(self.code) == _MAX_INSTRUCTIONS:
             raise PacketFormatError(f"a schema of more than {_MAX_INSTRUCTIONS} fields")
         self.code.append([what, kind, slot, mark, number])

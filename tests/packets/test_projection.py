@@ -70,9 +70,9 @@ FINK = writer_schema(
 FINK_COLUMNS = (
     "objectId", "when", "prv.jd", "prv.fid", "prv.band", "prv.flag", "latest.band", "latest.jd", "stamp",
 )  # fmt: skip
-# What we refuse and fastavro reads as something: integers beyond their bits, branches and sizes below 0, blocks whose
-# items do not fill the size that they say.
-STRICTER = ("of more than", "no such branch", "another size", "a length below 0")
+# What we refuse and fastavro makes something of: integers beyond their bits, branches, symbols and sizes below 0,
+# blocks whose items do not fill the size that they say.
+STRICTER = ("of more than", "no such branch", "no such symbol", "another size", "a length below 0")
 
 
 def _leaves(schema: Any) -> list[str]:
