@@ -253,7 +253,9 @@ def test_an_endless_job_runs_checkpoints_and_keeps_them_when_it_is_cancelled(
     flink: ClusterSettings, tmp_path: Path
 ) -> None:
     settings, written = flink.flink, tmp_path / "written"
-    with flink_cluster_engine((), lambda line: None, tmp_path / "ticks", flink.folder) as run:
+    asked = ("--externalized_checkpoints_enabled", "--retain_externalized_checkpoints_on_cancellation")
+    arguments = ("--checkpointing_interval=1000", *asked)
+    with flink_cluster_engine(arguments, lambda line: None, tmp_path / "ticks", flink.folder) as run:
         runs = threading.Thread(target=lambda: run(Ticks(str(written))))
     runs.start()
     until(lambda: jobs_named(flink, "ticks"))
