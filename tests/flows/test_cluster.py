@@ -256,7 +256,12 @@ def test_an_endless_job_runs_checkpoints_and_keeps_them_when_it_is_cancelled(
     asked = ("--externalized_checkpoints_enabled", "--retain_externalized_checkpoints_on_cancellation")
     arguments = ("--checkpointing_interval=1000", *asked)
     with flink_cluster_engine(arguments, lambda line: None, tmp_path / "ticks", flink.folder) as run:
-        runs = threading.Thread(target=lambda: run(Ticks(str(written))))
+
+        def until_cancelled() -> None:
+            with contextlib.suppress(RuntimeError):
+                run(Ticks(str(written)))
+
+        runs = threading.Thread(target=until_cancelled)
     runs.start()
     until(lambda: jobs_named(flink, "ticks"))
     (job,) = jobs_named(flink, "ticks")
