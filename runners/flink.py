@@ -44,7 +44,6 @@ _STOP_PATIENCE_S = 15.0
 # A job on the cluster that fails for good should say so in the end; one whose task manager was lost gets half a
 # minute for another to come.
 _RETRIES, _RETRY_DELAY_S = 10, 3
-_IDLE_MS = 500
 _ENDED = ("FINISHED", "CANCELED", "FAILED")
 _STARTED = re.compile(r"JobService started on (\S+:\d+)")
 # Left alone, the mini-cluster's blob server would listen on all interfaces.
@@ -109,8 +108,9 @@ def flink_cluster_engine(
 ) -> Iterator[Run]:
     """Run on the Flink cluster whose folder is given, one job for each `run`.
 
-    A job that fails goes on from its last checkpoint, a few times; it ends with its input. Interrupted, it is
-    cancelled.
+    The job takes no checkpoints: what fails starts again from the first visit, a few times, and writes the same
+    bytes. With checkpoints on, Beam's sources stay for ever and so would the job; told to leave, they have Flink
+    work off the night in one step at its end, during which it takes no checkpoint. Interrupted, it is cancelled.
 
     Parameters
     ----------
@@ -193,11 +193,6 @@ def _on_cluster(job_settings: FlinkSettings, settings: FlinkClusterSettings, nam
         "--environment_type=EXTERNAL",
         f"--environment_config={settings.worker_pool}",
         f"--parallelism={settings.slots}",
-        f"--checkpointing_interval={settings.checkpoint_interval_ms}",
-        "--externalized_checkpoints_enabled",
-        "--retain_externalized_checkpoints_on_cancellation",
-        # With checkpoints on, Beam's sources would otherwise stay when they have nothing more to give.
-        f"--shutdown_sources_after_idle_ms={_IDLE_MS}",
         f"--number_of_execution_retries={_RETRIES}",
         f"--execution_retry_delay={_RETRY_DELAY_S * 1000}",
         *_streaming(job_settings),

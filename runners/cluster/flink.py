@@ -179,9 +179,10 @@ def rest(settings: FlinkClusterSettings, path: str, method: str = "GET") -> Any:
 
 
 def _is_registered(settings: FlinkClusterSettings, identity: str) -> bool:
-    """Whether the job manager knows a task manager whose id begins so."""
+    """Whether the job manager knows a task manager whose id begins so, and its slot."""
     try:
-        return any(one["id"].startswith(identity) for one in rest(settings, "/taskmanagers")["taskmanagers"])
+        known = rest(settings, "/taskmanagers")["taskmanagers"]
+        return any(one["id"].startswith(identity) and one["slotsNumber"] for one in known)
     except ClusterError:
         return False
 

@@ -64,7 +64,6 @@ class FlinkClusterSettings:
     job_manager_mb: int = Field(ge=768)
     task_manager_mb: int = Field(ge=1024)
     job_server_heap_mb: int = Field(ge=256)
-    checkpoint_interval_ms: int = Field(ge=100)
     restart_attempts: int = Field(ge=0)
     restart_delay_s: int = Field(ge=0)
 

@@ -18,8 +18,8 @@ from typing import Any
 import apache_beam as beam
 import pytest
 import yaml
-from apache_beam.options.pipeline_options import PipelineOptions
-from apache_beam.runners.portability.portable_runner import PortableRunner
+from apache_beam.io.restriction_trackers import OffsetRange, OffsetRestrictionTracker
+from apache_beam.utils.timestamp import Duration
 from test_flink import digests, ledger, no_progress, produce
 
 from pipelines.night_simulation import simulate_night
@@ -252,20 +252,17 @@ def test_flink_has_a_slot_per_task_manager_and_is_started_once(flink: ClusterSet
 def test_an_endless_job_runs_checkpoints_and_keeps_them_when_it_is_cancelled(
     flink: ClusterSettings, tmp_path: Path
 ) -> None:
-    written = tmp_path / "ticks"
-    settings = flink.flink
-    arguments = [
-        "--streaming",
-        "--job_name=ticks",
-        f"--job_endpoint={settings.job_endpoint}",
-        f"--artifact_endpoint=127.0.0.1:{settings.artifact_port}",
-        "--environment_type=EXTERNAL",
-        f"--environment_config={settings.worker_pool}",
-        "--checkpointing_interval=500",
-        "--externalized_checkpoints_enabled",
-        "--retain_externalized_checkpoints_on_cancellation",
-    ]
-    run_ticks(arguments, str(written))
+    settings, written = flink.flink, tmp_path / "written"
+    asked = ("--externalized_checkpoints_enabled", "--retain_externalized_checkpoints_on_cancellation")
+    arguments = ("--checkpointing_interval=1000", *asked)
+    with flink_cluster_engine(arguments, lambda line: None, tmp_path / "ticks", flink.folder) as run:
+
+        def until_cancelled() -> None:
+            with contextlib.suppress(RuntimeError):
+                run(Ticks(str(written)))
+
+        runs = threading.Thread(target=until_cancelled)
+    runs.start()
     until(lambda: jobs_named(flink, "ticks"))
     (job,) = jobs_named(flink, "ticks")
     until(lambda: written.exists() and len(written.read_text().split()) >= 5)
@@ -280,6 +277,7 @@ def test_an_endless_job_runs_checkpoints_and_keeps_them_when_it_is_cancelled(
     assert config["externalization"] == {"enabled": True, "delete_on_cancellation": False}
     rest(settings, f"/jobs/{job['jid']}?mode=cancel", "PATCH")
     until(lambda: rest(settings, f"/jobs/{job['jid']}")["state"] == "CANCELED")
+    runs.join(PATIENCE_S)
     kept = told()["latest"]["completed"]["external_path"].removeprefix("file:")
     assert (Path(kept) / "_metadata").is_file()
 
@@ -288,17 +286,41 @@ def jobs_named(cluster: ClusterSettings, name: str) -> list[dict[str, Any]]:
     return [job for job in rest(cluster.flink, "/jobs/overview")["jobs"] if name in job["name"]]
 
 
-def run_ticks(arguments: list[str], path: str) -> None:
-    """Submit a job that writes a line to a file every tenth of a second, for ever."""
-    from apache_beam.transforms.periodicsequence import PeriodicImpulse
+class Ticks:
+    """A job that writes a line to a file every tenth of a second, for ever."""
 
-    def write(_: Any) -> None:  # defined here, so that it travels with the job
-        with open(path, "a") as file:
-            file.write("tick\n")
+    def __init__(self, path: str) -> None:
+        self.path = path
 
-    flow = beam.Pipeline(runner=PortableRunner(), options=PipelineOptions(arguments))
-    flow | "Tick" >> PeriodicImpulse(fire_interval=0.1) | "Write" >> beam.Map(write)
-    flow.run()
+    def build(self, flow: beam.Pipeline, *, spread: bool = False) -> None:
+        path = self.path
+
+        # All of it is defined here, so that it travels with the job: workers cannot import this module.
+        class Restrictions(beam.RestrictionProvider):
+            def initial_restriction(self, element: bytes) -> OffsetRange:
+                return OffsetRange(0, 2**40)
+
+            def create_tracker(self, restriction: OffsetRange) -> OffsetRestrictionTracker:
+                return OffsetRestrictionTracker(restriction)
+
+            def restriction_size(self, element: bytes, restriction: OffsetRange) -> int:
+                return 1
+
+        restrictions = beam.DoFn.RestrictionParam(Restrictions())
+
+        class Tick(beam.DoFn):
+            @beam.DoFn.unbounded_per_element()
+            def process(self, element: bytes, tracker: Any = restrictions) -> Iterator[int]:
+                number = tracker.current_restriction().start
+                if tracker.try_claim(number):
+                    yield number
+                    tracker.defer_remainder(Duration(0.1))
+
+        def write(number: int) -> None:
+            with open(path, "a") as file:
+                file.write(f"{number}\n")
+
+        flow | "Start" >> beam.Impulse() | "Tick" >> beam.ParDo(Tick()) | "Write" >> beam.Map(write)
 
 
 def produce_on_cluster(night: Path, out: Path, cluster: ClusterSettings, kafka: str = "none") -> list[str]:
