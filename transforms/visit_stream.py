@@ -81,7 +81,7 @@ class ReadVisitStream(beam.PTransform):
     in the log, detectors that did not come in time. Order: that of the log. The watermark moves `WATERMARK_LEAD_S`
     past a visit when all its announced detectors were read, or, by a reader that has read all there is, `timeout_s`
     after the first; the closing is then recorded first, and obeyed by whoever reads the log again. A visit
-    that is open holds the watermark at its midpoint. Duplicates within a visit are dropped. No state but the
+    that is open holds the watermark short of its midpoint. Duplicates within a visit are dropped. No state but the
     source's own.
 
     `spread` puts a Reshuffle behind the detectors, so that they go to all workers. Without, the source goes visit by
@@ -256,9 +256,9 @@ def _is_at_end(position: StreamPosition) -> bool:
 
 
 def _passed(position: StreamPosition) -> Timestamp | None:
-    """How far event time has come: to the earliest open visit, else past the latest closed one."""
+    """How far event time has come: short of the earliest open visit, else past the latest closed one."""
     if position.open:
-        return min(one.event_time for one in position.open)
+        return min(one.event_time for one in position.open) - Duration(micros=1000)
     if position.closed:
         return max(one.event_time for one in position.closed) + WATERMARK_LEAD_S
     return None
