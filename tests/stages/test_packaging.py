@@ -171,7 +171,7 @@ def test_a_packet_too_large_without_history_is_told_and_stays_in_the_store(tmp_p
         batch, tmp_path, sink, str(tmp_path / "cutouts"), BrokerLimits(message_bytes=50_000)
     )
     assert header["shipped"] == {"trimmed": {}, "too_large": {"alerts": 1}}
-    assert (failure.visit, failure.error, failure.lost) == (VISIT, "PacketFormatError", "packet 5001 on topic alerts")
+    assert (failure.visit, failure.error, failure.lost) == (VISIT, "PacketTooLargeError", "packet 5001 on topic alerts")
     assert [dict(message[3])["dia_source_id"] for message in sink.sent] == [b"5000", b"5002", b"5003", b"5004", b"5005"]
     assert thin["diaSourceId"].to_pylist() == ids.tolist()
 
