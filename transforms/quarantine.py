@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -138,9 +139,10 @@ class _Attempts:
         return self._begun
 
     def end(self) -> None:
-        """Forget this one, and those before it: it has shown what becomes of them."""
+        """Forget this one, and those before it: it has shown what becomes of them. One that stays costs a trial."""
         for number in range(self._begun, 0, -1):
-            self._path(number).unlink(missing_ok=True)
+            with suppress(OSError):
+                self._path(number).unlink()
 
     def _path(self, number: int) -> Path:
         return self._folder / f"{self._name}.{number}"
