@@ -8,11 +8,14 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import Run, write_night
+
+from runners.flink_setup import load_flink_settings
 
 # Detection of one detector: what it does instead is in the file's place of {work}.
 _STAGES = """
@@ -66,14 +69,23 @@ def _without_the_detector(night: Path, visits: Sequence[dict[str, Any]], tmp_pat
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("runner", ["local", "flink"])
 def test_a_detector_that_segfaults_is_a_failure_at_the_third_run(
-    night: Path, visits: list[dict[str, Any]], produce: Callable[..., Run], produce_odd: Any, tmp_path: Path
+    runner: str,
+    night: Path,
+    visits: list[dict[str, Any]],
+    produce: Callable[..., Run],
+    produce_odd: Any,
+    tmp_path: Path,
 ) -> None:
-    run = produce_odd("os.kill(os.getpid(), signal.SIGSEGV)")
+    if runner == "flink" and not load_flink_settings().jar.is_file():
+        pytest.skip("no job server: run `make flink-setup`")
+    run = partial(produce_odd("os.kill(os.getpid(), signal.SIGSEGV)"), "--runner", runner)
     out = tmp_path / "out"
+    culprit = f"{visits[0]['visit']}-{visits[0]['detectors'][1]['detector']}"
     for number in (1, 2):
         assert run().returncode == -signal.SIGSEGV
-        assert len(list((out / ".attempts").iterdir())) == number
+        assert (out / ".attempts" / f"{culprit}.{number}").exists()
     done = run()
     assert done.returncode == 0, done.stderr
     assert not (out / ".attempts").exists()
