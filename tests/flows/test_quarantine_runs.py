@@ -18,7 +18,7 @@ from conftest import Run, write_night
 from runners.flink_setup import load_flink_settings
 
 # Detection of one detector: what it does instead is in the file's place of {work}.
-_STAGES = """
+ODD_STAGES = """
 import os, signal, time
 import transforms.detection
 from transforms.detection import _DetectFn
@@ -48,7 +48,7 @@ def produce_odd(
 
     def make(work: str) -> Callable[..., subprocess.CompletedProcess[str]]:
         visit, detector = visits[0]["visit"], visits[0]["detectors"][1]["detector"]
-        (tmp_path / "odd_stages.py").write_text(_STAGES.format(visit=visit, detector=detector, work=work))
+        (tmp_path / "odd_stages.py").write_text(ODD_STAGES.format(visit=visit, detector=detector, work=work))
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
 
         def run(*options: str) -> subprocess.CompletedProcess[str]:
@@ -61,7 +61,7 @@ def produce_odd(
     return make
 
 
-def _without_the_detector(night: Path, visits: Sequence[dict[str, Any]], tmp_path: Path) -> Path:
+def without_the_detector(night: Path, visits: Sequence[dict[str, Any]], tmp_path: Path) -> Path:
     """The same night with a detector that cannot be subtracted."""
     first = json.loads(json.dumps(visits[0]))
     first["detectors"][1]["template"] = None
@@ -89,7 +89,7 @@ def test_a_detector_that_segfaults_is_a_failure_at_the_third_run(
     done = run()
     assert done.returncode == 0, done.stderr
     assert not (out / ".attempts").exists()
-    expected = produce(_without_the_detector(night, visits, tmp_path), tmp_path / "expected")
+    expected = produce(without_the_detector(night, visits, tmp_path), tmp_path / "expected")
     (failure,), (other,) = Run(out, 0, "", "").failures(), expected.failures()
     assert (failure["visit"], failure["detector"]) == (other["visit"], other["detector"])
     assert (failure["stage"], failure["error"]) == ("detection", "WorkerKilled")

@@ -38,6 +38,7 @@ def test_a_stage_that_leaves_its_process_is_told_of(element: DetectorVisit) -> N
     assert try_out([ExitsFn()], element, LIMIT_S) == TrialEnd("exits", 0, True)
 
 
+@pytest.mark.long
 def test_a_hanging_trial_is_ended_with_its_children(element: DetectorVisit, tmp_path: Path) -> None:
     limit_s = 8.0  # so that a process begins in time also where others are at work
     assert try_out([HangsFn(str(tmp_path))], element, limit_s) == TrialEnd("hangs", 0, False)
