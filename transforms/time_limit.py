@@ -17,7 +17,7 @@ class _Deadlines:
     """The deadlines of all threads of the process; faulthandler knows one, so it gets the next."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # the end of a forgotten block may come in the midst of another
         self._of: dict[object, float] = {}
 
     def add(self, one: object, limit_s: float) -> None:
@@ -34,7 +34,7 @@ class _Deadlines:
         if not self._of:
             faulthandler.cancel_dump_traceback_later()
             return
-        left_s = max(min(self._of.values()) - time.monotonic(), 0.0)
+        left_s = max(min(list(self._of.values())) - time.monotonic(), 0.0)
         faulthandler.dump_traceback_later(left_s + _GRACE_S, exit=True, file=2)
 
 
