@@ -18,6 +18,8 @@ from transforms.failures import CollectFailures
 from transforms.filtering import FilterAlerts, GatherVisits
 from transforms.filters.checking import CheckedFilter
 
+ATTEMPTS = ".attempts"
+
 
 @dataclass(frozen=True)
 class Delivery:
@@ -42,6 +44,15 @@ class Delivery:
     @property
     def packet_folder(self) -> str:
         return str(Path(self.store) / "packets")
+
+    @property
+    def attempts_folder(self) -> str:
+        """Outlives the stores: the same command again is to know at which detectors it broke off."""
+        return str(Path(self.out) / ATTEMPTS)
+
+    @property
+    def quarantine_folder(self) -> str:
+        return str(Path(self.out) / "ledger" / "quarantine")
 
     @cached_property
     def streams(self) -> tuple[KafkaStream, ...]:

@@ -6,11 +6,8 @@ What is open (visits announced in part) travels in the restriction of the source
 from __future__ import annotations
 
 import json
-import os
-import threading
 import time
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,7 +21,7 @@ from apache_beam.utils.timestamp import Duration, Timestamp
 
 from schemas.elements import DetectorVisit, EarlierNights, FailureRecord, StageElement, VisitPart
 from schemas.manifests import AnnouncedDetector, parse_announcement
-from transforms.failures import FAILED, failure_part
+from transforms.failures import FAILED, decide_once, failure_part
 from transforms.ingestion import (
     STAGE,
     WATERMARK_LEAD_S,
@@ -417,22 +414,9 @@ def _read_closing(folder: Path, visit: int) -> int | None:
 
 def _write_closing(folder: Path, visit: int, seen: int) -> int:
     """Record that a visit is closed with the detectors seen, durably; what stands there, if it was before."""
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f".{os.getpid()}.{threading.get_ident()}.{visit}.json"
-    with partial.open("w") as stream:
-        json.dump({"visit": visit, "detectors": _detectors(seen)}, stream)
-        stream.flush()
-        os.fsync(stream.fileno())
-    with suppress(FileExistsError):
-        os.link(partial, folder / f"{visit}.json")
-    partial.unlink()
-    directory = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
-    standing = _read_closing(folder, visit)
-    return seen if standing is None else standing
+    closing = json.dumps({"visit": visit, "detectors": _detectors(seen)})
+    standing = decide_once(folder / f"{visit}.json", closing.encode())
+    return _bits(tuple(json.loads(standing)["detectors"]))
 
 
 def _bits(detectors: tuple[int, ...]) -> int:
