@@ -83,6 +83,7 @@ class AlertProduction:
         packaged = associated.good | "PackageAlerts" >> package
 
         # Visit space: keyed by visit; thin columns and locations of finished packets.
-        undelivered = packaged.good | "DeliverAlerts" >> DeliverAlerts(self.delivery)
+        keeps = isinstance(self.visits, VisitStream) and not spread
+        undelivered = packaged.good | "DeliverAlerts" >> DeliverAlerts(self.delivery, keeps=keeps)
         stages = (visits, admitted, subtracted, detected, named, stamped, associated, packaged)
         collect_failures([*(stage.failed for stage in stages), undelivered], self.delivery)

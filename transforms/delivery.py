@@ -71,17 +71,18 @@ class DeliverAlerts(beam.PTransform):
 
     Input: (visit, bytes) parts, their packets in the packet store and sent on the full streams. Output:
     FailureRecord of its stages. Keyed by visit; thin columns and locations of finished packets. Without
-    `archive` nothing is archived: what is replayed is in an archive.
+    `archive` nothing is archived: what is replayed is in an archive. `keeps`: see `GatherVisits`.
     """
 
-    def __init__(self, delivery: Delivery, *, archive: bool = True) -> None:
+    def __init__(self, delivery: Delivery, *, archive: bool = True, keeps: bool = False) -> None:
         super().__init__()
         self.delivery = delivery
         self.archive = archive
+        self.keeps = keeps
 
     def expand(self, parts: beam.PCollection) -> beam.PCollection:
         to, out = self.delivery, Path(self.delivery.out)
-        gathered = parts | "GatherVisits" >> GatherVisits(to.filter_columns)
+        gathered = parts | "GatherVisits" >> GatherVisits(to.filter_columns, keeps=self.keeps)
         filtered = gathered | "FilterAlerts" >> FilterAlerts(to.filters)
         done = distributed = filtered.good | "DistributeAlerts" >> DistributeAlerts(
             to.brokers,

@@ -82,7 +82,7 @@ class ReadVisitStream(beam.PTransform):
     source's own.
 
     `spread` puts a Reshuffle behind the detectors, so that they go to all workers. Without, the source goes visit by
-    visit, and after each makes an empty turn in which timers fire, as the local runner needs it.
+    visit, each as a whole, and after it makes an empty turn in which timers fire, as the local runner needs it.
     """
 
     def __init__(self, visits: VisitStream, history: tuple[str, ...] = (), *, spread: bool = False) -> None:
@@ -233,7 +233,7 @@ class _ReadAnnouncementsFn(beam.DoFn):
         if position.rests:
             position = replace(position, rests=position.rests - 1)
         else:
-            turn = _Turn(element, self.history, position)
+            turn = _Turn(element, self.history, position, whole_visits=self.rests)
             yield from turn.outputs()
             position = turn.position
             passed = _passed(position)
@@ -264,20 +264,29 @@ def _passed(position: StreamPosition) -> Timestamp | None:
 class _Turn:
     """One turn of reading: what it puts out, and the position it comes to."""
 
-    def __init__(self, stream: VisitStream, history: tuple[str, ...], position: StreamPosition) -> None:
+    def __init__(
+        self, stream: VisitStream, history: tuple[str, ...], position: StreamPosition, *, whole_visits: bool = False
+    ) -> None:
         self.stream = stream
         self.history = history
         self.position = position
+        self.whole_visits = whole_visits
         self.has_closed = False
 
     def outputs(self) -> Iterator[Any]:
-        """Read until `_TURN_S` after the first message, or a visit is closed, or nothing came for `_IDLE_TURN_S`."""
+        """Read until `_TURN_S` after the first message, or a visit is closed, or nothing came for `_IDLE_TURN_S`.
+
+        With `whole_visits` not while a visit is open: the local runner fires timers between turns.
+        """
         ends = time.monotonic() + _IDLE_TURN_S
         works = False
-        while not self.has_closed and (left := ends - time.monotonic()) > 0:
+        while not self.has_closed:
+            left = ends - time.monotonic()
+            if left <= 0 and not (self.whole_visits and self.position.open):
+                return
             if _is_at_end(self.position):
                 return
-            message = self.stream.log.read(self.position.offset, self._patience_s(left))
+            message = self.stream.log.read(self.position.offset, self._patience_s(max(left, _TURN_S)))
             if message is not None:
                 if not works:
                     works, ends = True, time.monotonic() + _TURN_S
