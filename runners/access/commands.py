@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -75,6 +77,50 @@ def provision(
     except (ConfigurationError, AccessPlanError, KafkaLoginError) as error:
         raise BadUsage(str(error)) from error
     except (KafkaAdminError, KafkaUnreachableError, ClusterError, FlinkSetupError, OSError) as error:
+        raise Failure(str(error)) from error
+
+
+@kafka.command()
+@click.argument("broker")
+@_BOOTSTRAP
+@_BROKERS
+@_CREDENTIALS
+@click.option(
+    "--folder",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Where its configuration and log lie. Default: .cluster of the checkout.",
+)
+def mirror(broker: str, bootstrap: str, brokers: Path | None, credentials: Path, folder: Path | None) -> None:
+    """Copy the topic of BROKER to its own Kafka, which brokers.yaml names under kafka: mirrors, until it is ended.
+
+    Runs MirrorMaker with the broker's own login, so within its rights and its quota, in a process beside the flow: a
+    remote that is slow or away slows nobody else. Says every few seconds how far it is.
+    """
+    from runners.access.mirror import Mirror
+    from runners.cluster.settings import FOLDER, ClusterError, load_cluster_settings
+    from runners.configuration import ConfigurationError, load_brokers, load_kafka_access
+    from runners.flink_setup import FlinkSetupError
+    from runners.kafka import KafkaUnreachableError, check_kafka
+    from runners.kafka_login import KafkaLoginError
+
+    try:
+        configs = load_kafka_access(brokers).mirrors
+        topics = {one.name: one.kafka_topic for one in load_brokers(brokers) if one.sink == "kafka"}
+        if broker not in configs or broker not in topics:
+            known = ", ".join(sorted(set(configs) & set(topics))) or "none"
+            raise BadUsage(f"no mirror of {broker}: brokers.yaml has {known} under kafka: mirrors")
+        login = credentials / f"{broker}.properties"
+        check_kafka(bootstrap, login=str(login))
+        one = Mirror(
+            load_cluster_settings(folder or FOLDER), broker, (topics[broker],), bootstrap, login, configs[broker]
+        )
+        stopping = threading.Event()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: stopping.set())
+        one.run(stopping, click.echo)
+    except (ConfigurationError, KafkaLoginError) as error:
+        raise BadUsage(str(error)) from error
+    except (KafkaUnreachableError, ClusterError, FlinkSetupError, OSError) as error:
         raise Failure(str(error)) from error
 
 
