@@ -69,6 +69,8 @@ def mirror_settings(
         f"{broker}.offset.flush.interval.ms": str(_COPIED_EVERY_MS),
         f"{_SURVEY}.consumer.auto.offset.reset": "earliest",
         f"{_SURVEY}.consumer.max.partition.fetch.bytes": str(_MAX_MESSAGE_BYTES),
+        # Connect switches this off, and then a pause of the remote may repeat and reorder.
+        f"{broker}.producer.enable.idempotence": "true",
         f"{broker}.producer.max.request.size": str(_MAX_MESSAGE_BYTES),
         f"{broker}.producer.compression.type": "lz4",
         f"{broker}.producer.batch.size": "1000000",
