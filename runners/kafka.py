@@ -11,6 +11,7 @@ confluent_kafka is imported where it is used, so that sinks pickle without it an
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
@@ -258,6 +259,7 @@ class KafkaAlertSink:
         self.delivered = 0
         self._producer: Any = None
         self._failed = 0
+        self._fatal = False
         self._first_error: str | None = None
         self._server_error: str | None = None
 
@@ -306,11 +308,13 @@ class KafkaAlertSink:
             window.reserve(n_bytes, while_waiting=lambda: self._producer.poll(0))
         try:
             self._produce(topic, key, value, headers)
-        except (KafkaException, DeliveryError) as error:
+        except (KafkaException, SystemError, DeliveryError) as error:
             if window is not None:
                 window.refund(n_bytes)
             if isinstance(error, DeliveryError):
                 raise
+            if _is_fatal(error):
+                self._abandon()
             raise DeliveryError(f"{len(value)} bytes for topic {topic} were refused: {error}") from error
 
     def flush(self, deadline_s: float = 60.0) -> None:
@@ -324,12 +328,18 @@ class KafkaAlertSink:
         """
         if self._producer is None:
             return
-        waiting = self._producer.flush(deadline_s)
+        try:
+            waiting = self._producer.flush(deadline_s)
+        except SystemError:
+            waiting, self._fatal = len(self._producer), True
         failed, first = self._failed, self._first_error
         if not waiting and not failed:
             return
         if waiting:
             first = first or f"no answer within {deadline_s:g} s ({self._server_error or 'no error reported'})"
+        if self._fatal:
+            first = f"{self._server_error} ({first})"
+        if waiting or self._fatal:
             self._abandon()
         self._failed, self._first_error = 0, None
         raise DeliveryError(
@@ -373,12 +383,15 @@ class KafkaAlertSink:
 
     def _on_server_error(self, error: Any) -> None:
         self._server_error = str(error)
+        self._fatal = self._fatal or error.fatal()
 
     def _abandon(self) -> None:
-        """Drop what waits; a purged idempotent producer is not fit for use, so a new one follows."""
+        """Drop what waits; a producer that is purged, or may not send any more, is of no use, so a new one follows."""
         self._producer.purge()
-        self._producer.poll(0)
-        self._producer = None
+        with contextlib.suppress(SystemError):
+            self._producer.poll(0)
+        self._producer, self._fatal = None, False
+        self._failed, self._first_error = 0, None
 
 
 # --- reading --------------------------------------------------------------------------------
@@ -701,6 +714,11 @@ def consumer_settings(bootstrap: str, group: str, *, from_beginning: bool, login
         "fetch.wait.max.ms": 20,
         "fetch.error.backoff.ms": 20,
     }
+
+
+def _is_fatal(error: Exception) -> bool:
+    """Whether a producer can send nothing after this error; the client also throws SystemErrors then."""
+    return isinstance(error, SystemError) or bool(error.args[0].fatal())
 
 
 def _record_bytes(message: Any) -> int:

@@ -146,7 +146,7 @@ def fetched_libraries(version: str, java: Path) -> Path:
 def _format(java: Path, class_path: str, config: Path) -> None:
     cluster_id = base64.urlsafe_b64encode(uuid.uuid4().bytes).decode("ascii").rstrip("=")
     command = [str(java), "-cp", class_path, "kafka.tools.StorageTool", "format", "--ignore-formatted"]
-    arguments = ["-t", cluster_id, "-c", str(config)]
+    arguments = [f"--cluster-id={cluster_id}", "-c", str(config)]  # it may begin with a hyphen
     done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=60, check=False)
     if done.returncode:
         raise ClusterError(f"Kafka's folder could not be made: {(done.stdout + done.stderr).strip()}")

@@ -187,9 +187,25 @@ def test_a_broker_cannot_write(survey: Survey, topic: str) -> None:
     producer.flush(20)
     assert told == ["TOPIC_AUTHORIZATION_FAILED"]
     sink = survey.sink(SLOW)
-    with pytest.raises(DeliveryError):
+    with pytest.raises(DeliveryError, match="authorization failed"):
         sink.send(topic, None, b"forged", [])
-        sink.flush(5)
+        sink.flush(10)
+
+
+def test_a_sink_goes_on_when_it_may_write_again(survey: Survey) -> None:
+    login = Path(survey.login(SLOW))
+    sink = survey.sink(SLOW)
+    with pytest.raises(DeliveryError):
+        sink.send(TOPIC, None, packet(0), [])
+        sink.flush(10)
+    text = login.read_text()
+    login.write_text(Path(survey.login("nightstream")).read_text())  # who opens a producer reads the file again
+    try:
+        sink.send(TOPIC, None, packet(0), [])
+        sink.flush(20)
+    finally:
+        login.write_text(text)
+    assert sink.delivered == 1
 
 
 def test_the_job_writes_alerts_and_can_neither_read_them_nor_announce(survey: Survey) -> None:
@@ -231,7 +247,8 @@ def test_what_was_changed_by_hand_is_mended_and_a_broker_that_left_is_shut_out(s
 
     smaller = ConfigEntry("max.message.bytes", "70000", incremental_operation=AlterConfigOpType.SET)
     resource = ConfigResource(ResourceType.TOPIC, OTHER_TOPIC, incremental_configs=[smaller])
-    for changed in survey.admin().incremental_alter_configs([resource]).values():
+    admin = survey.admin()
+    for changed in admin.incremental_alter_configs([resource]).values():
         changed.result(20)
     without = {**BROKERS, "brokers": [one for one in BROKERS["brokers"] if one["name"] != "small"]}
     lines = survey.provision(brokers=without)
@@ -241,8 +258,11 @@ def test_what_was_changed_by_hand_is_mended_and_a_broker_that_left_is_shut_out(s
     assert lines[-1].startswith("done")
     with pytest.raises(TopicReadError, match="authorization failed"):
         first_of(survey, "small", SMALL_TOPIC)
-    assert SMALL_TOPIC in survey.admin().list_topics(timeout=10).topics
+    assert SMALL_TOPIC in admin.list_topics(timeout=10).topics
     survey.provision()
+    sink = survey.sink()
+    sink.send(SMALL_TOPIC, b"one partition", packet(0), [])
+    sink.flush()
     assert first_of(survey, "small", SMALL_TOPIC).value == packet(0)
 
 
