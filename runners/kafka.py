@@ -330,8 +330,9 @@ class KafkaAlertSink:
             return
         try:
             waiting = self._producer.flush(deadline_s)
-        except SystemError:
+        except SystemError as error:  # of a callback that was entered with the client's own error pending
             waiting, self._fatal = len(self._producer), True
+            self._server_error = self._server_error or str(error.__cause__ or error)
         failed, first = self._failed, self._first_error
         if not waiting and not failed:
             return
