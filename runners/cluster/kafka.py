@@ -101,6 +101,8 @@ def server_properties(settings: KafkaSettings, data: Path) -> str:
         "share.coordinator.state.topic.replication.factor": 1,
         "share.coordinator.state.topic.min.isr": 1,
         "group.initial.rebalance.delay.ms": 0,
+        # Kafka holds a user to a quota over so many seconds, and up to that lets it run and stand still: 11 by default.
+        "quota.window.num": 3,
         # A broker that was killed is taken back when its old session has expired: by default after nine seconds.
         "broker.session.timeout.ms": 2000,
         "broker.heartbeat.interval.ms": 500,

@@ -47,7 +47,7 @@ PACKET_BYTES = 80_000
 QUOTA = 25_000_000  # as shipped; one answer to a reader may hold 4 MB of each partition, so less would come in bursts
 FLOW = 3_000_000  # bytes a second of the survey while readers are timed
 SLOW_READS_S = 55
-WINDOW_S = 11  # Kafka measures quotas over eleven windows of a second
+WINDOW_S = 3  # the seconds over which the Kafka of `cluster up` measures quotas
 BROKERS: dict[str, Any] = {
     "kafka": {"partitions": 8, "replication": 1, "security": "SASL_PLAINTEXT"},
     "brokers": [
