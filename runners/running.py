@@ -5,14 +5,22 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from threadpoolctl import threadpool_limits
 
 from pipelines.alert_production import AlertProductionConfig
-from runners.kafka import BrokerReader, BrokerReceipt, EmbeddedKafka, KafkaAlertSink, check_kafka
+from runners.kafka import (
+    BrokerReader,
+    BrokerReceipt,
+    EmbeddedKafka,
+    KafkaAlertSink,
+    KafkaSinkSettings,
+    check_kafka,
+    check_topics,
+)
 from runners.local import Dataflow, Run
 from runners.output_folder import (
     check_books,
@@ -30,8 +38,9 @@ from schemas.avro.reading import decode_body, decode_json, packet_prefix
 from schemas.avro.schema_versions import PACKET_SCHEMA_IDS
 from schemas.elements import FailureRecord
 from schemas.manifests import Manifest
+from transforms.accounting import LEDGER_TOPIC
 from transforms.delivery import Delivery
-from transforms.distribution import BrokerConfig
+from transforms.distribution import BrokerConfig, topic_sizes
 from transforms.filters.checking import CheckedFilter
 from transforms.filters.definition import FilterProblem
 
@@ -42,7 +51,7 @@ _READER_PATIENCE_S = 60.0
 
 @dataclass(frozen=True)
 class RunRequest:
-    """What `produce`, `associate` and `replay` are asked for alike."""
+    """What `produce`, `associate` and `replay` are asked for alike. `login` is the path of a login to Kafka."""
 
     out: Path
     config: AlertProductionConfig
@@ -50,6 +59,7 @@ class RunRequest:
     filters: tuple[CheckedFilter, ...]
     filter_problems: tuple[FilterProblem, ...] = ()
     kafka: str = NO_KAFKA
+    login: str | None = None
 
 
 @dataclass(frozen=True)
@@ -113,7 +123,7 @@ def run_chain(
 
     Raises
     ------
-    ManifestError, OutputFolderError, BeamOptionsError, KafkaUnreachableError
+    ManifestError, OutputFolderError, BeamOptionsError, KafkaUnreachableError, KafkaLoginError, TopicError
         Before anything of an earlier output is touched.
     RuntimeError
         The flow as a whole failed. The output folder can be given again: what was written stays good.
@@ -123,17 +133,17 @@ def run_chain(
     with contextlib.ExitStack() as stack:
         run = stack.enter_context(engine)
         stack.enter_context(threadpool_limits(1))
-        bootstrap = _bootstrap(request.kafka, stack)
+        bootstrap = _bootstrap(request, stack)
         digest = digest_of([*given.digest_parts, _request_parts(request)])
         check_output(out, digest)
-        entry = _entered(given, out)
+        entry = _entered(given, out, lambda entry: _check_topics(bootstrap, request.login, entry.brokers))
         claim_output(out, given.source, digest)
         delivery = Delivery(
             out=str(out),
             store=str(out / ".store"),
             brokers=entry.brokers,
             filters=request.filters,
-            sink=None if bootstrap is None else KafkaAlertSink(bootstrap),
+            sink=None if bootstrap is None else _sink(bootstrap, request.login, entry.brokers),
             deadline_s=request.config.packaging.delivery_deadline_s,
         )
         readers = _start_readers(delivery, str(bootstrap), stack) if request.kafka == EMBEDDED else {}
@@ -146,11 +156,13 @@ def run_chain(
     return RunResult(time.perf_counter() - started, receipts)
 
 
-def _entered(given: RunInput, out: Path) -> Entry:
-    """The input opened, in a fresh scratch folder; nothing stays behind where it cannot be."""
+def _entered(given: RunInput, out: Path, check: Callable[[Entry], None]) -> Entry:
+    """The input opened and checked, in a fresh scratch folder; nothing stays behind where it cannot be."""
     store = clear_scratch(out)
     try:
-        return given.enter(store)
+        entry = given.enter(store)
+        check(entry)
+        return entry
     except BaseException:
         remove_scratch(out)
         with contextlib.suppress(OSError):
@@ -166,13 +178,26 @@ def _request_parts(request: RunRequest) -> list[Any]:
     ]
 
 
-def _bootstrap(kafka: str, stack: contextlib.ExitStack) -> str | None:
-    if kafka == NO_KAFKA:
+def _bootstrap(request: RunRequest, stack: contextlib.ExitStack) -> str | None:
+    if request.kafka == NO_KAFKA:
         return None
-    if kafka == EMBEDDED:
+    if request.kafka == EMBEDDED:
         return stack.enter_context(EmbeddedKafka()).bootstrap
-    check_kafka(kafka)
-    return kafka
+    check_kafka(request.kafka, login=request.login)
+    return request.kafka
+
+
+def _check_topics(bootstrap: str | None, login: str | None, brokers: tuple[BrokerConfig, ...]) -> None:
+    """TopicError unless Kafka takes what is to be sent."""
+    if bootstrap is not None:
+        check_topics(bootstrap, login, {**topic_sizes(brokers), LEDGER_TOPIC: 0})
+
+
+def _sink(bootstrap: str, login: str | None, brokers: tuple[BrokerConfig, ...]) -> KafkaAlertSink:
+    # A batch is a message to Kafka: none may be larger than the smallest topic takes.
+    settings = KafkaSinkSettings()
+    batch_bytes = min([settings.batch_bytes, *topic_sizes(brokers).values()])
+    return KafkaAlertSink(bootstrap, replace(settings, batch_bytes=batch_bytes), login)
 
 
 def _start_readers(delivery: Delivery, bootstrap: str, stack: contextlib.ExitStack) -> dict[str, BrokerReader]:
