@@ -147,8 +147,9 @@ class Mirror:
         values = mirror_settings(self.broker, self.topics, java_settings(*self._source), java_settings(*self._target))
         self._config.parent.mkdir(parents=True, exist_ok=True)
         write_secret(self._config, "".join(f"{key}={value}\n" for key, value in values.items()))
-        logging = self._config.with_name("log4j2.properties")
-        logging.write_text((resources.files("runners.config") / "kafka" / logging.name).read_text("utf-8"), "utf-8")
+        logging = self._config.with_name(".log4j2.properties")  # no broker's name begins so
+        shipped = resources.files("runners.config") / "kafka" / "log4j2.properties"
+        logging.write_text(shipped.read_text("utf-8"), "utf-8")
         options = ["-Xmx512m", "-XX:+UseSerialGC", "-XX:+ExitOnOutOfMemoryError"]
         options += [f"-Dlog4j2.configurationFile={logging}", "-cp", f"{libraries}/*"]
         return [str(java), *options, "org.apache.kafka.connect.mirror.MirrorMaker", str(self._config)]
