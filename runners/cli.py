@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from runners.cluster.commands import cluster
+from runners.flink_commands import flink
 from runners.ingest.commands import ingest
 from runners.live_commands import announce, live
 from runners.run_commands import BadUsage, Failure, associate, produce, replay
@@ -161,6 +162,6 @@ def _decoded(records: Iterator[KafkaRecord]) -> Iterator[dict[str, Any]]:
             yield {}
 
 
-_COMMANDS = (produce, associate, replay, announce, live, ingest, templates, train_reliability, schemas, cluster)
+_COMMANDS = (produce, associate, replay, announce, live, ingest, templates, train_reliability, schemas, cluster, flink)
 for command in _COMMANDS:
     main.add_command(command)

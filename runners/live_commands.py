@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 from rich.console import Console
 
-from runners.run_commands import BEAM_OPTIONS, EXISTING, HISTORY, Failure, ManyValuesCommand, run_command, run_options
+from runners.run_commands import (
+    BEAM_OPTIONS,
+    EXISTING,
+    HISTORY,
+    Failure,
+    ManyValuesCommand,
+    run_command,
+    run_options,
+    with_options,
+)
 
 VISITS_TOPIC = "visits"
 _BOOTSTRAP = click.option("--bootstrap", required=True, metavar="HOST:PORT", help="The survey's Kafka broker.")
@@ -50,19 +60,29 @@ def announce(night: Path, bootstrap: str, topic: str, cadence_s: float, quiet: b
         console.print(f"not announced: {problem.reason}", markup=False)
 
 
+def announced_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Where visits are announced, and what is known of them."""
+    options = (
+        _BOOTSTRAP,
+        _TOPIC,
+        click.option(
+            "--visit-timeout",
+            "visit_timeout_s",
+            type=click.FloatRange(min=0, min_open=True),
+            default=120.0,
+            show_default=True,
+            help="Seconds that a visit waits for its detectors, from its first one on.",
+        ),
+        click.option(
+            "--known-objects", type=EXISTING, help="Folder with ephemerides.parquet, orbits.parquet or orbits.csv."
+        ),
+    )
+    return with_options(command, options)
+
+
 @click.command(cls=ManyValuesCommand)
-@_BOOTSTRAP
-@_TOPIC
-@click.option(
-    "--visit-timeout",
-    "visit_timeout_s",
-    type=click.FloatRange(min=0, min_open=True),
-    default=120.0,
-    show_default=True,
-    help="Seconds that a visit waits for its detectors, from its first one on.",
-)
+@announced_options
 @click.option("--stop-at-end", is_flag=True, help="Stop behind what the topic holds now, when its visits are closed.")
-@click.option("--known-objects", type=EXISTING, help="Folder with ephemerides.parquet, orbits.parquet or orbits.csv.")
 @run_options
 @HISTORY
 @BEAM_OPTIONS

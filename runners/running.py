@@ -15,6 +15,7 @@ from pipelines.alert_production import AlertProductionConfig
 from runners.kafka import BrokerReader, BrokerReceipt, EmbeddedKafka, KafkaAlertSink, check_kafka
 from runners.local import Dataflow, Run
 from runners.output_folder import (
+    SCRATCH,
     check_books,
     check_output,
     claim_output,
@@ -124,18 +125,8 @@ def run_chain(
         run = stack.enter_context(engine)
         stack.enter_context(threadpool_limits(1))
         bootstrap = _bootstrap(request.kafka, stack)
-        digest = digest_of([*given.digest_parts, _request_parts(request)])
-        check_output(out, digest)
-        entry = _entered(given, out)
-        claim_output(out, given.source, digest)
-        delivery = Delivery(
-            out=str(out),
-            store=str(out / ".store"),
-            brokers=entry.brokers,
-            filters=request.filters,
-            sink=None if bootstrap is None else KafkaAlertSink(bootstrap),
-            deadline_s=request.config.packaging.delivery_deadline_s,
-        )
+        entry = claimed_entry(request, given)
+        delivery = delivery_of(request, entry, bootstrap)
         readers = _start_readers(delivery, str(bootstrap), stack) if request.kafka == EMBEDDED else {}
         with progress(len(entry.manifest.visits)):
             run(entry.dataflow(delivery))
@@ -146,24 +137,49 @@ def run_chain(
     return RunResult(time.perf_counter() - started, receipts)
 
 
-def _entered(given: RunInput, out: Path) -> Entry:
-    """The input opened, in a fresh scratch folder; nothing stays behind where it cannot be."""
+def claimed_entry(request: RunRequest, given: RunInput) -> Entry:
+    """The input opened for a run from its beginning, in a fresh scratch folder, and the output folder claimed for it.
+
+    Nothing stays behind where it cannot be opened. Raises OutputFolderError, and what opening the input raises.
+    """
+    out, digest = request.out, run_digest(request, given)
+    check_output(out, digest)
     store = clear_scratch(out)
     try:
-        return given.enter(store)
+        entry = given.enter(store)
     except BaseException:
         remove_scratch(out)
         with contextlib.suppress(OSError):
             out.rmdir()
         raise
+    claim_output(out, given.source, digest)
+    return entry
 
 
-def _request_parts(request: RunRequest) -> list[Any]:
-    return [
-        asdict(request.config),
-        [asdict(broker) for broker in request.brokers],
-        [asdict(one.definition) for one in request.filters],
-    ]
+def delivery_of(request: RunRequest, entry: Entry, bootstrap: str | None) -> Delivery:
+    """Who gets what, with Kafka streams to `bootstrap` unless that is None."""
+    return Delivery(
+        out=str(request.out),
+        store=str(request.out / SCRATCH[0]),
+        brokers=entry.brokers,
+        filters=request.filters,
+        sink=None if bootstrap is None else KafkaAlertSink(bootstrap),
+        deadline_s=request.config.packaging.delivery_deadline_s,
+    )
+
+
+def run_digest(request: RunRequest, given: RunInput) -> str:
+    """Digest of all that decides what comes out."""
+    return digest_of(
+        [
+            *given.digest_parts,
+            [
+                asdict(request.config),
+                [asdict(broker) for broker in request.brokers],
+                [asdict(one.definition) for one in request.filters],
+            ],
+        ]
+    )
 
 
 def _bootstrap(kafka: str, stack: contextlib.ExitStack) -> str | None:
