@@ -11,6 +11,7 @@ setup(
         "schemas",
         "schemas.avro",
         "runners",
+        "runners.access",
         "runners.cluster",
         "runners.config",
         "runners.ingest",

@@ -14,6 +14,7 @@ from transforms.delivery import DeliverAlerts, Delivery, collect_failures
 from transforms.detection import DetectDiaSources, DetectionConfig
 from transforms.ingestion import VisitList
 from transforms.packaging import PackageAlerts, PackagingConfig
+from transforms.quarantine import QuarantineConfig, QuarantineDetectors
 from transforms.solar_system import AssociateSsObjects, SolarSystemConfig
 from transforms.subtraction import SubtractionConfig, SubtractTemplates
 from transforms.visit_stream import VisitStream, read_visits
@@ -23,6 +24,7 @@ from transforms.visit_stream import VisitStream, read_visits
 class AlertProductionConfig:
     """One block per stage, as in `alert_production.yaml`."""
 
+    quarantine: QuarantineConfig = field(default_factory=QuarantineConfig)
     subtraction: SubtractionConfig = field(default_factory=SubtractionConfig)
     detection: DetectionConfig = field(default_factory=DetectionConfig)
     solar_system: SolarSystemConfig = field(default_factory=SolarSystemConfig)
@@ -61,11 +63,19 @@ class AlertProduction:
 
         # Detector space: one element per detector of a visit; pixels stay on their worker.
         visits = flow | "ReadVisits" >> read_visits(self.visits, self.history, spread=spread)
-        subtracted = visits.good | "SubtractTemplates" >> SubtractTemplates(config.subtraction, images)
-        detected = subtracted.good | "DetectDiaSources" >> DetectDiaSources(config.detection)
-        known = AssociateSsObjects(config.solar_system, self.ephemerides, self.elements)
-        named = detected.good | "AssociateSsObjects" >> known
-        stamped = named.good | "EncodeCutouts" >> EncodeCutouts(config.cutouts, cutouts)
+        subtract = SubtractTemplates(config.subtraction, images)
+        detect = DetectDiaSources(config.detection)
+        name = AssociateSsObjects(config.solar_system, self.ephemerides, self.elements)
+        stamp = EncodeCutouts(config.cutouts, cutouts)
+        detector_space = (subtract.stage, detect.stage, name.stage, stamp.stage)
+        quarantine = QuarantineDetectors(
+            config.quarantine, detector_space, self.delivery.attempts_folder, self.delivery.quarantine_folder
+        )
+        admitted = visits.good | "QuarantineDetectors" >> quarantine
+        subtracted = admitted.good | "SubtractTemplates" >> subtract
+        detected = subtracted.good | "DetectDiaSources" >> detect
+        named = detected.good | "AssociateSsObjects" >> name
+        stamped = named.good | "EncodeCutouts" >> stamp
 
         # Sky space: keyed by sky cell, in event time; the only stage that remembers.
         associated = stamped.good | "AssociateDiaSources" >> AssociateDiaSources(config.association, images)
@@ -73,6 +83,7 @@ class AlertProduction:
         packaged = associated.good | "PackageAlerts" >> package
 
         # Visit space: keyed by visit; thin columns and locations of finished packets.
-        undelivered = packaged.good | "DeliverAlerts" >> DeliverAlerts(self.delivery)
-        stages = (visits, subtracted, detected, named, stamped, associated, packaged)
+        keeps = isinstance(self.visits, VisitStream) and not spread
+        undelivered = packaged.good | "DeliverAlerts" >> DeliverAlerts(self.delivery, keeps=keeps)
+        stages = (visits, admitted, subtracted, detected, named, stamped, associated, packaged)
         collect_failures([*(stage.failed for stage in stages), undelivered], self.delivery)

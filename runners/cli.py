@@ -15,11 +15,12 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from runners.access.commands import kafka
 from runners.cluster.commands import cluster
 from runners.flink_commands import flink
 from runners.ingest.commands import ingest
 from runners.live_commands import announce, live
-from runners.run_commands import BadUsage, Failure, associate, produce, replay
+from runners.run_commands import KAFKA_CONFIG, BadUsage, Failure, associate, produce, replay
 from runners.schema_commands import schemas
 from runners.template_commands import templates
 from runners.training_commands import train_reliability
@@ -101,6 +102,7 @@ def _image_progress(console: Console, quiet: bool) -> Iterator[Any]:
 @click.argument("path", required=False, type=_EXISTING)
 @click.option("--bootstrap", metavar="HOST:PORT", help="Kafka broker to read from.")
 @click.option("--topic", help="Topic to read.")
+@KAFKA_CONFIG
 @click.option("--group", help="Consumer group; without one, from the start each time.")
 @click.option("--idle-timeout", "idle_timeout_s", type=click.FloatRange(min=0), help="Stop after so many idle seconds.")
 @click.option("--limit", type=click.IntRange(min=1), help="Stop after so many packets.")
@@ -109,6 +111,7 @@ def listen(
     path: Path | None,
     bootstrap: str | None,
     topic: str | None,
+    kafka_config: Path | None,
     group: str | None,
     idle_timeout_s: float | None,
     limit: int | None,
@@ -120,6 +123,7 @@ def listen(
     text, as they exceed what JSON numbers hold; cutouts as their sizes.
     """
     from runners.kafka import KafkaUnreachableError
+    from runners.kafka_login import KafkaLoginError
     from runners.listening import PacketFileError, TopicReadError, listen_path, listen_topic
     from schemas.avro.reading import to_json
     from schemas.avro.wire import PacketFormatError
@@ -131,7 +135,10 @@ def listen(
         if path is not None:
             packets: Iterator[dict[str, Any]] = listen_path(path)
         else:
-            records = listen_topic(str(bootstrap), str(topic), group=group, idle_timeout_s=idle_timeout_s, limit=limit)
+            login = None if kafka_config is None else str(kafka_config)
+            records = listen_topic(
+                str(bootstrap), str(topic), group=group, idle_timeout_s=idle_timeout_s, limit=limit, login=login
+            )
             packets = _decoded(records)
         for count, packet in enumerate(packets, start=1):
             if packet:
@@ -140,6 +147,8 @@ def listen(
                 n_bad += 1
             if count == limit:
                 break
+    except KafkaLoginError as error:
+        raise BadUsage(str(error)) from error
     except (PacketFileError, PacketFormatError, TopicReadError, KafkaUnreachableError) as error:
         raise Failure(str(error)) from error
     except BrokenPipeError:  # the reader of our output has gone: `nightstream listen ... | head`
@@ -162,6 +171,19 @@ def _decoded(records: Iterator[KafkaRecord]) -> Iterator[dict[str, Any]]:
             yield {}
 
 
-_COMMANDS = (produce, associate, replay, announce, live, ingest, templates, train_reliability, schemas, cluster, flink)
+_COMMANDS = (
+    produce,
+    associate,
+    replay,
+    announce,
+    live,
+    ingest,
+    templates,
+    train_reliability,
+    schemas,
+    cluster,
+    flink,
+    kafka,
+)
 for command in _COMMANDS:
     main.add_command(command)

@@ -13,6 +13,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from pipelines.alert_production import AlertProductionConfig
+from runners.access.settings import KafkaAccess
 from transforms.distribution import FULL_STREAM, BrokerConfig, full_streams
 from transforms.filters.checking import CheckedFilter, FilterError, check_filter
 from transforms.filters.definition import FilterProblem, load_filters
@@ -42,13 +43,7 @@ def load_production_config(path: Path | None, asked: Mapping[str, Mapping[str, A
 
 def load_brokers(path: Path | None) -> tuple[BrokerConfig, ...]:
     """The brokers of `path`, or the shipped ones."""
-    if path is None:
-        text, name = _shipped("brokers.yaml")
-        content = yaml.safe_load(text)
-    else:
-        content, name = _read_yaml(path), str(path)
-    listed = _mapping(content, name)
-    _refuse_unknown_keys(listed, ("brokers",), name)
+    listed, name = _brokers_file(path)
     entries = listed.get("brokers") or []
     if not isinstance(entries, list):
         raise ConfigurationError(f"{name}: brokers must be a list, got {type(entries).__name__}")
@@ -62,6 +57,23 @@ def load_brokers(path: Path | None) -> tuple[BrokerConfig, ...]:
     except ValueError as error:
         raise ConfigurationError(f"{name}: {error}") from error
     return brokers
+
+
+def load_kafka_access(path: Path | None) -> KafkaAccess:
+    """The block `kafka` of the same file."""
+    listed, name = _brokers_file(path)
+    return _validated(KafkaAccess, listed.get("kafka"), f"{name}: kafka")
+
+
+def _brokers_file(path: Path | None) -> tuple[dict[str, Any], str]:
+    if path is None:
+        text, name = _shipped("brokers.yaml")
+        content = yaml.safe_load(text)
+    else:
+        content, name = _read_yaml(path), str(path)
+    listed = _mapping(content, name)
+    _refuse_unknown_keys(listed, ("brokers", "kafka"), name)
+    return listed, name
 
 
 def load_checked_filters(folder: Path | None) -> tuple[tuple[CheckedFilter, ...], tuple[FilterProblem, ...]]:

@@ -93,7 +93,7 @@ class AnnouncedVisits:
 
 def stream_input(announced: AnnouncedVisits, request: RunRequest, history: tuple[Path, ...] = ()) -> RunInput:
     """Visits as they are announced. KafkaUnreachableError or HistoryError if topic or history cannot be read."""
-    log = KafkaMessageLog(announced.bootstrap, announced.topic)
+    log = KafkaMessageLog(announced.bootstrap, announced.topic, request.login)
     log.end()
     short = check_history(history, request, Manifest(()))
     folders = tuple(str(folder) for folder in history)

@@ -18,6 +18,7 @@ from runners.run_commands import (
     BEAM_OPTIONS,
     FLINK_CLUSTER,
     HISTORY,
+    KAFKA_CONFIG,
     BadUsage,
     Failure,
     ManyValuesCommand,
@@ -51,6 +52,7 @@ def flink() -> None:
 @click.option(
     "--kafka", default="none", show_default=True, metavar="none|HOST:PORT", help="Kafka for sinks of that kind."
 )
+@KAFKA_CONFIG
 @_PARALLELISM
 @click.option(
     "--checkpoint-interval",
@@ -83,7 +85,7 @@ def submit(**options: Any) -> None:
     kept = {name: _plain(value) for name, value in options.items()}
     with _told():
         asked = _Asked(kept)
-        entry = claimed_entry(asked.request, asked.given)
+        entry = claimed_entry(asked.request, asked.given, asked.kafka)
         job = LiveJob(asked.request.out, Path(kept["cluster"] or FOLDER), kept, time.time())
         started = start_live(job, asked.dataflow(entry), _say, None)
     click.echo(started.latest.job)
@@ -126,8 +128,8 @@ def resume(out: Path, savepoint: Path | None, parallelism: int | None) -> None:
     """
     from runners.cluster.flink import ENDED
     from runners.flink_operations import LOST, LiveJobError, latest_saved, start_live, state_of
-    from runners.output_folder import SCRATCH, renew_claim
-    from runners.running import run_digest
+    from runners.output_folder import renew_claim
+    from runners.running import entered, run_digest
 
     with _live_job(out) as job:
         state = state_of(job)
@@ -135,7 +137,7 @@ def resume(out: Path, savepoint: Path | None, parallelism: int | None) -> None:
             raise LiveJobError(f"the job is {state}")
         restored = latest_saved(job) if savepoint is None else str(savepoint.absolute())
         asked = _Asked({**job.options, "parallelism": parallelism or job.options["parallelism"]})
-        entry = asked.given.enter(job.out / SCRATCH[0])
+        entry = entered(asked.request, asked.given, asked.kafka)
         renew_claim(job.out, asked.given.source, run_digest(asked.request, asked.given))
         started = start_live(replace(job, options=asked.options), asked.dataflow(entry), _say, restored)
     click.echo(started.latest.job)
@@ -209,6 +211,7 @@ class _Asked:
 
     def __init__(self, options: dict[str, Any]) -> None:
         from runners.entries import AnnouncedVisits, stream_input
+        from runners.running import reached_kafka
 
         self.options = options
         self.request = run_request(
@@ -223,14 +226,12 @@ class _Asked:
         )
         self.given = stream_input(announced, self.request, tuple(Path(folder) for folder in options["history"]))
 
-    def dataflow(self, entry: Entry) -> Dataflow:
-        from runners.kafka import check_kafka
-        from runners.running import NO_KAFKA, delivery_of
+        self.kafka = reached_kafka(self.request)
 
-        kafka = None if self.request.kafka == NO_KAFKA else self.request.kafka
-        if kafka is not None:
-            check_kafka(kafka)
-        return entry.dataflow(delivery_of(self.request, entry, kafka))
+    def dataflow(self, entry: Entry) -> Dataflow:
+        from runners.running import delivery_of
+
+        return entry.dataflow(delivery_of(self.request, entry, self.kafka))
 
 
 def _plain(value: Any) -> Any:
@@ -245,7 +246,10 @@ def _path(text: str | None) -> Path | None:
 
 
 def _paths(options: dict[str, Any]) -> dict[str, Any]:
-    return {**options, **{name: _path(options[name]) for name in ("out", "config", "brokers", "filters")}}
+    return {
+        **options,
+        **{name: _path(options[name]) for name in ("out", "config", "brokers", "filters", "kafka_config")},
+    }
 
 
 def _say(text: str) -> None:
@@ -255,24 +259,28 @@ def _say(text: str) -> None:
 @contextmanager
 def _told() -> Iterator[None]:
     """What went wrong as a message."""
+    try:
+        yield
+    except (ValueError, RuntimeError, OSError) as error:
+        raise _as_message(error) from error
+
+
+def _as_message(error: Exception) -> click.ClickException:
     from runners.cluster.settings import ClusterError
     from runners.configuration import ConfigurationError
     from runners.entries import HistoryError
     from runners.flink_operations import LiveJobError
     from runners.flink_setup import FlinkSetupError
-    from runners.kafka import KafkaUnreachableError
+    from runners.kafka import KafkaUnreachableError, TopicError
+    from runners.kafka_login import KafkaLoginError
     from runners.local import BeamOptionsError
     from runners.output_folder import OutputFolderError
     from schemas.manifests import ManifestError
 
-    try:
-        yield
-    except (ConfigurationError, OutputFolderError, HistoryError, BeamOptionsError) as error:
-        raise BadUsage(str(error)) from error
-    except (LiveJobError, ManifestError, KafkaUnreachableError, ClusterError, FlinkSetupError) as error:
-        raise Failure(str(error)) from error
-    except (RuntimeError, OSError) as error:
-        raise Failure(f"the job failed: {in_short(error)}") from error
+    if isinstance(error, (ConfigurationError, OutputFolderError, HistoryError, BeamOptionsError, KafkaLoginError)):
+        return BadUsage(str(error))
+    known = (LiveJobError, ManifestError, KafkaUnreachableError, TopicError, ClusterError, FlinkSetupError)
+    return Failure(str(error) if isinstance(error, known) else f"the job failed: {in_short(error)}")
 
 
 @contextmanager

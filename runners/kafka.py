@@ -11,17 +11,19 @@ confluent_kafka is imported where it is used, so that sinks pickle without it an
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
+from runners.kafka_login import client_settings
 from schemas.avro.messages import message_of_record
 
 DIA_SOURCE_ID_HEADER = "dia_source_id"
@@ -37,7 +39,11 @@ _MAX_MESSAGE_BYTES = 10_000_000
 
 
 class KafkaUnreachableError(ConnectionError):
-    """No Kafka broker answered at the address given."""
+    """No Kafka broker answered at the address given, or it refused the login."""
+
+
+class TopicError(RuntimeError):
+    """A topic is missing and may not be made, or takes smaller messages than are to be sent."""
 
 
 class TopicOrderError(ValueError):
@@ -48,9 +54,44 @@ class DeliveryError(RuntimeError):
     """Messages were not acknowledged; the message says how many and why the first one failed."""
 
 
-def check_kafka(bootstrap: str, timeout_s: float = 10.0) -> None:
+def check_kafka(bootstrap: str, timeout_s: float = 10.0, login: str | None = None) -> None:
     """Return when a Kafka broker answers at `bootstrap` ("HOST:PORT"), else KafkaUnreachableError."""
-    _topic_partitions(bootstrap, None, timeout_s)
+    _topic_partitions(bootstrap, None, timeout_s, login)
+
+
+def check_topics(bootstrap: str, login: str | None, sizes: Mapping[str, int]) -> None:
+    """Return when all topics are there and take messages of these sizes, in bytes.
+
+    A topic that is missing is made by asking for it, where Kafka allows that. Sizes stay unchecked where the login
+    may not see a topic's settings, and on the embedded cluster, which has none.
+
+    Raises
+    ------
+    TopicError
+        A topic is missing, or takes smaller messages only.
+    KafkaUnreachableError
+        Nobody answers.
+    """
+    if bootstrap in _EMBEDDED:
+        return
+    from confluent_kafka import KafkaException
+    from confluent_kafka.admin import AdminClient, ConfigResource, ResourceType
+
+    for topic in sizes:
+        _topic_partitions(bootstrap, topic, 10.0, login)
+    client = AdminClient(client_settings(bootstrap, login))
+    asked = client.describe_configs([ConfigResource(ResourceType.TOPIC, topic) for topic in sizes])
+    for resource, future in asked.items():
+        try:
+            most = int(future.result(10.0)["max.message.bytes"].value)
+        except KafkaException:
+            continue
+        if most < sizes[resource.name]:
+            raise TopicError(
+                f"topic {resource.name} of {bootstrap} takes messages of {most:,} bytes, {sizes[resource.name]:,} are "
+                "to be sent: raise its max.message.bytes (`nightstream kafka provision` does), or lower "
+                "limits.message_bytes in brokers.yaml"
+            )
 
 
 def dia_source_id_header(dia_source_id: int) -> tuple[str, bytes]:
@@ -172,7 +213,7 @@ class KafkaSinkSettings:
     linger_ms : float
         How long a batch waits for company, [0, 1000].
     batch_bytes : int
-        Largest batch, before compression.
+        Largest batch, before compression; a topic refuses one beyond its largest message.
     compression : str
         lz4, zstd, snappy, gzip or none.
     queue_bytes : int
@@ -202,6 +243,8 @@ class KafkaAlertSink:
         "HOST:PORT[,HOST:PORT...]".
     settings : KafkaSinkSettings
         Batching and deadlines.
+    login : str or None
+        Properties file with a user's login, read where the producer is opened.
 
     Attributes
     ----------
@@ -209,17 +252,19 @@ class KafkaAlertSink:
         Messages acknowledged since the sink was opened.
     """
 
-    def __init__(self, bootstrap: str, settings: KafkaSinkSettings | None = None) -> None:
+    def __init__(self, bootstrap: str, settings: KafkaSinkSettings | None = None, login: str | None = None) -> None:
         self.bootstrap = bootstrap
         self.settings = settings or KafkaSinkSettings()
+        self.login = login
         self.delivered = 0
         self._producer: Any = None
         self._failed = 0
+        self._fatal = False
         self._first_error: str | None = None
         self._server_error: str | None = None
 
-    def __reduce__(self) -> tuple[type[KafkaAlertSink], tuple[str, KafkaSinkSettings]]:
-        return KafkaAlertSink, (self.bootstrap, self.settings)
+    def __reduce__(self) -> tuple[type[KafkaAlertSink], tuple[str, KafkaSinkSettings, str | None]]:
+        return KafkaAlertSink, (self.bootstrap, self.settings, self.login)
 
     def open(self) -> None:
         """Open the producer; does nothing when it is open."""
@@ -231,7 +276,7 @@ class KafkaAlertSink:
         embedded = self.bootstrap in _EMBEDDED
         self._producer = Producer(
             {
-                "bootstrap.servers": self.bootstrap,
+                **client_settings(self.bootstrap, self.login),
                 "enable.idempotence": True,
                 "acks": "all",
                 "compression.type": settings.compression,
@@ -241,7 +286,6 @@ class KafkaAlertSink:
                 # Never given up by the client: the job's own deadline decides (see `flush`).
                 "message.timeout.ms": 0,
                 "queue.buffering.max.kbytes": max(1, settings.queue_bytes // 1024),
-                "log_level": 0,
                 "error_cb": self._on_server_error,
             }
         )
@@ -264,11 +308,13 @@ class KafkaAlertSink:
             window.reserve(n_bytes, while_waiting=lambda: self._producer.poll(0))
         try:
             self._produce(topic, key, value, headers)
-        except (KafkaException, DeliveryError) as error:
+        except (KafkaException, SystemError, DeliveryError) as error:
             if window is not None:
                 window.refund(n_bytes)
             if isinstance(error, DeliveryError):
                 raise
+            if _is_fatal(error):
+                self._abandon()
             raise DeliveryError(f"{len(value)} bytes for topic {topic} were refused: {error}") from error
 
     def flush(self, deadline_s: float = 60.0) -> None:
@@ -282,12 +328,19 @@ class KafkaAlertSink:
         """
         if self._producer is None:
             return
-        waiting = self._producer.flush(deadline_s)
+        try:
+            waiting = self._producer.flush(deadline_s)
+        except SystemError as error:  # of a callback that was entered with the client's own error pending
+            waiting, self._fatal = len(self._producer), True
+            self._server_error = self._server_error or str(error.__cause__ or error)
         failed, first = self._failed, self._first_error
         if not waiting and not failed:
             return
         if waiting:
             first = first or f"no answer within {deadline_s:g} s ({self._server_error or 'no error reported'})"
+        if self._fatal:
+            first = f"{self._server_error} ({first})"
+        if waiting or self._fatal:
             self._abandon()
         self._failed, self._first_error = 0, None
         raise DeliveryError(
@@ -331,12 +384,15 @@ class KafkaAlertSink:
 
     def _on_server_error(self, error: Any) -> None:
         self._server_error = str(error)
+        self._fatal = self._fatal or error.fatal()
 
     def _abandon(self) -> None:
-        """Drop what waits; a purged idempotent producer is not fit for use, so a new one follows."""
+        """Drop what waits; a producer that is purged, or may not send any more, is of no use, so a new one follows."""
         self._producer.purge()
-        self._producer.poll(0)
-        self._producer = None
+        with contextlib.suppress(SystemError):
+            self._producer.poll(0)
+        self._producer, self._fatal = None, False
+        self._failed, self._first_error = 0, None
 
 
 # --- reading --------------------------------------------------------------------------------
@@ -346,11 +402,13 @@ class KafkaAlertSink:
 class KafkaMessageLog:
     """The messages of a topic's first partition, by offset (`transforms.visit_stream.MessageLog`).
 
-    Pickles as its address; the process keeps the consumer, which joins no group. Where Kafka is away, it waits.
+    Pickles as its address and the path of its login; the process keeps the consumer, which joins no group. Where
+    Kafka is away, it waits.
     """
 
     bootstrap: str
     topic: str
+    login: str | None = None
 
     def end(self) -> int:
         """The offset that the next message will have.
@@ -364,8 +422,8 @@ class KafkaMessageLog:
         """
         from confluent_kafka import KafkaException, TopicPartition
 
-        partitions = _topic_partitions(self.bootstrap, self.topic, timeout_s=10.0)
-        consumer = _log_consumer(self.bootstrap, self.topic).consumer
+        partitions = _topic_partitions(self.bootstrap, self.topic, 10.0, self.login)
+        consumer = _log_consumer(self.bootstrap, self.topic, self.login).consumer
         try:
             ends = [
                 consumer.get_watermark_offsets(TopicPartition(self.topic, partition), timeout=10.0)[1]
@@ -381,7 +439,7 @@ class KafkaMessageLog:
         """Add messages and return when Kafka has them; DeliveryError where it takes none."""
         from confluent_kafka import Producer
 
-        producer = Producer({"bootstrap.servers": self.bootstrap, "enable.idempotence": True, "log_level": 0})
+        producer = Producer({**client_settings(self.bootstrap, self.login), "enable.idempotence": True})
         errors: list[Any] = []
         for message in messages:
             producer.produce(self.topic, message, partition=0, on_delivery=lambda error, _: errors.append(error))
@@ -396,7 +454,7 @@ class KafkaMessageLog:
         """Offset and bytes of the first message at `offset`, or of the next one kept; None if none came in time."""
         from confluent_kafka import TopicPartition
 
-        log = _log_consumer(self.bootstrap, self.topic)
+        log = _log_consumer(self.bootstrap, self.topic, self.login)
         if log.next_offset != offset:
             log.consumer.assign([TopicPartition(self.topic, 0, offset)])
             log.next_offset = offset
@@ -410,18 +468,18 @@ class KafkaMessageLog:
 class _LogConsumer:
     """A consumer, and the offset it is at."""
 
-    def __init__(self, bootstrap: str) -> None:
+    def __init__(self, bootstrap: str, login: str | None) -> None:
         from confluent_kafka import Consumer
 
-        settings = consumer_settings(bootstrap, "visits", from_beginning=True)
+        settings = consumer_settings(bootstrap, "visits", from_beginning=True, login=login)
         self.consumer = Consumer({**settings, "enable.auto.commit": False, "fetch.wait.max.ms": 200})
         self.next_offset: int | None = None
 
 
 @cache
-def _log_consumer(bootstrap: str, topic: str) -> _LogConsumer:
+def _log_consumer(bootstrap: str, topic: str, login: str | None) -> _LogConsumer:
     """The process's consumer of a topic: a source is unpickled at every turn."""
-    return _LogConsumer(bootstrap)
+    return _LogConsumer(bootstrap, login)
 
 
 @dataclass(frozen=True)
@@ -644,10 +702,10 @@ class BrokerReader:
             self._consumer = None
 
 
-def consumer_settings(bootstrap: str, group: str, *, from_beginning: bool) -> dict[str, Any]:
+def consumer_settings(bootstrap: str, group: str, *, from_beginning: bool, login: str | None = None) -> dict[str, Any]:
     """Settings of a consumer of alert packets; offsets are stored by the caller, after the work."""
     return {
-        "bootstrap.servers": bootstrap,
+        **client_settings(bootstrap, login),
         "group.id": group,
         "auto.offset.reset": "earliest" if from_beginning else "latest",
         "enable.auto.offset.store": False,
@@ -656,8 +714,12 @@ def consumer_settings(bootstrap: str, group: str, *, from_beginning: bool) -> di
         # The mock cluster answers an empty fetch only when this time is over, whatever came since.
         "fetch.wait.max.ms": 20,
         "fetch.error.backoff.ms": 20,
-        "log_level": 0,
     }
+
+
+def _is_fatal(error: Exception) -> bool:
+    """Whether a producer can send nothing after this error; the client also throws SystemErrors then."""
+    return isinstance(error, SystemError) or bool(error.args[0].fatal())
 
 
 def _record_bytes(message: Any) -> int:
@@ -671,27 +733,36 @@ def _dia_source_id(headers: list[tuple[str, bytes | str | None]] | None) -> int:
     raise ValueError(f"the header {DIA_SOURCE_ID_HEADER} is missing")
 
 
-def _topic_partitions(bootstrap: str, topic: str | None, timeout_s: float) -> list[int]:
+def _topic_partitions(bootstrap: str, topic: str | None, timeout_s: float, login: str | None = None) -> list[int]:
     """Partitions of a topic, which is created by being asked for; [] when no topic is named."""
-    from confluent_kafka import KafkaException, Producer
+    from confluent_kafka import KafkaError, KafkaException, Producer
 
     deadline = time.monotonic() + timeout_s
-    client = Producer({"bootstrap.servers": bootstrap, "log_level": 0})
+    said: list[Any] = []
+    client = Producer({**client_settings(bootstrap, login), "error_cb": said.append})
     while True:
         remaining_s = deadline - time.monotonic()
         try:
             topics = client.list_topics(topic, timeout=max(remaining_s, 0.1)).topics
         except KafkaException as error:
+            client.poll(0)  # what it was told meanwhile: a login refused shows nowhere else
+            refused = [one.str() for one in said if one.code() == KafkaError._AUTHENTICATION]
             raise KafkaUnreachableError(
-                f"no Kafka broker answered at {bootstrap} within {timeout_s:g} s: {error.args[0].str()}"
+                f"{bootstrap} refused the login of {login}: {refused[0]}"
+                if refused
+                else f"no Kafka broker answered at {bootstrap} within {timeout_s:g} s: {error.args[0].str()}"
             ) from error
         if topic is None:
             return []
         found = topics[topic]
         if found.error is None and found.partitions:
             return sorted(found.partitions)
-        if remaining_s <= 0:
-            raise KafkaUnreachableError(f"{bootstrap} has no topic {topic} after {timeout_s:g} s: {found.error}")
+        forbidden = found.error is not None and found.error.code() == KafkaError.TOPIC_AUTHORIZATION_FAILED
+        if forbidden or remaining_s <= 0:
+            raise TopicError(
+                f"{bootstrap} has no topic {topic}, or not for this login: {found.error}; "
+                "`nightstream kafka provision` makes topics and gives rights"
+            )
         time.sleep(0.05)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from runners.kafka import check_kafka, consumer_settings
+from runners.kafka_login import client_settings
 from schemas.avro.container import read_container
 from schemas.avro.wire import PacketFormatError
 
@@ -73,6 +74,7 @@ def listen_topic(
     idle_timeout_s: float | None = None,
     limit: int | None = None,
     answer_timeout_s: float = 10.0,
+    login: str | None = None,
 ) -> Iterator[KafkaRecord]:
     """Yield records as they come, in order within each partition.
 
@@ -91,18 +93,22 @@ def listen_topic(
         Stop after so many messages; None for all.
     answer_timeout_s : float
         How long the Kafka broker may take to answer at first.
+    login : str or None
+        Properties file with a user's login.
 
     Raises
     ------
     runners.kafka.KafkaUnreachableError
-        No answer at `bootstrap`.
+        No answer at `bootstrap`, or the login was refused.
     TopicReadError
         No such topic, or no right to read it.
     """
     from confluent_kafka import Consumer
 
-    check_kafka(bootstrap, answer_timeout_s)
-    settings = consumer_settings(bootstrap, group or f"listen-{uuid.uuid4().hex}", from_beginning=from_beginning)
+    check_kafka(bootstrap, answer_timeout_s, login)
+    # Whoever logs in may read with groups of its own name only.
+    name = group or f"{client_settings(bootstrap, login).get('sasl.username', 'listen')}-{uuid.uuid4().hex}"
+    settings = consumer_settings(bootstrap, name, from_beginning=from_beginning, login=login)
     # The embedded cluster forgets a member that left only after this time, and lets nobody join before.
     consumer = Consumer({**settings, "session.timeout.ms": 6000})
     idle_s = math.inf if idle_timeout_s is None else idle_timeout_s

@@ -14,6 +14,8 @@ from runners.run_commands import (
     BEAM_OPTIONS,
     EXISTING,
     HISTORY,
+    KAFKA_CONFIG,
+    BadUsage,
     Failure,
     ManyValuesCommand,
     run_command,
@@ -32,28 +34,33 @@ _TOPIC = click.option(
 @click.argument("night", type=EXISTING)
 @_BOOTSTRAP
 @_TOPIC
+@KAFKA_CONFIG
 @click.option("--cadence", "cadence_s", type=click.FloatRange(min=0), default=0.0, help="Seconds from visit to visit.")
 @click.option("--quiet", is_flag=True, help="No progress.")
-def announce(night: Path, bootstrap: str, topic: str, cadence_s: float, quiet: bool) -> None:
+def announce(night: Path, bootstrap: str, topic: str, kafka_config: Path | None, cadence_s: float, quiet: bool) -> None:
     """Announce the visits of NIGHT on a topic, one message per detector, as a telescope would.
 
     Visits go in order of their midpoints, `--cadence` seconds apart. Paths in the messages are absolute: whoever
     works on the visits must see the same files.
     """
     from runners.kafka import DeliveryError, KafkaMessageLog, KafkaUnreachableError, check_kafka
+    from runners.kafka_login import KafkaLoginError
     from schemas.manifests import ManifestError, announcements, read_manifest
 
     console = Console(stderr=True)
     try:
         manifest = read_manifest(night.resolve())
-        check_kafka(bootstrap)
-        log = KafkaMessageLog(bootstrap, topic)
+        login = None if kafka_config is None else str(kafka_config)
+        check_kafka(bootstrap, login=login)
+        log = KafkaMessageLog(bootstrap, topic, login)
         started = time.monotonic()
         for number, visit in enumerate(manifest.visits):
             time.sleep(max(started + number * cadence_s - time.monotonic(), 0.0))
             log.append(announcements(visit))
             if not quiet:
                 console.print(f"visit {visit.visit}: {len(visit.detectors)} detectors announced", highlight=False)
+    except KafkaLoginError as error:
+        raise BadUsage(str(error)) from error
     except (ManifestError, KafkaUnreachableError, DeliveryError) as error:
         raise Failure(str(error)) from error
     for problem in manifest.problems:

@@ -12,6 +12,7 @@ from schemas.elements import FailureRecord
 from schemas.manifests import Manifest
 from transforms.accounting import finish_ledger
 from transforms.archiving import finish_object_tables
+from transforms.delivery import ATTEMPTS
 from transforms.failures import failure_line, write_bytes, write_lines
 from transforms.filters.definition import FilterProblem
 
@@ -45,7 +46,7 @@ def check_output(out: Path, digest: str) -> None:
 def clear_scratch(out: Path) -> Path:
     """A fresh folder for the claim-check stores. OutputFolderError where it cannot be made."""
     try:
-        remove_scratch(out)
+        _remove(out, SCRATCH)
         store = out / SCRATCH[0]
         store.mkdir(parents=True)
     except OSError as error:
@@ -54,8 +55,12 @@ def clear_scratch(out: Path) -> Path:
 
 
 def remove_scratch(out: Path) -> None:
-    """Remove what only a running flow needs."""
-    for name in SCRATCH:
+    """Remove what only a running flow needs, and one that goes on where it broke off."""
+    _remove(out, (*SCRATCH, ATTEMPTS))
+
+
+def _remove(out: Path, names: tuple[str, ...]) -> None:
+    for name in names:
         shutil.rmtree(out / name, ignore_errors=True)
 
 

@@ -52,6 +52,11 @@ class ManyValuesCommand(click.Command):
         return super().parse_args(ctx, spread)
 
 
+KAFKA_CONFIG = click.option(
+    "--kafka-config",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Properties file with the login to Kafka; all workers must see it.",
+)
 HISTORY = click.option("--history", type=EXISTING, multiple=True, help="Output folders of earlier nights. [OUT0 ...]")
 
 
@@ -83,6 +88,7 @@ def run_options(command: Callable[..., None]) -> Callable[..., None]:
             metavar="none|embedded|HOST:PORT",
             help="Kafka for sinks of that kind; embedded also starts one reader per broker.",
         ),
+        KAFKA_CONFIG,
         click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout, everything else on stderr."),
         click.option("--quiet", is_flag=True, help="No progress, no table."),
     )
@@ -195,7 +201,8 @@ def run_command(
     """
     from runners.configuration import ConfigurationError
     from runners.entries import HistoryError
-    from runners.kafka import KafkaUnreachableError
+    from runners.kafka import KafkaUnreachableError, TopicError
+    from runners.kafka_login import KafkaLoginError
     from runners.local import BeamOptionsError
     from runners.output_folder import OutputFolderError
     from runners.progress import VisitProgress
@@ -210,9 +217,9 @@ def run_command(
         given = open_input(request)
         engine = _engine(options["runner"], options["beam_options"], out, console)
         result = run_chain(request, given, lambda n_visits: VisitProgress(out, n_visits, quiet=quiet), engine)
-    except (ConfigurationError, OutputFolderError, HistoryError, BeamOptionsError) as error:
+    except (ConfigurationError, OutputFolderError, HistoryError, BeamOptionsError, KafkaLoginError) as error:
         raise BadUsage(str(error)) from error
-    except (ManifestError, KafkaUnreachableError, _SetupNeededError) as error:
+    except (ManifestError, KafkaUnreachableError, TopicError, _SetupNeededError) as error:
         raise Failure(str(error)) from error
     except (RuntimeError, OSError) as error:
         raise Failure(f"the run failed: {in_short(error)}; mend the cause and run the same command again") from error
@@ -256,7 +263,8 @@ def run_request(options: dict[str, Any], asked: dict[str, Any], console: Console
     unserved = [broker.name for broker in served if broker.sink == "kafka"]
     if kafka == "none" and unserved and not options["quiet"]:
         console.print(f"--kafka is none: nothing is sent to {', '.join(unserved)}", markup=False)
-    return RunRequest(options["out"], config, served, checked, problems, kafka)
+    login = None if options["kafka_config"] is None else str(options["kafka_config"].absolute())
+    return RunRequest(options["out"], config, served, checked, problems, kafka, login)
 
 
 class _SetupNeededError(Exception):

@@ -5,14 +5,22 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from threadpoolctl import threadpool_limits
 
 from pipelines.alert_production import AlertProductionConfig
-from runners.kafka import BrokerReader, BrokerReceipt, EmbeddedKafka, KafkaAlertSink, check_kafka
+from runners.kafka import (
+    BrokerReader,
+    BrokerReceipt,
+    EmbeddedKafka,
+    KafkaAlertSink,
+    KafkaSinkSettings,
+    check_kafka,
+    check_topics,
+)
 from runners.local import Dataflow, Run
 from runners.output_folder import (
     SCRATCH,
@@ -31,8 +39,9 @@ from schemas.avro.reading import decode_body, decode_json, packet_prefix
 from schemas.avro.schema_versions import PACKET_SCHEMA_IDS
 from schemas.elements import FailureRecord
 from schemas.manifests import Manifest
+from transforms.accounting import LEDGER_TOPIC
 from transforms.delivery import Delivery
-from transforms.distribution import BrokerConfig
+from transforms.distribution import BrokerConfig, topic_sizes
 from transforms.filters.checking import CheckedFilter
 from transforms.filters.definition import FilterProblem
 
@@ -43,7 +52,7 @@ _READER_PATIENCE_S = 60.0
 
 @dataclass(frozen=True)
 class RunRequest:
-    """What `produce`, `associate` and `replay` are asked for alike."""
+    """What `produce`, `associate` and `replay` are asked for alike. `login` is the path of a login to Kafka."""
 
     out: Path
     config: AlertProductionConfig
@@ -51,6 +60,7 @@ class RunRequest:
     filters: tuple[CheckedFilter, ...]
     filter_problems: tuple[FilterProblem, ...] = ()
     kafka: str = NO_KAFKA
+    login: str | None = None
 
 
 @dataclass(frozen=True)
@@ -114,7 +124,7 @@ def run_chain(
 
     Raises
     ------
-    ManifestError, OutputFolderError, BeamOptionsError, KafkaUnreachableError
+    ManifestError, OutputFolderError, BeamOptionsError, KafkaUnreachableError, KafkaLoginError, TopicError
         Before anything of an earlier output is touched.
     RuntimeError
         The flow as a whole failed. The output folder can be given again: what was written stays good.
@@ -124,8 +134,8 @@ def run_chain(
     with contextlib.ExitStack() as stack:
         run = stack.enter_context(engine)
         stack.enter_context(threadpool_limits(1))
-        bootstrap = _bootstrap(request.kafka, stack)
-        entry = claimed_entry(request, given)
+        bootstrap = _bootstrap(request, stack)
+        entry = claimed_entry(request, given, bootstrap)
         delivery = delivery_of(request, entry, bootstrap)
         readers = _start_readers(delivery, str(bootstrap), stack) if request.kafka == EMBEDDED else {}
         with progress(len(entry.manifest.visits)):
@@ -137,22 +147,31 @@ def run_chain(
     return RunResult(time.perf_counter() - started, receipts)
 
 
-def claimed_entry(request: RunRequest, given: RunInput) -> Entry:
+def claimed_entry(request: RunRequest, given: RunInput, bootstrap: str | None) -> Entry:
     """The input opened for a run from its beginning, in a fresh scratch folder, and the output folder claimed for it.
 
-    Nothing stays behind where it cannot be opened. Raises OutputFolderError, and what opening the input raises.
+    Nothing stays behind where it cannot be opened. Raises OutputFolderError, TopicError if the Kafka at `bootstrap`
+    does not take what is to be sent, and what opening the input raises.
     """
     out, digest = request.out, run_digest(request, given)
     check_output(out, digest)
-    store = clear_scratch(out)
+    clear_scratch(out)
     try:
-        entry = given.enter(store)
+        entry = entered(request, given, bootstrap)
     except BaseException:
         remove_scratch(out)
         with contextlib.suppress(OSError):
             out.rmdir()
         raise
     claim_output(out, given.source, digest)
+    return entry
+
+
+def entered(request: RunRequest, given: RunInput, bootstrap: str | None) -> Entry:
+    """The input opened, with the scratch folder as it is; raises as `claimed_entry`."""
+    entry = given.enter(request.out / SCRATCH[0])
+    if bootstrap is not None:
+        check_topics(bootstrap, request.login, {**topic_sizes(entry.brokers), LEDGER_TOPIC: 0})
     return entry
 
 
@@ -163,7 +182,7 @@ def delivery_of(request: RunRequest, entry: Entry, bootstrap: str | None) -> Del
         store=str(request.out / SCRATCH[0]),
         brokers=entry.brokers,
         filters=request.filters,
-        sink=None if bootstrap is None else KafkaAlertSink(bootstrap),
+        sink=None if bootstrap is None else _sink(bootstrap, request.login, entry.brokers),
         deadline_s=request.config.packaging.delivery_deadline_s,
     )
 
@@ -182,13 +201,25 @@ def run_digest(request: RunRequest, given: RunInput) -> str:
     )
 
 
-def _bootstrap(kafka: str, stack: contextlib.ExitStack) -> str | None:
-    if kafka == NO_KAFKA:
-        return None
-    if kafka == EMBEDDED:
+def _bootstrap(request: RunRequest, stack: contextlib.ExitStack) -> str | None:
+    if request.kafka == EMBEDDED:
         return stack.enter_context(EmbeddedKafka()).bootstrap
-    check_kafka(kafka)
-    return kafka
+    return reached_kafka(request)
+
+
+def reached_kafka(request: RunRequest) -> str | None:
+    """The Kafka broker that streams are sent to, which has answered; None if they are not sent."""
+    if request.kafka == NO_KAFKA:
+        return None
+    check_kafka(request.kafka, login=request.login)
+    return request.kafka
+
+
+def _sink(bootstrap: str, login: str | None, brokers: tuple[BrokerConfig, ...]) -> KafkaAlertSink:
+    # A batch is a message to Kafka: none may be larger than the smallest topic takes.
+    settings = KafkaSinkSettings()
+    batch_bytes = min([settings.batch_bytes, *topic_sizes(brokers).values()])
+    return KafkaAlertSink(bootstrap, replace(settings, batch_bytes=batch_bytes), login)
 
 
 def _start_readers(delivery: Delivery, bootstrap: str, stack: contextlib.ExitStack) -> dict[str, BrokerReader]:

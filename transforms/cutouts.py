@@ -47,16 +47,18 @@ class EncodeCutouts(beam.PTransform):
 
     def __init__(self, config: CutoutConfig, folder: str) -> None:
         super().__init__()
-        self.write = _WriteCutoutsFn(config, folder)
+        self.stage = _WriteCutoutsFn(config, folder)
 
     def expand(self, detected: beam.PCollection) -> CutoutResult:
-        outputs = detected | "WriteCutouts" >> beam.ParDo(self.write).with_output_types(StageElement).with_outputs(
+        outputs = detected | "WriteCutouts" >> beam.ParDo(self.stage).with_output_types(StageElement).with_outputs(
             FAILED, main="good"
         )
         return CutoutResult(outputs.good, outputs[FAILED])
 
 
 class _WriteCutoutsFn(StageFn):
+    stage = STAGE
+
     def __init__(self, config: CutoutConfig, folder: str) -> None:
         self.config = config
         self.folder = folder

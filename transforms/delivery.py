@@ -18,6 +18,8 @@ from transforms.failures import CollectFailures
 from transforms.filtering import FilterAlerts, GatherVisits
 from transforms.filters.checking import CheckedFilter
 
+ATTEMPTS = ".attempts"
+
 
 @dataclass(frozen=True)
 class Delivery:
@@ -43,6 +45,15 @@ class Delivery:
     def packet_folder(self) -> str:
         return str(Path(self.store) / "packets")
 
+    @property
+    def attempts_folder(self) -> str:
+        """Outlives the stores: the same command again is to know at which detectors it broke off."""
+        return str(Path(self.out) / ATTEMPTS)
+
+    @property
+    def quarantine_folder(self) -> str:
+        return str(Path(self.out) / "ledger" / "quarantine")
+
     @cached_property
     def streams(self) -> tuple[KafkaStream, ...]:
         """The full streams that are sent where packets are made."""
@@ -60,17 +71,18 @@ class DeliverAlerts(beam.PTransform):
 
     Input: (visit, bytes) parts, their packets in the packet store and sent on the full streams. Output:
     FailureRecord of its stages. Keyed by visit; thin columns and locations of finished packets. Without
-    `archive` nothing is archived: what is replayed is in an archive.
+    `archive` nothing is archived: what is replayed is in an archive. `keeps`: see `GatherVisits`.
     """
 
-    def __init__(self, delivery: Delivery, *, archive: bool = True) -> None:
+    def __init__(self, delivery: Delivery, *, archive: bool = True, keeps: bool = False) -> None:
         super().__init__()
         self.delivery = delivery
         self.archive = archive
+        self.keeps = keeps
 
     def expand(self, parts: beam.PCollection) -> beam.PCollection:
         to, out = self.delivery, Path(self.delivery.out)
-        gathered = parts | "GatherVisits" >> GatherVisits(to.filter_columns)
+        gathered = parts | "GatherVisits" >> GatherVisits(to.filter_columns, keeps=self.keeps)
         filtered = gathered | "FilterAlerts" >> FilterAlerts(to.filters)
         done = distributed = filtered.good | "DistributeAlerts" >> DistributeAlerts(
             to.brokers,

@@ -134,16 +134,18 @@ class DetectDiaSources(beam.PTransform):
 
     def __init__(self, config: DetectionConfig) -> None:
         super().__init__()
-        self.config = config
+        self.stage = _DetectFn(config)
 
     def expand(self, exposures: beam.PCollection) -> DetectionResult:
-        outputs = exposures | "DetectInDifference" >> beam.ParDo(_DetectFn(self.config)).with_output_types(
+        outputs = exposures | "DetectInDifference" >> beam.ParDo(self.stage).with_output_types(
             StageElement
         ).with_outputs(FAILED, main="good")
         return DetectionResult(outputs.good, outputs[FAILED])
 
 
 class _DetectFn(StageFn):
+    stage = STAGE
+
     def __init__(self, config: DetectionConfig) -> None:
         self.config = config
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -36,7 +38,12 @@ def failure_line(record: FailureRecord) -> bytes:
 
 
 class StageFn(beam.DoFn):
-    """A DoFn of detector space: works on its own elements and hands on every `PassingElement`."""
+    """A DoFn of detector space: works on its own elements and hands on every `PassingElement`.
+
+    `stage` is its name in failure records.
+    """
+
+    stage: str
 
     def process(self, element: Any) -> Iterator[Any]:
         if isinstance(element, PassingElement):
@@ -64,8 +71,8 @@ class CollectFailures(beam.PTransform):
     """Write the failure records of each visit to `folder/<visit>.jsonl`.
 
     Input: FailureRecord. Output: the path of each file written. Key: visit (`NO_VISIT` for broken
-    manifest lines, file `manifest.jsonl`). A repeated record is written once; a late one rewrites the
-    file. State: the lines of each visit, kept as long as the job runs.
+    manifest lines, file `manifest.jsonl`). A repeated record is written once; a late one joins those in the
+    file, which is written anew. State: the lines of a visit from when they come until the watermark passes it.
     """
 
     def __init__(self, folder: str) -> None:
@@ -107,9 +114,14 @@ class _WriteFailuresFn(beam.DoFn):
         visit: int = beam.DoFn.KeyParam,
         lines: beam.transforms.userstate.AccumulatingRuntimeState = beam.DoFn.StateParam(LINES),
     ) -> Iterator[str]:
+        fresh = {bytes(line) for line in lines.read()}
+        if not fresh:
+            return
         name = "manifest" if visit == NO_VISIT else str(visit)
         path = Path(self.folder) / f"{name}.jsonl"
-        write_lines(path, sorted(set(lines.read())))
+        known = path.read_bytes().splitlines() if path.exists() else []
+        write_lines(path, sorted(fresh.union(known)))
+        lines.clear()
         yield str(path)
 
 
@@ -124,3 +136,22 @@ def write_bytes(path: Path, content: bytes) -> None:
     partial = path.with_name(f".{os.getpid()}.{path.name}")
     partial.write_bytes(content)
     partial.replace(path)
+
+
+def decide_once(path: Path, content: bytes) -> bytes:
+    """Write a file durably, unless it is there: of several workers the first decides. Returns what stands."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{os.getpid()}.{threading.get_ident()}.{path.name}")
+    with partial.open("wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+    with suppress(FileExistsError):
+        os.link(partial, path)
+    partial.unlink()
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+    return path.read_bytes()

@@ -50,15 +50,16 @@ class GatherVisits(beam.PTransform):
     Input: (visit, bytes) parts: the announcement (ingestion), processed detectors (cutouts), failures and
     batches of alerts (packaging). Output: VisitAlerts at the visit's event time. Key: visit. A
     part that comes later makes a further revision with everything known by then; a repeated part
-    changes nothing. State: the parts of a visit, dropped `VISIT_MEMORY_S` after it.
+    changes nothing. State: the parts of a visit, dropped `VISIT_MEMORY_S` after it, unless `keeps`: the local runner
+    fires that timer at once, which is too early where parts can come later.
     """
 
-    def __init__(self, filter_columns: frozenset[str]) -> None:
+    def __init__(self, filter_columns: frozenset[str], *, keeps: bool = False) -> None:
         super().__init__()
-        self.filter_columns = filter_columns
+        self.gather = _GatherPartsFn(filter_columns, keeps)
 
     def expand(self, parts: beam.PCollection) -> beam.PCollection:
-        return parts | "GatherParts" >> beam.ParDo(_GatherPartsFn(self.filter_columns)).with_output_types(VisitAlerts)
+        return parts | "GatherParts" >> beam.ParDo(self.gather).with_output_types(VisitAlerts)
 
 
 class _GatherPartsFn(beam.DoFn):
@@ -68,8 +69,9 @@ class _GatherPartsFn(beam.DoFn):
     DUE = TimerSpec("visit_due", TimeDomain.WATERMARK)
     FORGET = TimerSpec("visit_forget", TimeDomain.WATERMARK)
 
-    def __init__(self, filter_columns: frozenset[str]) -> None:
+    def __init__(self, filter_columns: frozenset[str], keeps: bool) -> None:
         self.filter_columns = filter_columns
+        self.keeps = keeps
 
     def process(
         self,
@@ -81,7 +83,8 @@ class _GatherPartsFn(beam.DoFn):
     ) -> None:
         fresh.add(element[1])
         due.set(timestamp)
-        forget.set(timestamp + Duration(VISIT_MEMORY_S))
+        if not self.keeps:
+            forget.set(timestamp + Duration(VISIT_MEMORY_S))
 
     @on_timer(DUE)
     def close(

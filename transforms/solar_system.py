@@ -113,18 +113,18 @@ class AssociateSsObjects(beam.PTransform):
 
     def __init__(self, config: SolarSystemConfig, ephemerides: str | None, elements: str | None = None) -> None:
         super().__init__()
-        self.config = config
-        self.ephemerides = ephemerides
-        self.elements = elements
+        self.stage = _MatchEphemeridesFn(config, ephemerides, elements)
 
     def expand(self, detected: beam.PCollection) -> SolarSystemResult:
-        outputs = detected | "MatchEphemerides" >> beam.ParDo(
-            _MatchEphemeridesFn(self.config, self.ephemerides, self.elements)
-        ).with_output_types(StageElement).with_outputs(FAILED, main="good")
+        outputs = detected | "MatchEphemerides" >> beam.ParDo(self.stage).with_output_types(StageElement).with_outputs(
+            FAILED, main="good"
+        )
         return SolarSystemResult(outputs.good, outputs[FAILED])
 
 
 class _MatchEphemeridesFn(StageFn):
+    stage = STAGE
+
     def __init__(self, config: SolarSystemConfig, ephemerides: str | None, elements: str | None) -> None:
         self.config = config
         self.ephemerides = ephemerides

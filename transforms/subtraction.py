@@ -88,17 +88,18 @@ class SubtractTemplates(beam.PTransform):
 
     def __init__(self, config: SubtractionConfig, image_store: ImageStore) -> None:
         super().__init__()
-        self.config = config
-        self.image_store = image_store
+        self.stage = _SubtractDetectorFn(config, image_store)
 
     def expand(self, detectors: beam.PCollection) -> SubtractionResult:
-        outputs = detectors | "SubtractDetector" >> beam.ParDo(
-            _SubtractDetectorFn(self.config, self.image_store)
-        ).with_output_types(StageElement).with_outputs(FAILED, main="good")
+        outputs = detectors | "SubtractDetector" >> beam.ParDo(self.stage).with_output_types(StageElement).with_outputs(
+            FAILED, main="good"
+        )
         return SubtractionResult(outputs.good, outputs[FAILED])
 
 
 class _SubtractDetectorFn(StageFn):
+    stage = STAGE
+
     def __init__(self, config: SubtractionConfig, image_store: ImageStore) -> None:
         self.config = config
         self.image_store = image_store

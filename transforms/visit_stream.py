@@ -6,11 +6,8 @@ What is open (visits announced in part) travels in the restriction of the source
 from __future__ import annotations
 
 import json
-import os
-import threading
 import time
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,7 +21,7 @@ from apache_beam.utils.timestamp import Duration, Timestamp
 
 from schemas.elements import DetectorVisit, EarlierNights, FailureRecord, StageElement, VisitPart
 from schemas.manifests import AnnouncedDetector, parse_announcement
-from transforms.failures import FAILED, failure_part
+from transforms.failures import FAILED, decide_once, failure_part
 from transforms.ingestion import (
     STAGE,
     WATERMARK_LEAD_S,
@@ -84,12 +81,12 @@ class ReadVisitStream(beam.PTransform):
     in the log, detectors that did not come in time. Order: that of the log. The watermark moves `WATERMARK_LEAD_S`
     past a visit when all its announced detectors were read, or, by a reader that has read all there is, `timeout_s`
     after the first; the closing is then recorded first, and obeyed by whoever reads the log again. A visit
-    that is open holds the watermark at its midpoint. Duplicates within a visit are dropped. No state but the
+    that is open holds the watermark short of its midpoint. Duplicates within a visit are dropped. No state but the
     source's own.
 
     `spread` puts a Reshuffle behind the detectors, so that they go to all workers; the source pauses for a moment when
-    visits were closed, as Flink's runner needs it. Without, the source goes visit by visit, and after each makes an
-    empty turn in which timers fire, as the local runner needs it.
+    visits were closed, as Flink's runner needs it. Without, the source goes visit by visit, each as a whole, and after
+    it makes an empty turn in which timers fire, as the local runner needs it.
     """
 
     def __init__(self, visits: VisitStream, history: tuple[str, ...] = (), *, spread: bool = False) -> None:
@@ -245,7 +242,7 @@ class _ReadAnnouncementsFn(beam.DoFn):
             # Those behind, who may have been started again as well, are told the time before anything else.
             pause_s = _PAUSE_S
         else:
-            turn = _Turn(element, self.history, position)
+            turn = _Turn(element, self.history, position, whole_visits=self.rests)
             yield from turn.outputs()
             position = turn.position
             passed = _passed(position)
@@ -268,9 +265,9 @@ def _is_at_end(position: StreamPosition) -> bool:
 
 
 def _passed(position: StreamPosition) -> Timestamp | None:
-    """How far event time has come: to the earliest open visit, else past the latest closed one."""
+    """How far event time has come: short of the earliest open visit, else past the latest closed one."""
     if position.open:
-        return min(one.event_time for one in position.open)
+        return min(one.event_time for one in position.open) - Duration(micros=1000)
     if position.closed:
         return max(one.event_time for one in position.closed) + WATERMARK_LEAD_S
     return None
@@ -279,20 +276,29 @@ def _passed(position: StreamPosition) -> Timestamp | None:
 class _Turn:
     """One turn of reading: what it puts out, and the position it comes to."""
 
-    def __init__(self, stream: VisitStream, history: tuple[str, ...], position: StreamPosition) -> None:
+    def __init__(
+        self, stream: VisitStream, history: tuple[str, ...], position: StreamPosition, *, whole_visits: bool = False
+    ) -> None:
         self.stream = stream
         self.history = history
         self.position = position
+        self.whole_visits = whole_visits
         self.has_closed = False
 
     def outputs(self) -> Iterator[Any]:
-        """Read until `_TURN_S` after the first message, or a visit is closed, or nothing came for `_IDLE_TURN_S`."""
+        """Read until `_TURN_S` after the first message, or a visit is closed, or nothing came for `_IDLE_TURN_S`.
+
+        With `whole_visits` not while a visit is open: the local runner fires timers between turns.
+        """
         ends = time.monotonic() + _IDLE_TURN_S
         works = False
-        while not self.has_closed and (left := ends - time.monotonic()) > 0:
+        while not self.has_closed:
+            left = ends - time.monotonic()
+            if left <= 0 and not (self.whole_visits and self.position.open):
+                return
             if _is_at_end(self.position):
                 return
-            message = self.stream.log.read(self.position.offset, self._patience_s(left))
+            message = self.stream.log.read(self.position.offset, self._patience_s(max(left, _TURN_S)))
             if message is not None:
                 if not works:
                     works, ends = True, time.monotonic() + _TURN_S
@@ -429,22 +435,9 @@ def _read_closing(folder: Path, visit: int) -> int | None:
 
 def _write_closing(folder: Path, visit: int, seen: int) -> int:
     """Record that a visit is closed with the detectors seen, durably; what stands there, if it was before."""
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f".{os.getpid()}.{threading.get_ident()}.{visit}.json"
-    with partial.open("w") as stream:
-        json.dump({"visit": visit, "detectors": _detectors(seen)}, stream)
-        stream.flush()
-        os.fsync(stream.fileno())
-    with suppress(FileExistsError):
-        os.link(partial, folder / f"{visit}.json")
-    partial.unlink()
-    directory = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
-    standing = _read_closing(folder, visit)
-    return seen if standing is None else standing
+    closing = json.dumps({"visit": visit, "detectors": _detectors(seen)})
+    standing = decide_once(folder / f"{visit}.json", closing.encode())
+    return _bits(tuple(json.loads(standing)["detectors"]))
 
 
 def _bits(detectors: tuple[int, ...]) -> int:

@@ -10,7 +10,6 @@ on the same broker that an unchanged job writes to; a deployment leaves the plai
 from __future__ import annotations
 
 import base64
-import os
 import secrets
 import shutil
 import subprocess
@@ -22,9 +21,9 @@ from runners.cluster.processes import Service, running_pid, start, wait_until
 from runners.cluster.settings import HOST, ClusterError, ClusterSettings, KafkaSettings
 from runners.flink_setup import CHECKOUT, java_or_wheel, run_maven
 from runners.kafka import KafkaUnreachableError, check_kafka
+from runners.kafka_login import MECHANISM, jaas, write_secret
 
 ADMIN = "admin"
-_MECHANISM = "SCRAM-SHA-512"
 _MAIN_JAR = "kafka_2.13-{version}.jar"
 _JVM = ("-Xms128m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1", "-XX:+ExitOnOutOfMemoryError")
 
@@ -60,7 +59,7 @@ def kafka_up(cluster: ClusterSettings) -> bool:
 def _start(cluster: ClusterSettings, service: Service) -> None:
     settings = cluster.kafka
     java = java_or_wheel()
-    class_path = f"{_fetched(settings.version, java)}/*"
+    class_path = f"{fetched_libraries(settings.version, java)}/*"
     folder = cluster.folder / "kafka"
     folder.mkdir(parents=True, exist_ok=True)
     config = folder / "server.properties"
@@ -85,7 +84,7 @@ def server_properties(settings: KafkaSettings, data: Path) -> str:
         f"TEAMS://{HOST}:{settings.secured_port}",
         "listener.security.protocol.map": "JOB:PLAINTEXT,CONTROLLER:PLAINTEXT,TEAMS:SASL_PLAINTEXT",
         "inter.broker.listener.name": "JOB",
-        "listener.name.teams.sasl.enabled.mechanisms": _MECHANISM,
+        "listener.name.teams.sasl.enabled.mechanisms": MECHANISM,
         "listener.name.teams.scram-sha-512.sasl.jaas.config": "org.apache.kafka.common.security.scram."
         "ScramLoginModule required;",
         "authorizer.class.name": "org.apache.kafka.metadata.authorizer.StandardAuthorizer",
@@ -102,6 +101,8 @@ def server_properties(settings: KafkaSettings, data: Path) -> str:
         "share.coordinator.state.topic.replication.factor": 1,
         "share.coordinator.state.topic.min.isr": 1,
         "group.initial.rebalance.delay.ms": 0,
+        # Kafka holds a user to a quota over so many seconds, and up to that lets it run and stand still: 11 by default.
+        "quota.window.num": 3,
         # A broker that was killed is taken back when its old session has expired: by default after nine seconds.
         "broker.session.timeout.ms": 2000,
         "broker.heartbeat.interval.ms": 500,
@@ -121,10 +122,10 @@ def kafka_version_of(libraries: Path) -> str | None:
     return found.name.removeprefix(prefix).removesuffix(suffix) if found else None
 
 
-def _fetched(version: str, java: Path) -> Path:
-    """The folder of the broker's jars, fetched where they are missing; it appears whole or not at all."""
+def fetched_libraries(version: str, java: Path) -> Path:
+    """The folder of Kafka's jars, fetched where they are missing; it appears whole or not at all."""
     libraries = kafka_libraries(version)
-    if kafka_version_of(libraries) == version:
+    if kafka_version_of(libraries) == version and (libraries / f"connect-mirror-{version}.jar").is_file():
         return libraries
     half = libraries.with_name(f"{libraries.name}.half")
     shutil.rmtree(half, ignore_errors=True)
@@ -147,7 +148,7 @@ def _fetched(version: str, java: Path) -> Path:
 def _format(java: Path, class_path: str, config: Path) -> None:
     cluster_id = base64.urlsafe_b64encode(uuid.uuid4().bytes).decode("ascii").rstrip("=")
     command = [str(java), "-cp", class_path, "kafka.tools.StorageTool", "format", "--ignore-formatted"]
-    arguments = ["-t", cluster_id, "-c", str(config)]
+    arguments = [f"--cluster-id={cluster_id}", "-c", str(config)]  # it may begin with a hyphen
     done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=60, check=False)
     if done.returncode:
         raise ClusterError(f"Kafka's folder could not be made: {(done.stdout + done.stderr).strip()}")
@@ -179,12 +180,7 @@ def _make_admin(settings: KafkaSettings, path: Path) -> None:
         raise ClusterError(f"Kafka's administrator could not be made: {error}") from error
     values = {
         "security.protocol": "SASL_PLAINTEXT",
-        "sasl.mechanism": _MECHANISM,
-        "sasl.jaas.config": "org.apache.kafka.common.security.scram.ScramLoginModule required "
-        f'username="{ADMIN}" password="{password}";',
+        "sasl.mechanism": MECHANISM,
+        "sasl.jaas.config": jaas(ADMIN, password),
     }
-    half = path.with_name(f".{path.name}")
-    half.unlink(missing_ok=True)
-    with os.fdopen(os.open(half, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as stream:
-        stream.writelines(f"{key}={value}\n" for key, value in values.items())
-    half.replace(path)
+    write_secret(path, "".join(f"{key}={value}\n" for key, value in values.items()))

@@ -105,9 +105,10 @@ def stop(cluster: ClusterSettings, service: Service) -> int:
     """End the service and all that it started, first politely; returns how many processes that were."""
     found = _processes(cluster, service)
     _signal(found, signal.SIGTERM)
-    if not _gone(cluster, service):
-        _signal(_processes(cluster, service), signal.SIGKILL)
-        _gone(cluster, service)
+    if not _gone(cluster, service, found):
+        left = _processes(cluster, service)
+        _signal(left, signal.SIGKILL)
+        _gone(cluster, service, left)
     _pid_file(cluster, service).unlink(missing_ok=True)
     return len(found)
 
@@ -163,9 +164,23 @@ def _signal(pids: list[int], number: signal.Signals) -> None:
             os.kill(pid, signal.SIGCONT)  # one that was stopped would not hear it
 
 
-def _gone(cluster: ClusterSettings, service: Service) -> bool:
+def is_alive(pid: int) -> bool:
+    """Whether there is such a process, and it has not ended."""
+    try:
+        return (
+            Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()[0] != "Z"
+        )
+    except OSError:
+        return False
+
+
+def _gone(cluster: ClusterSettings, service: Service, ended: list[int]) -> bool:
+    """Whether `ended` and all other processes of the service are gone, after some waiting.
+
+    One that ends has no environment any more while it still holds its ports.
+    """
     deadline = time.monotonic() + STOP_PATIENCE_S
-    while _processes(cluster, service):
+    while _processes(cluster, service) or any(map(is_alive, ended)):
         if time.monotonic() > deadline:
             return False
         time.sleep(_PAUSE_S)

@@ -23,6 +23,10 @@ _HISTORIES = (
 )
 
 
+class PacketTooLargeError(PacketFormatError):
+    """A packet that is too large without any history."""
+
+
 class TrimmedPacket(NamedTuple):
     """A packet, and how many items of each list were left out of it."""
 
@@ -33,7 +37,7 @@ class TrimmedPacket(NamedTuple):
 def fitting_value(encoding: str, message: bytes, max_bytes: int) -> tuple[bytes, dict[str, int]]:
     """A message in the encoding of a stream, trimmed to at most `max_bytes`, and what was left out.
 
-    PacketFormatError where that cannot be; otherwise as `schemas.avro.messages.encoded`.
+    PacketTooLargeError where that cannot be; otherwise as `schemas.avro.messages.encoded`.
     """
     value = encoded(encoding, message)
     if len(value) <= max_bytes:
@@ -54,7 +58,9 @@ def trimmed_packet(packet: Packet, max_bytes: int) -> TrimmedPacket:
     Raises
     ------
     PacketFormatError
-        The packet is broken, or too large without any history.
+        The packet is broken.
+    PacketTooLargeError
+        It is too large without any history.
     """
     if len(packet.body) <= max_bytes:
         return TrimmedPacket(packet, {})
@@ -75,7 +81,7 @@ def trimmed_packet(packet: Packet, max_bytes: int) -> TrimmedPacket:
         values[name] = _latest(history, kept)
         left_out[name] = len(history) - kept
     if len(body) > max_bytes:
-        raise PacketFormatError(f"the packet has {len(body)} bytes without any history, {max_bytes} is the most")
+        raise PacketTooLargeError(f"the packet has {len(body)} bytes without any history, {max_bytes} is the most")
     return TrimmedPacket(Packet(packet.schema, body), left_out)
 
 

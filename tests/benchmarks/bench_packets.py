@@ -1,6 +1,6 @@
 """Packets beside their peers: encoding, cutouts, producing, reading.
 
-    python tests/benchmarks/bench_packets.py [--only encode|cutouts|produce|read|history|real|digest]
+    python tests/benchmarks/bench_packets.py [--only encode|cutouts|produce|package|read|history|real|digest]
         [--bootstrap HOST:PORT]
 
 Times are CPU seconds of this process, all threads, best of several. Peers run in the same process on the same input:
@@ -16,6 +16,8 @@ Tables
   cutouts   microseconds per alert of three stamps, a detector of 4,000 x 4,000 pixels with 200 sources at once
   produce   encode, then send with an idempotent producer and lz4, alerts per CPU second. The embedded Kafka runs in
             this process: what its broker does is in the figure. --bootstrap: a real one besides, topic `bench-packets`
+  package   the stage PackageAlerts as it is: cutouts read, packets encoded, digested, kept, sent, thin columns; a
+            batch of 10,000 alerts of 150 KB, and the most memory the process had by then
   read      microseconds per packet: whole, prefix, all but the histories, the last also of sized blocks
   history   microseconds and bytes per packet with the number of earlier points, two of three forced
   real      encode and prefix of packets of LSST's that lie beside the project, their histories and cutouts
@@ -29,7 +31,10 @@ import copy
 import hashlib
 import io
 import platform
+import resource
+import shutil
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -43,7 +48,9 @@ from astropy.wcs import WCS
 from lsst.alert.packet import SchemaRegistry
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "packets"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "stages"))
 
+from alert_batches import DETECTOR, VISIT, alert_batch
 from sample_alerts import expected_packet
 
 from runners.kafka import EmbeddedKafka, KafkaAlertSink, dia_source_id_header
@@ -52,9 +59,13 @@ from schemas.avro.encoding import AlertColumns, encode_packets
 from schemas.avro.reading import packet_prefix
 from schemas.avro.schema_versions import packet_schema
 from schemas.avro.wire import wire_header
+from schemas.claim_check import write_blobs
 from schemas.cutouts import Content, CutImage, LocalTan, cut_out
 from schemas.exposures import MASK_BITS
 from schemas.records import LAYOUTS, empty_records
+from transforms.delivery import Delivery
+from transforms.distribution import BrokerConfig
+from transforms.packaging import PackageAlerts, PackagingConfig, cutout_file
 
 VERSION = "11.0"
 SCHEMA = packet_schema(VERSION)
@@ -71,6 +82,7 @@ def main() -> None:
         "encode": encode,
         "cutouts": cutouts,
         "produce": produce,
+        "package": package,
         "read": read,
         "history": history,
         "real": real,
@@ -253,6 +265,38 @@ def produce(options: argparse.Namespace) -> None:
             mb = rate * len(encode_packets(SCHEMA, batch)[0]) / 1e6
             print(f"{name:>19s} {rate:17.0f} {mb:12.0f} {per_wall_s:12.0f}")
             sink.close()
+
+
+def package(options: argparse.Namespace) -> None:
+    n = 10_000
+    batch = alert_batch(n, options.seed)
+    ids = batch.dia_sources["diaSourceId"]
+    stamps = tuple(np.random.default_rng(options.seed).bytes(46_080) for _ in range(3))
+    print("package    Kafka       alerts / CPU s   alerts / s   peak MB")
+    with tempfile.TemporaryDirectory() as folder, EmbeddedKafka() as kafka:
+        cutout_folder = str(Path(folder) / "cutouts")
+        write_blobs(cutout_file(cutout_folder, VISIT, DETECTOR), ids, [stamps] * n)
+        for name, bootstrap in (("none", None), ("embedded", kafka.bootstrap), (options.bootstrap, options.bootstrap)):
+            if name is None:
+                continue
+            delivery = Delivery(
+                out=folder,
+                store=str(Path(folder) / name),
+                brokers=(BrokerConfig(name="one", topic="bench-package"),),
+                filters=(),
+                sink=None if bootstrap is None else KafkaAlertSink(bootstrap),
+            )
+            stage = PackageAlerts(PackagingConfig(), cutout_folder, delivery).package
+            stage.setup()
+            cpu_s, wall_s = time.process_time(), time.perf_counter()
+            for _ in stage.process(batch):
+                pass
+            stage.finish_bundle()
+            cpu_s, wall_s = time.process_time() - cpu_s, time.perf_counter() - wall_s
+            stage.teardown()
+            peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+            print(f"{name:>19s} {n / cpu_s:17.0f} {n / wall_s:12.0f} {peak_mb:9.0f}")
+            shutil.rmtree(delivery.store)
 
 
 def read(options: argparse.Namespace) -> None:

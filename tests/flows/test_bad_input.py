@@ -330,7 +330,7 @@ def test_a_bad_broker_file_is_refused_with_file_key_and_allowed_values(
     brokers = tmp_path / "mine.yaml"
     brokers.write_text("brokers: [{name: a, topic: t, encoding: xml}]\n")
     produce(one_visit, tmp_path / "out", "--brokers", brokers).assert_refused(
-        2, "mine.yaml", "encoding", "'rubin' or 'ocf'"
+        2, "mine.yaml", "encoding", "'fink' or 'json-thin'"
     )
     brokers.write_text("brokers: [{name: a, stream: nobody.nothing}]\n")
     run = produce(one_visit, tmp_path / "out", "--brokers", brokers)

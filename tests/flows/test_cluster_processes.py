@@ -21,6 +21,7 @@ from runners.cluster.flink import flink_configuration, flink_up
 from runners.cluster.kafka import kafka_version_of, server_properties
 from runners.cluster.processes import (
     Service,
+    is_alive,
     is_listening,
     log_end,
     log_of,
@@ -59,13 +60,6 @@ def until(fact: object, patience_s: float = PATIENCE_S) -> None:
     while not fact():  # type: ignore[operator]
         assert time.monotonic() < deadline, "did not become true in time"
         time.sleep(0.02)
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 # --- settings ---------------------------------------------------------------------------------

@@ -16,8 +16,7 @@ from schemas.avro.encoding import encode_packets
 from schemas.avro.messages import Packet, schema_of_container
 from schemas.avro.reading import decode_body
 from schemas.avro.schema_versions import VERSIONS, packet_schema
-from schemas.avro.trimming import trimmed_packet
-from schemas.avro.wire import PacketFormatError
+from schemas.avro.trimming import PacketTooLargeError, trimmed_packet
 
 ZTF_PACKETS = Path(__file__).parents[2].parent / "shared" / "data" / "ztf_alerts" / "packets"
 
@@ -74,7 +73,7 @@ def test_a_packet_that_fits_stays_to_the_byte() -> None:
 
 def test_a_packet_that_is_too_large_without_history_is_refused() -> None:
     whole = _packet("11.0", 3, 3)
-    with pytest.raises(PacketFormatError, match="bytes without any history, 100 is the most"):
+    with pytest.raises(PacketTooLargeError, match="bytes without any history, 100 is the most"):
         trimmed_packet(whole, 100)
 
 

@@ -169,7 +169,7 @@ def test_a_source_without_cutouts_is_counted_and_costs_the_others_none(tmp_path:
     detected = detect_sources(_exposure(), DetectionConfig())
     detected.dia_sources["x"][1] = -5.0
     stage = EncodeCutouts(CutoutConfig(content), str(tmp_path))
-    outputs = list(stage.write.work(detected))
+    outputs = list(stage.stage.work(detected))
     records = [one.value for one in outputs if isinstance(one, TaggedOutput)]
     n = len(detected.dia_sources)
     assert [(record.stage, record.lost) for record in records] == [("cutouts", f"cutouts of 1 of {n} alerts")]

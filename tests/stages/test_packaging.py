@@ -10,20 +10,19 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+from alert_batches import DETECTOR, VISIT, alert_batch
 from apache_beam.pvalue import TaggedOutput
-from sample_alerts import random_batch, random_records
+from sample_alerts import random_records
 
 from schemas.avro.reading import decode_packet
 from schemas.claim_check import read_blobs, write_blobs
 from schemas.elements import AlertBatch, FailureRecord
 from schemas.framing import unpack
-from schemas.records import DIA_FORCED_SOURCE, DIA_OBJECT, DIA_SOURCE
+from schemas.records import DIA_SOURCE
 from transforms import packaging
 from transforms.delivery import Delivery
 from transforms.distribution import BrokerConfig, BrokerLimits, Headers
 from transforms.packaging import PackageAlerts, PackagingConfig, cutout_file
-
-VISIT, DETECTOR = 2026112200001, 4
 
 
 class _RecordingSink:
@@ -43,36 +42,6 @@ class _RecordingSink:
     def flush(self, deadline_s: float) -> None: ...
 
     def close(self) -> None: ...
-
-
-def _batch(n: int, seed: int) -> AlertBatch:
-    """Random alerts of one detector, with histories, and one table row of each other kind."""
-    columns = random_batch(n, np.random.default_rng(seed))
-    sources = columns.dia_sources
-    sources["diaSourceId"], sources["visit"], sources["detector"] = 5000 + np.arange(n), VISIT, DETECTOR
-    sources["diaObjectId"] = np.where(columns.has_object, 100 + np.arange(n), 0)
-    sources["ssObjectId"] = np.where(columns.has_ss, 900 + np.arange(n), 0)
-    columns.ss_sources["ssObjectId"] = sources["ssObjectId"]
-    return AlertBatch(
-        context={
-            "visit": VISIT,
-            "cell": 7,
-            "detectors": [DETECTOR],
-            "observation_reason": columns.observation_reason,
-            "target_name": columns.target_name,
-        },
-        dia_sources=sources,
-        prv_dia_sources=columns.prv_dia_sources,
-        prv_offsets=columns.prv_offsets,
-        prv_forced_sources=columns.prv_forced,
-        forced_offsets=columns.forced_offsets,
-        dia_objects=columns.dia_objects,
-        ss_sources=columns.ss_sources,
-        object_states=columns.dia_objects.astype(DIA_OBJECT),
-        unassociated=np.zeros(2, DIA_SOURCE),
-        forced_sources=np.zeros(3, DIA_FORCED_SOURCE),
-        counts={"association_us": 5, "objects_new": n},
-    )
 
 
 def _package(
@@ -105,7 +74,7 @@ def _package(
 def test_packets_do_not_depend_on_how_many_are_made_at_once(
     at_once: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    batch = _batch(40, seed=3)
+    batch = alert_batch(40, seed=3)
     usual = _RecordingSink(tmp_path / "a" / "packets")
     ((thin, header, lengths),), failures = _package(batch, tmp_path / "a", usual)
     monkeypatch.setattr(packaging, "_ALERTS_AT_ONCE", at_once)
@@ -126,7 +95,7 @@ def test_packets_do_not_depend_on_how_many_are_made_at_once(
 def test_the_first_packet_is_out_before_the_last_is_made(tmp_path: Path) -> None:
     n = 3 * packaging._ALERTS_AT_ONCE
     sink = _RecordingSink(tmp_path / "packets")
-    _package(_batch(n, seed=4), tmp_path, sink)
+    _package(alert_batch(n, seed=4), tmp_path, sink)
     assert len(sink.sent) == n
     assert (sink.files_seen[0], sink.files_seen[-1]) == (1, 3)
 
@@ -137,20 +106,20 @@ def test_alerts_that_cannot_be_encoded_are_told_and_the_others_go(
     monkeypatch.setattr(packaging, "_ALERTS_AT_ONCE", 10)
     encode = packaging.encode_packets
 
-    def refuse_5012(schema: Any, columns: Any, prefix: bytes = b"") -> list[bytes]:
+    def refuse_5012(schema: Any, columns: Any, **how: Any) -> list[bytes]:
         if 5012 in columns.dia_sources["diaSourceId"]:
             raise ValueError("a value that has no bytes")
-        return encode(schema, columns, prefix)
+        return encode(schema, columns, **how)
 
     monkeypatch.setattr(packaging, "encode_packets", refuse_5012)
-    ((thin, _, lengths),), (failure,) = _package(_batch(40, seed=5), tmp_path, None)
+    ((thin, _, lengths),), (failure,) = _package(alert_batch(40, seed=5), tmp_path, None)
     assert thin["diaSourceId"].to_pylist() == [*range(5000, 5010), *range(5020, 5040)]
     assert lengths[0] == (40 + 2) * DIA_SOURCE.itemsize  # the sources are archived all the same
     assert (failure.visit, failure.stage, failure.lost) == (VISIT, "packaging", "10 alerts of sky cell 7")
 
 
 def test_alerts_go_without_cutouts_that_cannot_be_read(tmp_path: Path) -> None:
-    batch = _batch(5, seed=6)
+    batch = alert_batch(5, seed=6)
     ids = batch.dia_sources["diaSourceId"]
     stamps = [(b"difference %d" % key, b"", b"template") for key in ids]
     write_blobs(cutout_file(str(tmp_path / "cutouts"), VISIT, DETECTOR), ids, stamps)
@@ -167,13 +136,13 @@ def test_alerts_go_without_cutouts_that_cannot_be_read(tmp_path: Path) -> None:
 
 
 def test_a_batch_without_alerts_gives_its_table_rows(tmp_path: Path) -> None:
-    ((thin, header, lengths),), failures = _package(_batch(0, seed=7), tmp_path, None)
+    ((thin, header, lengths),), failures = _package(alert_batch(0, seed=7), tmp_path, None)
     assert (len(thin), failures, header["counts"]) == (0, [], {"objects_new": 0})
     assert lengths[0] == 2 * DIA_SOURCE.itemsize
 
 
 def test_a_packet_beyond_the_topics_limit_goes_without_its_oldest_history(tmp_path: Path) -> None:
-    batch = _with_long_history(_batch(6, seed=8), alert=2, n_forced=1000)
+    batch = _with_long_history(alert_batch(6, seed=8), alert=2, n_forced=1000)
     sink = _RecordingSink(tmp_path / "a" / "packets")
     ((thin, header, _),), failures = _package(batch, tmp_path / "a", sink, limits=BrokerLimits(message_bytes=50_000))
     assert header["shipped"] == {"trimmed": {"alerts": 1}, "too_large": {}}
@@ -193,7 +162,7 @@ def test_a_packet_beyond_the_topics_limit_goes_without_its_oldest_history(tmp_pa
 
 
 def test_a_packet_too_large_without_history_is_told_and_stays_in_the_store(tmp_path: Path) -> None:
-    batch = _batch(6, seed=8)
+    batch = alert_batch(6, seed=8)
     ids = batch.dia_sources["diaSourceId"]
     stamps = [(bytes(60_000) if key == 5001 else b"small", b"", b"") for key in ids]
     write_blobs(cutout_file(str(tmp_path / "cutouts"), VISIT, DETECTOR), ids, stamps)
@@ -202,7 +171,7 @@ def test_a_packet_too_large_without_history_is_told_and_stays_in_the_store(tmp_p
         batch, tmp_path, sink, str(tmp_path / "cutouts"), BrokerLimits(message_bytes=50_000)
     )
     assert header["shipped"] == {"trimmed": {}, "too_large": {"alerts": 1}}
-    assert (failure.visit, failure.error, failure.lost) == (VISIT, "PacketFormatError", "packet 5001 on topic alerts")
+    assert (failure.visit, failure.error, failure.lost) == (VISIT, "PacketTooLargeError", "packet 5001 on topic alerts")
     assert [dict(message[3])["dia_source_id"] for message in sink.sent] == [b"5000", b"5002", b"5003", b"5004", b"5005"]
     assert thin["diaSourceId"].to_pylist() == ids.tolist()
 

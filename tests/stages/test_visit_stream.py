@@ -142,7 +142,7 @@ def test_the_watermark_waits_for_open_visits_and_passes_closed_ones(tmp_path: Pa
     seen, failures, position = _read(stream, StreamPosition(0, None), turns=1)
     # The second visit is complete, the first is not: the turn ends there, and the watermark stays at the first.
     assert seen == ["visit", (1, 0), (1, 1), "visit", (2, 0), (2, 1), (2, 2)]
-    assert _passed(position) == event_timestamp(first.midpoint_mjd_tai)
+    assert _passed(position) == event_timestamp(first.midpoint_mjd_tai) - 0.001
     seen, _, position = _read(stream, position, turns=1)
     assert seen == [(1, 2)]
     assert _passed(position) == event_timestamp(second.midpoint_mjd_tai) + 2.0
@@ -198,6 +198,27 @@ def test_while_there_is_more_to_read_no_visit_runs_out_of_time(tmp_path: Path) -
     seen, failures, _ = _read(stream, old)
     assert (seen, failures) == ([(1, 1), (1, 2)], [])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_turn_of_whole_visits_waits_for_the_rest_of_an_open_one(tmp_path: Path) -> None:
+    class _Slow(_ListLog):
+        """The last message comes a second after the others were read."""
+
+        def read(self, offset: int, timeout_s: float) -> tuple[int, bytes] | None:
+            if offset == 2 and time.monotonic() < comes_at:
+                time.sleep(timeout_s)
+                return None
+            return super().read(offset, timeout_s)
+
+    stream = VisitStream(_Slow(_messages(_visit(1))), str(tmp_path))
+    comes_at = time.monotonic() + 1.0
+    in_parts = _Turn(stream, (), StreamPosition(0, None))
+    assert len(list(in_parts.outputs())) == 3  # the visit and two detectors
+    assert not in_parts.has_closed
+    comes_at = time.monotonic() + 1.0
+    whole = _Turn(stream, (), StreamPosition(0, None), whole_visits=True)
+    assert len(list(whole.outputs())) == 4
+    assert whole.has_closed
 
 
 def test_while_nobody_answers_no_visit_runs_out_of_time(tmp_path: Path) -> None:

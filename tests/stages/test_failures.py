@@ -1,0 +1,99 @@
+"""CollectFailures: every record once in the file of its visit, however late, and nothing kept of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import apache_beam as beam
+import pytest
+from apache_beam.options.pipeline_options import PipelineOptions
+from apache_beam.runners.portability.fn_api_runner import FnApiRunner
+from apache_beam.testing import test_stream
+from apache_beam.transforms.window import TimestampedValue
+
+from schemas.elements import FailureRecord
+from transforms.failures import CollectFailures, _WriteFailuresFn, decide_once, failure_line
+
+VISIT = 2026112200001
+
+
+def _failure(detector: int, visit: int | None = VISIT) -> FailureRecord:
+    return FailureRecord(visit, detector, "subtraction", "NoTemplateError", "none", "all")
+
+
+def _lines(folder: Path) -> dict[str, list[bytes]]:
+    return {path.name: path.read_bytes().splitlines() for path in folder.iterdir()}
+
+
+def _expected(*detectors: int) -> dict[str, list[bytes]]:
+    return {f"{VISIT}.jsonl": [failure_line(_failure(detector)) for detector in detectors]}
+
+
+class _Bag:
+    """Bag state of one key."""
+
+    def __init__(self) -> None:
+        self.held: list[bytes] = []
+
+    def read(self) -> list[bytes]:
+        return list(self.held)
+
+    def clear(self) -> None:
+        self.held.clear()
+
+
+def test_repeated_and_late_records_stand_once_beside_the_earlier_ones(tmp_path: Path) -> None:
+    stream = (
+        test_stream.TestStream()
+        .advance_watermark_to(0)
+        .add_elements([TimestampedValue(_failure(detector), 1000.0) for detector in (2, 1, 2)])
+        .advance_watermark_to(2000)
+        .add_elements([TimestampedValue(_failure(detector), 1000.0) for detector in (0, 1)])
+        .advance_watermark_to(2000 + 10 * 86_400)
+        .add_elements([TimestampedValue(_failure(3), 1000.0)])
+        .advance_watermark_to_infinity()
+    )
+    options = PipelineOptions([], streaming=True)
+    with beam.Pipeline(runner="BundleBasedDirectRunner", options=options) as flow:
+        flow | stream.with_output_types(FailureRecord) | CollectFailures(str(tmp_path))
+    assert _lines(tmp_path) == _expected(0, 1, 2, 3)
+
+
+def test_all_records_are_written_on_the_local_runner(tmp_path: Path) -> None:
+    records = [_failure(detector) for detector in (2, 1, 2)]
+    with beam.Pipeline(runner=FnApiRunner()) as flow:
+        created = flow | beam.Create([*records, _failure(4, visit=None)]) | beam.Map(_stamped)
+        created | CollectFailures(str(tmp_path))
+    assert _lines(tmp_path) == {**_expected(1, 2), "manifest.jsonl": [failure_line(_failure(4, visit=None))]}
+
+
+def _stamped(record: FailureRecord) -> TimestampedValue:
+    return TimestampedValue(record, 1000.0)
+
+
+def test_written_records_leave_the_state(tmp_path: Path) -> None:
+    write, lines = _WriteFailuresFn(str(tmp_path)).write, _Bag()
+    for detector in (1, 0):
+        lines.held = [failure_line(_failure(detector))]
+        assert list(write(VISIT, lines)) == [str(tmp_path / f"{VISIT}.jsonl")]
+        assert lines.held == []
+    assert _lines(tmp_path) == _expected(0, 1)
+    assert list(write(VISIT, lines)) == []  # a timer that fires again
+    assert _lines(tmp_path) == _expected(0, 1)
+
+
+def test_records_stay_in_the_state_when_they_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    lines: Any = _Bag()
+    lines.held = [failure_line(_failure(1))]
+    with pytest.raises(OSError):
+        list(_WriteFailuresFn(str(tmp_path / "file")).write(VISIT, lines))
+    assert lines.held == [failure_line(_failure(1))]
+
+
+def test_the_first_to_decide_is_obeyed_and_leaves_no_other_file(tmp_path: Path) -> None:
+    path = tmp_path / "folder" / "decision"
+    assert decide_once(path, b"one") == b"one"
+    assert decide_once(path, b"other") == b"one"
+    assert [one.name for one in path.parent.iterdir()] == ["decision"]
