@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from runners.access.commands import kafka
 from runners.cluster.commands import cluster
+from runners.flink_commands import flink
 from runners.ingest.commands import ingest
 from runners.live_commands import announce, live
 from runners.run_commands import KAFKA_CONFIG, BadUsage, Failure, associate, produce, replay
@@ -170,6 +171,19 @@ def _decoded(records: Iterator[KafkaRecord]) -> Iterator[dict[str, Any]]:
             yield {}
 
 
-_COMMANDS = (produce, associate, replay, announce, live, ingest, templates, train_reliability, schemas, cluster, kafka)
+_COMMANDS = (
+    produce,
+    associate,
+    replay,
+    announce,
+    live,
+    ingest,
+    templates,
+    train_reliability,
+    schemas,
+    cluster,
+    flink,
+    kafka,
+)
 for command in _COMMANDS:
     main.add_command(command)

@@ -25,8 +25,9 @@ from apache_beam.options.pipeline_options import FlinkRunnerOptions, PipelineOpt
 from apache_beam.portability.api import beam_job_api_pb2
 from apache_beam.runners.portability.job_server import ExternalJobServer
 from apache_beam.runners.portability.portable_runner import PortableRunner
+from apache_beam.runners.runner import PipelineState
 
-from runners.cluster.flink import overview, rest
+from runners.cluster.flink import ENDED, overview, rest
 from runners.cluster.processes import is_listening
 from runners.cluster.settings import FOLDER, HOST, FlinkClusterSettings, load_cluster_settings
 from runners.flink_setup import (
@@ -41,10 +42,11 @@ from runners.local import Dataflow, Run, beam_options, parsed_options, quiet_bea
 
 _START_PATIENCE_S = 60.0
 _STOP_PATIENCE_S = 15.0
+_RUNNING_PATIENCE_S = 120.0
+_LOOK_S = 0.2
 # A job on the cluster that fails for good should say so in the end; one whose task manager was lost gets half a
 # minute for another to come.
 _RETRIES, _RETRY_DELAY_S = 10, 3
-_ENDED = ("FINISHED", "CANCELED", "FAILED")
 _STARTED = re.compile(r"JobService started on (\S+:\d+)")
 # Left alone, the mini-cluster's blob server would listen on all interfaces.
 _FLINK_CONFIG = "jobmanager.bind-host: 127.0.0.1\ntaskmanager.bind-host: 127.0.0.1\nrest.bind-address: 127.0.0.1\n"
@@ -112,6 +114,26 @@ def flink_cluster_engine(
     bytes. With checkpoints on, Beam's sources stay for ever and so would the job; told to leave, they have Flink
     work off the night in one step at its end, during which it takes no checkpoint. Interrupted, it is cancelled.
 
+    Parameters and exceptions are those of `cluster_job`.
+    """
+    retries = (f"--number_of_execution_retries={_RETRIES}", f"--execution_retry_delay={_RETRY_DELAY_S * 1000}")
+    yield _submitting(cluster_job((*retries, *arguments), announce, out, folder).options, _last_reason)
+
+
+@dataclass(frozen=True)
+class ClusterJob:
+    """A job for the cluster: its name there, and the options that it is submitted with."""
+
+    settings: FlinkClusterSettings
+    name: str
+    options: PipelineOptions
+
+
+def cluster_job(
+    arguments: tuple[str, ...], announce: Callable[[str], None], out: Path, folder: Path = FOLDER
+) -> ClusterJob:
+    """The job that is to write to an output folder, checked against the cluster whose folder is given.
+
     Parameters
     ----------
     arguments : options of Beam and of its Flink runner, over those of the shipped files
@@ -142,7 +164,42 @@ def flink_cluster_engine(
         f"{jar_versions(job_settings.jar)}, cluster of Flink {seen['flink-version']} with "
         f"{seen['slots-total']} slots at {settings.rest_url}"
     )
-    yield _submitting(options, _last_reason)
+    return ClusterJob(settings, name, options)
+
+
+def start_detached(job: ClusterJob, dataflow: Dataflow) -> str:
+    """Submit a job that goes on without this process; returns Flink's id of it when all its tasks run.
+
+    Raises
+    ------
+    RuntimeError
+        It failed, or did not run in time; it is gone then.
+    """
+    flow = beam.Pipeline(runner=PortableRunner(), options=job.options)
+    dataflow.build(flow, spread=True)
+    with quiet_beam(), _quiet_job_messages():
+        try:
+            result = flow.run()
+            deadline = time.monotonic() + _RUNNING_PATIENCE_S
+            while (number := _running_job(job)) is None:
+                if result.state in (PipelineState.FAILED, PipelineState.CANCELLED, PipelineState.DONE):
+                    result.wait_until_finish()  # raises the reason
+                    raise RuntimeError(f"the job ended at once, {result.state}")
+                if time.monotonic() > deadline:
+                    result.cancel()
+                    raise RuntimeError(f"the job did not run within {_RUNNING_PATIENCE_S:g} s: {job.settings.rest_url}")
+                time.sleep(_LOOK_S)
+        except Exception as error:  # also gRPC's own, when the job server is gone
+            raise RuntimeError(_last_reason(error)) from error
+    return number
+
+
+def _running_job(job: ClusterJob) -> str | None:
+    """Flink's id of the job, once all its tasks run."""
+    for one in rest(job.settings, "/jobs/overview")["jobs"]:
+        if one["name"] == job.name and one["state"] == "RUNNING":
+            return str(one["jid"]) if one["tasks"]["running"] == one["tasks"]["total"] > 0 else None
+    return None
 
 
 def _submitting(options: PipelineOptions, reason: Callable[[Exception], str]) -> Run:
@@ -167,7 +224,7 @@ def _submitting(options: PipelineOptions, reason: Callable[[Exception], str]) ->
 
 def _check_not_running(settings: FlinkClusterSettings, name: str, out: Path) -> None:
     for job in rest(settings, "/jobs/overview")["jobs"]:
-        if job["name"] == name and job["state"] not in _ENDED:
+        if job["name"] == name and job["state"] not in ENDED:
             raise FlinkSetupError(
                 f"job {job['jid']} still writes to {out}: wait for it, or cancel it at {settings.rest_url}"
             )
@@ -193,8 +250,6 @@ def _on_cluster(job_settings: FlinkSettings, settings: FlinkClusterSettings, nam
         "--environment_type=EXTERNAL",
         f"--environment_config={settings.worker_pool}",
         f"--parallelism={settings.slots}",
-        f"--number_of_execution_retries={_RETRIES}",
-        f"--execution_retry_delay={_RETRY_DELAY_S * 1000}",
         *_streaming(job_settings),
     )
 

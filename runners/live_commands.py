@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from runners.run_commands import (
     ManyValuesCommand,
     run_command,
     run_options,
+    with_options,
 )
 
 VISITS_TOPIC = "visits"
@@ -65,19 +67,29 @@ def announce(night: Path, bootstrap: str, topic: str, kafka_config: Path | None,
         console.print(f"not announced: {problem.reason}", markup=False)
 
 
+def announced_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Where visits are announced, and what is known of them."""
+    options = (
+        _BOOTSTRAP,
+        _TOPIC,
+        click.option(
+            "--visit-timeout",
+            "visit_timeout_s",
+            type=click.FloatRange(min=0, min_open=True),
+            default=120.0,
+            show_default=True,
+            help="Seconds that a visit waits for its detectors, from its first one on.",
+        ),
+        click.option(
+            "--known-objects", type=EXISTING, help="Folder with ephemerides.parquet, orbits.parquet or orbits.csv."
+        ),
+    )
+    return with_options(command, options)
+
+
 @click.command(cls=ManyValuesCommand)
-@_BOOTSTRAP
-@_TOPIC
-@click.option(
-    "--visit-timeout",
-    "visit_timeout_s",
-    type=click.FloatRange(min=0, min_open=True),
-    default=120.0,
-    show_default=True,
-    help="Seconds that a visit waits for its detectors, from its first one on.",
-)
+@announced_options
 @click.option("--stop-at-end", is_flag=True, help="Stop behind what the topic holds now, when its visits are closed.")
-@click.option("--known-objects", type=EXISTING, help="Folder with ephemerides.parquet, orbits.parquet or orbits.csv.")
 @run_options
 @HISTORY
 @BEAM_OPTIONS

@@ -69,10 +69,15 @@ def claim_output(out: Path, source: str, digest: str) -> None:
 
     What a broken-off run left of failures and broker files is made again: it may be another release's.
     """
+    renew_claim(out, source, digest)
+    for folder in ("failures", "brokers"):
+        shutil.rmtree(out / folder, ignore_errors=True)
+
+
+def renew_claim(out: Path, source: str, digest: str) -> None:
+    """Mark the output folder as this input's, and leave what is in it: the run goes on."""
     try:
         write_bytes(out / CLAIM, json.dumps({"input": digest, "source": source}, sort_keys=True).encode())
-        for folder in ("failures", "brokers"):
-            shutil.rmtree(out / folder, ignore_errors=True)
     except OSError as error:
         raise OutputFolderError(f"{out} cannot be written: {error}") from error
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,13 +60,20 @@ KAFKA_CONFIG = click.option(
 HISTORY = click.option("--history", type=EXISTING, multiple=True, help="Output folders of earlier nights. [OUT0 ...]")
 
 
-def run_options(command: Callable[..., None]) -> Callable[..., None]:
-    """The options that all entries share."""
+def request_options(command: Callable[..., None]) -> Callable[..., None]:
+    """What every run is asked for alike, wherever it runs, but for Kafka."""
     options = (
         click.option("--out", required=True, type=_FOLDER, help="Output folder; empty, or that of the same input."),
         click.option("--config", type=EXISTING, help="YAML laid over the shipped alert_production.yaml."),
         click.option("--brokers", type=EXISTING, help="YAML list of brokers instead of the shipped one."),
         click.option("--filters", type=EXISTING, help="Folder of filter YAML files instead of the shipped examples."),
+    )
+    return with_options(command, options)
+
+
+def run_options(command: Callable[..., None]) -> Callable[..., None]:
+    """The options that all entries share."""
+    options = (
         click.option(
             "--runner",
             type=click.Choice(["local", "flink", FLINK_CLUSTER]),
@@ -85,7 +92,14 @@ def run_options(command: Callable[..., None]) -> Callable[..., None]:
         click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout, everything else on stderr."),
         click.option("--quiet", is_flag=True, help="No progress, no table."),
     )
-    for option in reversed(options):
+    return request_options(with_options(command, options))
+
+
+def with_options(
+    command: Callable[..., None], options: Iterable[Callable[[Callable[..., None]], Callable[..., None]]]
+) -> Callable[..., None]:
+    """A command with more options, in the order given."""
+    for option in reversed(tuple(options)):
         command = option(command)
     return command
 
@@ -199,7 +213,7 @@ def run_command(
     quiet = options["quiet"]
     console = Console(stderr=True)
     try:
-        request = _request({**options, "out": out}, asked or {}, console)
+        request = run_request({**options, "out": out}, asked or {}, console)
         given = open_input(request)
         engine = _engine(options["runner"], options["beam_options"], out, console)
         result = run_chain(request, given, lambda n_visits: VisitProgress(out, n_visits, quiet=quiet), engine)
@@ -208,15 +222,15 @@ def run_command(
     except (ManifestError, KafkaUnreachableError, TopicError, _SetupNeededError) as error:
         raise Failure(str(error)) from error
     except (RuntimeError, OSError) as error:
-        raise Failure(f"the run failed: {_in_short(error)}; mend the cause and run the same command again") from error
+        raise Failure(f"the run failed: {in_short(error)}; mend the cause and run the same command again") from error
     for name, receipt in result.receipts.items():
         if receipt.first_problem is not None:
             console.print(f"reader of {name}: {receipt.first_problem}", markup=False)
     received = {name: receipt.received for name, receipt in result.receipts.items()}
-    _tell(night, out, result.seconds, received, as_json=options["as_json"], quiet=quiet, console=console)
+    tell_result(night, out, result.seconds, received, as_json=options["as_json"], quiet=quiet, console=console)
 
 
-def _request(options: dict[str, Any], asked: dict[str, Any], console: Console) -> RunRequest:
+def run_request(options: dict[str, Any], asked: dict[str, Any], console: Console) -> RunRequest:
     """The request, and a word on what of it cannot be served."""
     from runners.configuration import (
         brokers_with_streams,
@@ -300,7 +314,7 @@ def _packet_count(quiet: bool) -> Iterator[Callable[[int], None] | None]:
         yield tell
 
 
-def _tell(
+def tell_result(
     night: Path | None,
     out: Path,
     seconds: float,
@@ -331,7 +345,7 @@ def _is_address(text: str) -> bool:
     return bool(host) and port.isdigit() and 0 < int(port) < 65536
 
 
-def _in_short(error: BaseException) -> str:
+def in_short(error: BaseException) -> str:
     """What went wrong first, without the runner's frames."""
     text = " ".join(str(error).split())
     return text if len(text) <= 500 else text[:500] + " ..."

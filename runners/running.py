@@ -23,6 +23,7 @@ from runners.kafka import (
 )
 from runners.local import Dataflow, Run
 from runners.output_folder import (
+    SCRATCH,
     check_books,
     check_output,
     claim_output,
@@ -134,18 +135,8 @@ def run_chain(
         run = stack.enter_context(engine)
         stack.enter_context(threadpool_limits(1))
         bootstrap = _bootstrap(request, stack)
-        digest = digest_of([*given.digest_parts, _request_parts(request)])
-        check_output(out, digest)
-        entry = _entered(given, out, lambda entry: _check_topics(bootstrap, request.login, entry.brokers))
-        claim_output(out, given.source, digest)
-        delivery = Delivery(
-            out=str(out),
-            store=str(out / ".store"),
-            brokers=entry.brokers,
-            filters=request.filters,
-            sink=None if bootstrap is None else _sink(bootstrap, request.login, entry.brokers),
-            deadline_s=request.config.packaging.delivery_deadline_s,
-        )
+        entry = claimed_entry(request, given, bootstrap)
+        delivery = delivery_of(request, entry, bootstrap)
         readers = _start_readers(delivery, str(bootstrap), stack) if request.kafka == EMBEDDED else {}
         with progress(len(entry.manifest.visits)):
             run(entry.dataflow(delivery))
@@ -156,41 +147,72 @@ def run_chain(
     return RunResult(time.perf_counter() - started, receipts)
 
 
-def _entered(given: RunInput, out: Path, check: Callable[[Entry], None]) -> Entry:
-    """The input opened and checked, in a fresh scratch folder; nothing stays behind where it cannot be."""
-    store = clear_scratch(out)
+def claimed_entry(request: RunRequest, given: RunInput, bootstrap: str | None) -> Entry:
+    """The input opened for a run from its beginning, in a fresh scratch folder, and the output folder claimed for it.
+
+    Nothing stays behind where it cannot be opened. Raises OutputFolderError, TopicError if the Kafka at `bootstrap`
+    does not take what is to be sent, and what opening the input raises.
+    """
+    out, digest = request.out, run_digest(request, given)
+    check_output(out, digest)
+    clear_scratch(out)
     try:
-        entry = given.enter(store)
-        check(entry)
-        return entry
+        entry = entered(request, given, bootstrap)
     except BaseException:
         remove_scratch(out)
         with contextlib.suppress(OSError):
             out.rmdir()
         raise
+    claim_output(out, given.source, digest)
+    return entry
 
 
-def _request_parts(request: RunRequest) -> list[Any]:
-    return [
-        asdict(request.config),
-        [asdict(broker) for broker in request.brokers],
-        [asdict(one.definition) for one in request.filters],
-    ]
+def entered(request: RunRequest, given: RunInput, bootstrap: str | None) -> Entry:
+    """The input opened, with the scratch folder as it is; raises as `claimed_entry`."""
+    entry = given.enter(request.out / SCRATCH[0])
+    if bootstrap is not None:
+        check_topics(bootstrap, request.login, {**topic_sizes(entry.brokers), LEDGER_TOPIC: 0})
+    return entry
+
+
+def delivery_of(request: RunRequest, entry: Entry, bootstrap: str | None) -> Delivery:
+    """Who gets what, with Kafka streams to `bootstrap` unless that is None."""
+    return Delivery(
+        out=str(request.out),
+        store=str(request.out / SCRATCH[0]),
+        brokers=entry.brokers,
+        filters=request.filters,
+        sink=None if bootstrap is None else _sink(bootstrap, request.login, entry.brokers),
+        deadline_s=request.config.packaging.delivery_deadline_s,
+    )
+
+
+def run_digest(request: RunRequest, given: RunInput) -> str:
+    """Digest of all that decides what comes out."""
+    return digest_of(
+        [
+            *given.digest_parts,
+            [
+                asdict(request.config),
+                [asdict(broker) for broker in request.brokers],
+                [asdict(one.definition) for one in request.filters],
+            ],
+        ]
+    )
 
 
 def _bootstrap(request: RunRequest, stack: contextlib.ExitStack) -> str | None:
-    if request.kafka == NO_KAFKA:
-        return None
     if request.kafka == EMBEDDED:
         return stack.enter_context(EmbeddedKafka()).bootstrap
+    return reached_kafka(request)
+
+
+def reached_kafka(request: RunRequest) -> str | None:
+    """The Kafka broker that streams are sent to, which has answered; None if they are not sent."""
+    if request.kafka == NO_KAFKA:
+        return None
     check_kafka(request.kafka, login=request.login)
     return request.kafka
-
-
-def _check_topics(bootstrap: str | None, login: str | None, brokers: tuple[BrokerConfig, ...]) -> None:
-    """TopicError unless Kafka takes what is to be sent."""
-    if bootstrap is not None:
-        check_topics(bootstrap, login, {**topic_sizes(brokers), LEDGER_TOPIC: 0})
 
 
 def _sink(bootstrap: str, login: str | None, brokers: tuple[BrokerConfig, ...]) -> KafkaAlertSink:

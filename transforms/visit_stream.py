@@ -36,6 +36,9 @@ from transforms.ingestion import (
 # that it never gives back, so one without work is long.
 _TURN_S = 0.2
 _IDLE_TURN_S = 20.0
+# Flink's runner takes up what a turn left undone before it tells others how far event time has come, and then does not
+# tell them, unless there is a pause in between. It knows whole seconds only, and Beam takes a little off.
+_PAUSE_S = 1.5
 # Empty turns in which the local runner fires the timers of sky space, then those of visit space that these set.
 _RESTS_AT_END = 2
 # Closed visits of which repeated announcements are still known.
@@ -81,8 +84,9 @@ class ReadVisitStream(beam.PTransform):
     that is open holds the watermark short of its midpoint. Duplicates within a visit are dropped. No state but the
     source's own.
 
-    `spread` puts a Reshuffle behind the detectors, so that they go to all workers. Without, the source goes visit by
-    visit, each as a whole, and after it makes an empty turn in which timers fire, as the local runner needs it.
+    `spread` puts a Reshuffle behind the detectors, so that they go to all workers; the source pauses for a moment when
+    visits were closed, as Flink's runner needs it. Without, the source goes visit by visit, each as a whole, and after
+    it makes an empty turn in which timers fire, as the local runner needs it.
     """
 
     def __init__(self, visits: VisitStream, history: tuple[str, ...] = (), *, spread: bool = False) -> None:
@@ -219,6 +223,7 @@ class _ReadAnnouncementsFn(beam.DoFn):
     def __init__(self, history: tuple[str, ...], *, rests: bool) -> None:
         self.history = history
         self.rests = rests
+        self.starts = True
 
     @beam.DoFn.unbounded_per_element()
     def process(
@@ -230,8 +235,12 @@ class _ReadAnnouncementsFn(beam.DoFn):
         position = tracker.current_restriction()
         if not tracker.try_claim(position):
             return
+        pause_s = 0.0
         if position.rests:
             position = replace(position, rests=position.rests - 1)
+        elif self.starts and not self.rests and position.begun:
+            # Those behind, who may have been started again as well, are told the time before anything else.
+            pause_s = _PAUSE_S
         else:
             turn = _Turn(element, self.history, position, whole_visits=self.rests)
             yield from turn.outputs()
@@ -241,10 +250,13 @@ class _ReadAnnouncementsFn(beam.DoFn):
                 watermark.set_watermark(passed)
             if self.rests and (turn.has_closed or _is_at_end(position)):
                 position = replace(position, rests=_RESTS_AT_END if _is_at_end(position) else 1)
+            elif turn.has_closed:
+                pause_s = _PAUSE_S
+        self.starts = False
         at_end = _is_at_end(position) and not position.rests
         tracker.try_claim(replace(position, finished=at_end))
         if not at_end:
-            tracker.defer_remainder(Duration(0))
+            tracker.defer_remainder(Duration(pause_s))
 
 
 def _is_at_end(position: StreamPosition) -> bool:

@@ -39,6 +39,7 @@ _PROMETHEUS_JAR = "flink-metrics-prometheus-{release}.jar"
 _METASPACE_MB = 384  # each submission loads the job server's classes anew
 _BLOB_SWEEP_S = 300
 _REST_PATIENCE_S = 5.0
+ENDED = ("FINISHED", "CANCELED", "FAILED")
 # A library that uses several threads adds up in another order: the bytes would not repeat.
 _ONE_THREAD = {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
 
@@ -167,9 +168,12 @@ def overview(settings: FlinkClusterSettings) -> dict[str, Any] | None:
         return None
 
 
-def rest(settings: FlinkClusterSettings, path: str, method: str = "GET") -> Any:
+def rest(settings: FlinkClusterSettings, path: str, method: str = "GET", body: Mapping[str, Any] | None = None) -> Any:
     """What Flink's REST interface answers; ClusterError if it does not."""
     request = urllib.request.Request(settings.rest_url + path, method=method)
+    if body is not None:
+        request.data = json.dumps(body).encode()
+        request.add_header("Content-Type", "application/json")
     try:
         with urllib.request.urlopen(request, timeout=_REST_PATIENCE_S) as answer:
             return json.loads(answer.read() or b"null")
