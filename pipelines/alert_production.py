@@ -83,7 +83,8 @@ class AlertProduction:
         packaged = associated.good | "PackageAlerts" >> package
 
         # Visit space: keyed by visit; thin columns and locations of finished packets.
-        keeps = isinstance(self.visits, VisitStream) and not spread
-        undelivered = packaged.good | "DeliverAlerts" >> DeliverAlerts(self.delivery, keeps=keeps)
+        live = isinstance(self.visits, VisitStream)
+        deliver = DeliverAlerts(self.delivery, keeps=live and not spread, sweeps=live)
+        undelivered = packaged.good | "DeliverAlerts" >> deliver
         stages = (visits, admitted, subtracted, detected, named, stamped, associated, packaged)
         collect_failures([*(stage.failed for stage in stages), undelivered], self.delivery)

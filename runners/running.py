@@ -42,6 +42,7 @@ from schemas.manifests import Manifest
 from transforms.accounting import LEDGER_TOPIC
 from transforms.delivery import Delivery
 from transforms.distribution import BrokerConfig, topic_sizes
+from transforms.failures import FAILURES_TOPIC
 from transforms.filters.checking import CheckedFilter
 from transforms.filters.definition import FilterProblem
 
@@ -171,7 +172,7 @@ def entered(request: RunRequest, given: RunInput, bootstrap: str | None) -> Entr
     """The input opened, with the scratch folder as it is; raises as `claimed_entry`."""
     entry = given.enter(request.out / SCRATCH[0])
     if bootstrap is not None:
-        check_topics(bootstrap, request.login, {**topic_sizes(entry.brokers), LEDGER_TOPIC: 0})
+        check_topics(bootstrap, request.login, {**topic_sizes(entry.brokers), LEDGER_TOPIC: 0, FAILURES_TOPIC: 0})
     return entry
 
 

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import struct
 import threading
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -202,6 +204,21 @@ def _blob_index(stream: BinaryIO, name: str) -> tuple[np.ndarray, np.ndarray]:
     if offsets[-1] != size:
         raise ClaimCheckError(f"{name} is broken: {size} bytes, its index speaks of {offsets[-1]}")
     return keys, offsets
+
+
+def sweep_stores(root: Path, older_than_s: float) -> int:
+    """Remove what belongs to visits of which nothing was written to a store for so long; how many there were.
+
+    `root` holds the stores, each with a folder per visit.
+    """
+    limit = time.time() - older_than_s
+    removed = 0
+    for visit in root.glob("*/*/"):
+        with contextlib.suppress(FileNotFoundError):
+            if visit.stat().st_mtime < limit:
+                shutil.rmtree(visit, ignore_errors=True)
+                removed += 1
+    return removed
 
 
 @contextlib.contextmanager

@@ -11,12 +11,16 @@ from typing import Any
 
 import apache_beam as beam
 
+from schemas.claim_check import sweep_stores
 from schemas.elements import VisitAlerts
 from transforms.distribution import AlertSink, KafkaStream
 from transforms.failures import write_bytes, write_lines
 
 STAGE = "accounting"
 LEDGER_TOPIC = "alert-ledger"
+# A day longer than late detectors of a visit can ask for its packets (`transforms.filtering.VISIT_MEMORY_S`).
+STORE_MEMORY_S = 3 * 86_400.0
+_SWEEP_INTERVAL_S = 600.0
 
 
 class AccountVisits(beam.PTransform):
@@ -25,13 +29,21 @@ class AccountVisits(beam.PTransform):
     Input: VisitAlerts, filtered, distributed and archived. Output: the record as one JSON line. A
     revised visit rewrites its record whole. Everything counted as delivered was acknowledged or
     written before. No state.
+
+    `store`, if given, is rid now and then of what belongs to visits older than `STORE_MEMORY_S`.
     """
 
     def __init__(
-        self, folder: str, *, streams: tuple[KafkaStream, ...], sink: AlertSink | None, delivery_deadline_s: float
+        self,
+        folder: str,
+        *,
+        streams: tuple[KafkaStream, ...],
+        sink: AlertSink | None,
+        delivery_deadline_s: float,
+        store: str | None = None,
     ) -> None:
         super().__init__()
-        self.account = _AccountFn(folder, streams, sink, delivery_deadline_s)
+        self.account = _AccountFn(folder, streams, sink, delivery_deadline_s, store)
 
     def expand(self, visits: beam.PCollection) -> beam.PCollection:
         return visits | "WriteLedger" >> beam.ParDo(self.account).with_output_types(str)
@@ -39,14 +51,21 @@ class AccountVisits(beam.PTransform):
 
 class _AccountFn(beam.DoFn):
     def __init__(
-        self, folder: str, streams: tuple[KafkaStream, ...], sink: AlertSink | None, delivery_deadline_s: float
+        self,
+        folder: str,
+        streams: tuple[KafkaStream, ...],
+        sink: AlertSink | None,
+        delivery_deadline_s: float,
+        store: str | None,
     ) -> None:
+        self.store = store
         self.folder = folder
         self.streams = streams
         self.sink = sink
         self.delivery_deadline_s = delivery_deadline_s
 
     def setup(self) -> None:
+        self.swept_at = time.monotonic()  # a job that goes on after a long pause first does what was left to do
         if self.sink is not None:
             self.sink.open()
 
@@ -61,6 +80,9 @@ class _AccountFn(beam.DoFn):
             self.sink.send(LEDGER_TOPIC, str(visit.visit).encode(), line.encode(), [])
             self.sink.flush(self.delivery_deadline_s)
         write_bytes(Path(self.folder) / f"{visit.visit}.json", line.encode() + b"\n")
+        if self.store is not None and time.monotonic() > self.swept_at + _SWEEP_INTERVAL_S:
+            self.swept_at = time.monotonic()
+            sweep_stores(Path(self.store), STORE_MEMORY_S)
         yield line
 
 

@@ -71,14 +71,16 @@ class DeliverAlerts(beam.PTransform):
 
     Input: (visit, bytes) parts, their packets in the packet store and sent on the full streams. Output:
     FailureRecord of its stages. Keyed by visit; thin columns and locations of finished packets. Without
-    `archive` nothing is archived: what is replayed is in an archive. `keeps`: see `GatherVisits`.
+    `archive` nothing is archived: what is replayed is in an archive. `keeps`: see `GatherVisits`. `sweeps`: the stores
+    are rid of old visits, for a job without an end.
     """
 
-    def __init__(self, delivery: Delivery, *, archive: bool = True, keeps: bool = False) -> None:
+    def __init__(self, delivery: Delivery, *, archive: bool = True, keeps: bool = False, sweeps: bool = False) -> None:
         super().__init__()
         self.delivery = delivery
         self.archive = archive
         self.keeps = keeps
+        self.sweeps = sweeps
 
     def expand(self, parts: beam.PCollection) -> beam.PCollection:
         to, out = self.delivery, Path(self.delivery.out)
@@ -99,7 +101,11 @@ class DeliverAlerts(beam.PTransform):
             )
             failed.append(done.failed)
         done.good | "AccountVisits" >> AccountVisits(
-            str(out / "ledger"), streams=to.streams, sink=to.sink, delivery_deadline_s=to.deadline_s
+            str(out / "ledger"),
+            streams=to.streams,
+            sink=to.sink,
+            delivery_deadline_s=to.deadline_s,
+            store=to.store if self.sweeps else None,
         )
         return tuple(failed) | "JoinFailures" >> beam.Flatten()
 
@@ -107,4 +113,6 @@ class DeliverAlerts(beam.PTransform):
 def collect_failures(failures: Iterable[beam.PCollection], delivery: Delivery) -> None:
     """Write down what failed in any stage."""
     joined = tuple(failures) | "JoinFailures" >> beam.Flatten()
-    joined | "CollectFailures" >> CollectFailures(str(Path(delivery.out) / "failures"))
+    joined | "CollectFailures" >> CollectFailures(
+        str(Path(delivery.out) / "failures"), sink=delivery.sink, delivery_deadline_s=delivery.deadline_s
+    )

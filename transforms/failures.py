@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import apache_beam as beam
 from apache_beam.coders import BytesCoder
@@ -21,6 +21,11 @@ from schemas.framing import pack
 from schemas.manifests import Visit
 
 FAILED = "failed"
+
+if TYPE_CHECKING:
+    from transforms.distribution import AlertSink
+
+FAILURES_TOPIC = "alert-failures"
 NO_VISIT = 0
 
 
@@ -68,22 +73,23 @@ def failure_part(record: FailureRecord) -> bytes:
 
 
 class CollectFailures(beam.PTransform):
-    """Write the failure records of each visit to `folder/<visit>.jsonl`.
+    """Write the failure records of each visit to `folder/<visit>.jsonl`, and send them on the topic `alert-failures`.
 
     Input: FailureRecord. Output: the path of each file written. Key: visit (`NO_VISIT` for broken
-    manifest lines, file `manifest.jsonl`). A repeated record is written once; a late one joins those in the
-    file, which is written anew. State: the lines of a visit from when they come until the watermark passes it.
+    manifest lines, file `manifest.jsonl`). A repeated record is written once, and sent again only after a crash; a
+    late one joins those in the file, which is written anew. State: the lines of a visit from when they come until
+    the watermark passes it. Without a sink nothing is sent.
     """
 
-    def __init__(self, folder: str) -> None:
+    def __init__(self, folder: str, *, sink: AlertSink | None = None, delivery_deadline_s: float = 120.0) -> None:
         super().__init__()
-        self.folder = folder
+        self.write = _WriteFailuresFn(folder, sink, delivery_deadline_s)
 
     def expand(self, records: beam.PCollection) -> beam.PCollection:
         return (
             records
             | "KeyFailuresByVisit" >> beam.Map(_keyed_line).with_output_types(tuple[int, bytes])
-            | "WriteFailures" >> beam.ParDo(_WriteFailuresFn(self.folder)).with_output_types(str)
+            | "WriteFailures" >> beam.ParDo(self.write).with_output_types(str)
         )
 
 
@@ -95,8 +101,18 @@ class _WriteFailuresFn(beam.DoFn):
     LINES = BagStateSpec("lines", BytesCoder())
     DUE = TimerSpec("failures_due", TimeDomain.WATERMARK)
 
-    def __init__(self, folder: str) -> None:
+    def __init__(self, folder: str, sink: AlertSink | None, delivery_deadline_s: float) -> None:
         self.folder = folder
+        self.sink = sink
+        self.delivery_deadline_s = delivery_deadline_s
+
+    def setup(self) -> None:
+        if self.sink is not None:
+            self.sink.open()
+
+    def teardown(self) -> None:
+        if self.sink is not None:
+            self.sink.close()
 
     def process(
         self,
@@ -119,8 +135,12 @@ class _WriteFailuresFn(beam.DoFn):
             return
         name = "manifest" if visit == NO_VISIT else str(visit)
         path = Path(self.folder) / f"{name}.jsonl"
-        known = path.read_bytes().splitlines() if path.exists() else []
-        write_lines(path, sorted(fresh.union(known)))
+        known = set(path.read_bytes().splitlines() if path.exists() else ())
+        if self.sink is not None and fresh - known:
+            for line in sorted(fresh - known):
+                self.sink.send(FAILURES_TOPIC, str(visit).encode(), line, [])
+            self.sink.flush(self.delivery_deadline_s)
+        write_lines(path, sorted(fresh | known))
         lines.clear()
         yield str(path)
 

@@ -16,9 +16,9 @@ from typing import NamedTuple
 from runners.access.settings import KafkaAccess
 from transforms.accounting import LEDGER_TOPIC
 from transforms.distribution import FULL_STREAM, BrokerConfig, BrokerLimits, topic_sizes
+from transforms.failures import FAILURES_TOPIC
 
 VISITS_TOPIC = "visits"
-FAILURES_TOPIC = "alert-failures"
 JOB_USER = "nightstream"
 TELESCOPE_USER = "telescope"
 # Users that others hold: a broker of that name would get their login.

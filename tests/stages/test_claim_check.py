@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from pathlib import Path
 
 import blosc2
@@ -11,7 +13,7 @@ from astropy.wcs import WCS
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from schemas.claim_check import PLANES, ClaimCheckError, ImageStore, read_blobs, write_blobs
+from schemas.claim_check import PLANES, ClaimCheckError, ImageStore, read_blobs, sweep_stores, write_blobs
 
 _fixture_ok = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60, deadline=None)
 _rows = st.integers(1, 3).flatmap(
@@ -202,3 +204,20 @@ def test_a_writing_that_fails_leaves_nothing_behind(tmp_path: Path, planes: list
     with pytest.raises(TypeError):
         write_blobs(tmp_path / "x.packets", np.array([1]), [(b"abc", "text")])  # type: ignore[list-item]
     assert _files(tmp_path) == []
+
+
+# --- age ---------------------------------------------------------------------------------------------
+
+
+def test_visits_that_nobody_wrote_to_for_long_leave_all_stores(tmp_path: Path) -> None:
+    for name in ("images", "packets"):
+        for visit in (1, 2):
+            write_blobs(tmp_path / name / str(visit) / "x.packets", np.array([1]), [(b"abc",)])
+    old = time.time() - 1000.0
+    for name in ("images", "packets"):
+        os.utime(tmp_path / name / "1", (old, old))
+    (tmp_path / "unpacked.parquet").touch()
+    assert sweep_stores(tmp_path, 2000.0) == 0
+    assert sweep_stores(tmp_path, 500.0) == 2
+    assert _files(tmp_path) == ["unpacked.parquet", "x.packets", "x.packets"]
+    assert sorted(path.name for path in tmp_path.glob("*/*")) == ["2", "2"]

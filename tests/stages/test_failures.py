@@ -73,7 +73,7 @@ def _stamped(record: FailureRecord) -> TimestampedValue:
 
 
 def test_written_records_leave_the_state(tmp_path: Path) -> None:
-    write, lines = _WriteFailuresFn(str(tmp_path)).write, _Bag()
+    write, lines = _WriteFailuresFn(str(tmp_path), None, 1.0).write, _Bag()
     for detector in (1, 0):
         lines.held = [failure_line(_failure(detector))]
         assert list(write(VISIT, lines)) == [str(tmp_path / f"{VISIT}.jsonl")]
@@ -88,8 +88,41 @@ def test_records_stay_in_the_state_when_they_cannot_be_written(tmp_path: Path) -
     lines: Any = _Bag()
     lines.held = [failure_line(_failure(1))]
     with pytest.raises(OSError):
-        list(_WriteFailuresFn(str(tmp_path / "file")).write(VISIT, lines))
+        list(_WriteFailuresFn(str(tmp_path / "file"), None, 1.0).write(VISIT, lines))
     assert lines.held == [failure_line(_failure(1))]
+
+
+class _Sink:
+    """Keeps what was sent and acknowledged; refuses to acknowledge while `is_away`."""
+
+    def __init__(self) -> None:
+        self.sent: list[tuple[str, bytes]] = []
+        self.is_away = False
+
+    def send(self, topic: str, key: bytes, value: bytes, headers: list[Any]) -> None:
+        self.sent.append((topic, value))
+
+    def flush(self, deadline_s: float) -> None:
+        if self.is_away:
+            raise RuntimeError("not acknowledged")
+
+
+def test_new_records_are_sent_before_they_are_written_and_again_when_that_failed(tmp_path: Path) -> None:
+    sink: Any = _Sink()
+    write, lines = _WriteFailuresFn(str(tmp_path), sink, 1.0).write, _Bag()
+    lines.held = [failure_line(_failure(detector)) for detector in (1, 0)]
+    list(write(VISIT, lines))
+    told = [("alert-failures", failure_line(_failure(detector))) for detector in (0, 1)]
+    assert sink.sent == told
+    lines.held = [failure_line(_failure(detector)) for detector in (1, 2)]
+    sink.is_away = True
+    with pytest.raises(RuntimeError):
+        list(write(VISIT, lines))
+    assert _lines(tmp_path) == _expected(0, 1)
+    sink.is_away = False
+    list(write(VISIT, lines))
+    assert sink.sent[2:] == 2 * [("alert-failures", failure_line(_failure(2)))]
+    assert _lines(tmp_path) == _expected(0, 1, 2)
 
 
 def test_the_first_to_decide_is_obeyed_and_leaves_no_other_file(tmp_path: Path) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from schemas.records import (
     SS_SOURCE,
     empty_records,
 )
+from transforms.accounting import AccountVisits
 from transforms.alert_columns import thin_alerts
 from transforms.cutouts import detector_account
 from transforms.delivery import Delivery
@@ -361,3 +363,26 @@ def test_part_of_a_batch_holds_no_packet_bytes(bright: CheckedFilter) -> None:
     header, buffers = unpack(part)
     assert header["counts"] == {"objects_new": 3, "objects_updated": 0, "sources_without_object": 0}
     assert len(buffers) == 5
+
+
+@pytest.mark.parametrize("sweeps", [False, True])
+def test_the_ledger_of_a_live_job_rids_the_stores_of_old_visits(sweeps: bool, tmp_path: Path) -> None:
+    old, young = (tmp_path / "store" / "packets" / name for name in ("1", "2"))
+    for folder in (old, young):
+        folder.mkdir(parents=True)
+    os.utime(old, (1e9, 1e9))
+    visit = visit_alerts(VISIT, 0, {0: {_part(_batch(100, 2), frozenset())}}, frozenset())
+    visit = replace(visit, summary={**visit.summary, "delivered": {}, "filters": {}})
+    account = AccountVisits(
+        str(tmp_path / "ledger"),
+        streams=(),
+        sink=None,
+        delivery_deadline_s=1.0,
+        store=str(tmp_path / "store") if sweeps else None,
+    ).account
+    account.setup()
+    list(account.process(visit))
+    assert old.exists()  # not at once: whoever goes on after a pause may still want it
+    account.swept_at -= 3600.0
+    list(account.process(visit))
+    assert (old.exists(), young.exists()) == (not sweeps, True)
