@@ -13,7 +13,7 @@ import shutil
 import struct
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -206,18 +206,19 @@ def _blob_index(stream: BinaryIO, name: str) -> tuple[np.ndarray, np.ndarray]:
     return keys, offsets
 
 
-def sweep_stores(root: Path, older_than_s: float) -> int:
-    """Remove what belongs to visits of which nothing was written to a store for so long; how many there were.
+def sweep_stores(root: Path, ages_s: Mapping[str, float]) -> int:
+    """Remove visits to which nothing was added for so long; how many folders that were.
 
-    `root` holds the stores, each with a folder per visit.
+    `root` holds the stores, each with a folder per visit; `ages_s`: by name of the store, the age that visits reach.
     """
-    limit = time.time() - older_than_s
     removed = 0
-    for visit in root.glob("*/*/"):
-        with contextlib.suppress(FileNotFoundError):
-            if visit.stat().st_mtime < limit:
-                shutil.rmtree(visit, ignore_errors=True)
-                removed += 1
+    for name, age_s in ages_s.items():
+        limit = time.time() - age_s
+        for visit in (root / name).glob("*/"):
+            with contextlib.suppress(FileNotFoundError):
+                if visit.stat().st_mtime < limit:
+                    shutil.rmtree(visit, ignore_errors=True)
+                    removed += 1
     return removed
 
 

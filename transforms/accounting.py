@@ -18,8 +18,9 @@ from transforms.failures import write_bytes, write_lines
 
 STAGE = "accounting"
 LEDGER_TOPIC = "alert-ledger"
-# A day longer than late detectors of a visit can ask for its packets (`transforms.filtering.VISIT_MEMORY_S`).
-STORE_MEMORY_S = 3 * 86_400.0
+# Pixels are wanted until their visit is closed, and again by a job that goes on from a checkpoint; packets for as
+# long as late detectors can open a visit again (`transforms.filtering.VISIT_MEMORY_S`), and a day.
+STORE_AGES_S = {"images": 6 * 3600.0, "cutouts": 6 * 3600.0, "packets": 3 * 86_400.0}
 _SWEEP_INTERVAL_S = 600.0
 
 
@@ -30,7 +31,7 @@ class AccountVisits(beam.PTransform):
     revised visit rewrites its record whole. Everything counted as delivered was acknowledged or
     written before. No state.
 
-    `store`, if given, is rid now and then of what belongs to visits older than `STORE_MEMORY_S`.
+    `store`, if given, is rid now and then of visits older than `STORE_AGES_S`.
     """
 
     def __init__(
@@ -82,7 +83,7 @@ class _AccountFn(beam.DoFn):
         write_bytes(Path(self.folder) / f"{visit.visit}.json", line.encode() + b"\n")
         if self.store is not None and time.monotonic() > self.swept_at + _SWEEP_INTERVAL_S:
             self.swept_at = time.monotonic()
-            sweep_stores(Path(self.store), STORE_MEMORY_S)
+            sweep_stores(Path(self.store), STORE_AGES_S)
         yield line
 
 

@@ -209,15 +209,15 @@ def test_a_writing_that_fails_leaves_nothing_behind(tmp_path: Path, planes: list
 # --- age ---------------------------------------------------------------------------------------------
 
 
-def test_visits_that_nobody_wrote_to_for_long_leave_all_stores(tmp_path: Path) -> None:
+def test_visits_that_nobody_wrote_to_for_long_leave_the_stores(tmp_path: Path) -> None:
     for name in ("images", "packets"):
         for visit in (1, 2):
             write_blobs(tmp_path / name / str(visit) / "x.packets", np.array([1]), [(b"abc",)])
     old = time.time() - 1000.0
     for name in ("images", "packets"):
         os.utime(tmp_path / name / "1", (old, old))
-    (tmp_path / "unpacked.parquet").touch()
-    assert sweep_stores(tmp_path, 2000.0) == 0
-    assert sweep_stores(tmp_path, 500.0) == 2
-    assert _files(tmp_path) == ["unpacked.parquet", "x.packets", "x.packets"]
-    assert sorted(path.name for path in tmp_path.glob("*/*")) == ["2", "2"]
+    (tmp_path / "images" / "unpacked.parquet").touch()
+    assert sweep_stores(tmp_path, {"images": 2000.0, "packets": 2000.0, "cutouts": 1.0}) == 0
+    assert sweep_stores(tmp_path, {"images": 500.0, "packets": 2000.0}) == 1
+    found = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.glob("*/*"))
+    assert found == ["images/2", "images/unpacked.parquet", "packets/1", "packets/2"]
