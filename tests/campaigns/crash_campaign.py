@@ -221,9 +221,11 @@ class Campaign:
     def _in_ledger(self, visits: list[int]) -> list[int]:
         return [visit for visit in visits if (self.out / "ledger" / f"{visit}.json").exists()]
 
-    def _first_written(self, visits: list[int]) -> float:
-        """When the first ledger record of some visits was written."""
-        return min((self.out / "ledger" / f"{visit}.json").stat().st_mtime for visit in self._in_ledger(visits))
+    def _written(self, announced_since: float, since: float) -> list[float]:
+        """When ledger records were written after a moment, of visits announced after another."""
+        visits = self._in_ledger(self._announced(announced_since))
+        times = [(self.out / "ledger" / f"{visit}.json").stat().st_mtime for visit in visits]
+        return [at for at in times if at > since]
 
     # --- killing ------------------------------------------------------------------------------
 
@@ -240,15 +242,15 @@ class Campaign:
             self._until(lambda: not is_alive(pid), f"the end of {kill.victim}")
         self.journal.write(kill.kind, number=kill.number, pid=pid, stop_s=round(kill.stop_s, 1))
         self._cluster_up()
-        self._bring_back_job()
-        # Announced since then, so it went through all that had to come back.
+        # Without its job manager the job goes on for some seconds: that is no recovery.
+        since = self._bring_back_job() or began
         if not kill.in_haste:
-            self._until(lambda: self._in_ledger(self._announced(began)), f"a visit after: {kill.kind}")
+            self._until(lambda: self._written(began, since), f"a visit after: {kill.kind}")
         self.journal.write(
             "recovered",
             number=kill.number,
             kind=kill.kind,
-            seconds=None if kill.in_haste else round(self._first_written(self._announced(began)) - began, 1),
+            seconds=None if kill.in_haste else round(min(self._written(began, since)) - began, 1),
             open_visits=len(self._announced()) - len(self._in_ledger(self._announced())),
         )
         time.sleep(kill.pause_s)
@@ -277,20 +279,19 @@ class Campaign:
         self._until(look, f"a {victim}")
         return found[0]
 
-    def _bring_back_job(self) -> None:
-        """Submit the job at first, and resume it wherever Flink does not know it any more or gave it up."""
+    def _bring_back_job(self) -> float | None:
+        """Submit the job at first, and resume it where Flink does not know it any more or gave it up; when that was."""
         deadline = time.monotonic() + PATIENCE_S
-        while True:
-            how = self._missing_command()
-            if how is None:
-                return
-            command, arguments = how
+        while (how := self._missing_command()) is not None:
+            began = time.time()
+            event, arguments = how
             if self._nightstream(*arguments):
-                self.journal.write(command, job=read_live_job(self.out).latest.job)
-                return
+                self.journal.write(event, job=read_live_job(self.out).latest.job)
+                return began
             if time.monotonic() > deadline:
-                raise CampaignError(f"`flink {command}` did not succeed within {PATIENCE_S:g} s: {self._log}")
+                raise CampaignError(f"the job was not {event} within {PATIENCE_S:g} s: {self._log}")
             self._cluster_up()
+        return None
 
     def _missing_command(self) -> tuple[str, list[str]] | None:
         submit = ["flink", "submit", "--bootstrap", self.bootstrap, "--kafka", self.bootstrap, "--out", str(self.out)]
