@@ -424,7 +424,7 @@ class KafkaMessageLog:
         from confluent_kafka import KafkaError, KafkaException, TopicPartition
 
         partitions = _topic_partitions(self.bootstrap, self.topic, 10.0, self.login)
-        consumer = _log_consumer(self.bootstrap, self.topic, self.login).consumer
+        consumer = _asking_consumer(self.bootstrap, self.login)
         deadline = time.monotonic() + _LEADER_PATIENCE_S
         while True:
             try:
@@ -486,6 +486,12 @@ class _LogConsumer:
         settings = consumer_settings(bootstrap, "visits", from_beginning=True, login=login)
         self.consumer = Consumer({**settings, "enable.auto.commit": False, "fetch.wait.max.ms": 200})
         self.next_offset: int | None = None
+
+
+@cache
+def _asking_consumer(bootstrap: str, login: str | None) -> Any:
+    """The process's consumer for questions: to one that reads, each of them waits a fifth of a second for a fetch."""
+    return _LogConsumer(bootstrap, login).consumer
 
 
 @cache

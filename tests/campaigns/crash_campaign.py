@@ -199,8 +199,9 @@ class Campaign:
             return self._judge()
         finally:
             self._enough.set()
-            flink_down(self.settings)
-            stop(self.settings, kafka_service(self.settings.kafka))
+            with alone(self.settings):
+                flink_down(self.settings)
+                stop(self.settings, kafka_service(self.settings.kafka))
 
     # --- announcing ---------------------------------------------------------------------------
 
