@@ -37,8 +37,10 @@ from transforms.ingestion import (
 _TURN_S = 0.2
 _IDLE_TURN_S = 20.0
 # Flink's runner takes up what a turn left undone before it tells others how far event time has come, and then does not
-# tell them, unless there is a pause in between. It knows whole seconds only, and Beam takes a little off.
-_PAUSE_S = 1.5
+# tell them at all, unless there is a pause in between; it knows whole seconds only, and Beam takes a little off. A
+# worker that stands still for so long misses the telling: so there is another behind a turn in which nothing came.
+_PAUSE_S = 2.5
+_IDLE_PAUSE_S = 1.5
 # Empty turns in which the local runner fires the timers of sky space, then those of visit space that these set.
 _RESTS_AT_END = 2
 # Closed visits of which repeated announcements are still known.
@@ -250,8 +252,8 @@ class _ReadAnnouncementsFn(beam.DoFn):
                 watermark.set_watermark(passed)
             if self.rests and (turn.has_closed or _is_at_end(position)):
                 position = replace(position, rests=_RESTS_AT_END if _is_at_end(position) else 1)
-            elif turn.has_closed:
-                pause_s = _PAUSE_S
+            elif not self.rests:
+                pause_s = _PAUSE_S if turn.has_closed else 0.0 if turn.has_read else _IDLE_PAUSE_S
         self.starts = False
         at_end = _is_at_end(position) and not position.rests
         tracker.try_claim(replace(position, finished=at_end))
@@ -284,6 +286,7 @@ class _Turn:
         self.position = position
         self.whole_visits = whole_visits
         self.has_closed = False
+        self.has_read = False
 
     def outputs(self) -> Iterator[Any]:
         """Read until `_TURN_S` after the first message, or a visit is closed, or nothing came for `_IDLE_TURN_S`.
@@ -291,7 +294,6 @@ class _Turn:
         With `whole_visits` not while a visit is open: the local runner fires timers between turns.
         """
         ends = time.monotonic() + _IDLE_TURN_S
-        works = False
         while not self.has_closed:
             left = ends - time.monotonic()
             if left <= 0 and not (self.whole_visits and self.position.open):
@@ -300,8 +302,8 @@ class _Turn:
                 return
             message = self.stream.log.read(self.position.offset, self._patience_s(max(left, _TURN_S)))
             if message is not None:
-                if not works:
-                    works, ends = True, time.monotonic() + _TURN_S
+                if not self.has_read:
+                    self.has_read, ends = True, time.monotonic() + _TURN_S
                 yield from self._take(*message)
             yield from self._close()
 
