@@ -7,7 +7,7 @@ NIGHTS := nights
 .DEFAULT_GOAL := help
 .PHONY: help setup night test test-real test-long test-oracles check format bench bench-differencing bench-packets \
   lock clean study-association study-detection study-orbits flink-setup flink-test \
-  kafka-up flink-up cluster-down cluster-test
+  kafka-up flink-up cluster-down cluster-test crash-test crash-test-long
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-18s %s\n", $$1, $$2}'
@@ -91,6 +91,14 @@ cluster-down: $(VENV)/.installed ## end both, and what was left of them
 
 cluster-test: setup ## the tests on a Kafka broker and a Flink cluster of their own; about 5 minutes
 	$(BIN)/python -m pytest -m cluster
+
+crash-test: setup flink-setup ## 54 kills in a live night: nothing lost, nothing contradicted; about an hour
+	rm -rf $(NIGHTS)/crash-test
+	$(BIN)/python tests/campaigns/crash_campaign.py --kills 54 --folder $(NIGHTS)/crash-test
+
+crash-test-long: setup flink-setup ## the same with 204 kills; about 4 hours
+	rm -rf $(NIGHTS)/crash-test
+	$(BIN)/python tests/campaigns/crash_campaign.py --kills 204 --folder $(NIGHTS)/crash-test
 
 lock: $(VENV)/.installed ## write requirements.txt and requirements-dev.txt anew from pyproject.toml
 	$(BIN)/python -m pip install --quiet uv

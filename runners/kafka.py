@@ -36,6 +36,7 @@ _WINDOW_PATIENCE_S = 20.0
 # batches to it stay well below what it keeps.
 _EMBEDDED_BATCH_BYTES = 1_000_000
 _MAX_MESSAGE_BYTES = 10_000_000
+_LEADER_PATIENCE_S = 10.0
 
 
 class KafkaUnreachableError(ConnectionError):
@@ -420,17 +421,28 @@ class KafkaMessageLog:
         TopicOrderError
             Messages lie on other partitions: nothing says in which order.
         """
-        from confluent_kafka import KafkaException, TopicPartition
+        from confluent_kafka import KafkaError, KafkaException, TopicPartition
 
         partitions = _topic_partitions(self.bootstrap, self.topic, 10.0, self.login)
-        consumer = _log_consumer(self.bootstrap, self.topic, self.login).consumer
-        try:
-            ends = [
-                consumer.get_watermark_offsets(TopicPartition(self.topic, partition), timeout=10.0)[1]
-                for partition in partitions
-            ]
-        except KafkaException as error:
-            raise KafkaUnreachableError(f"topic {self.topic} of {self.bootstrap}: {error.args[0].str()}") from error
+        consumer = _asking_consumer(self.bootstrap, self.login)
+        deadline = time.monotonic() + _LEADER_PATIENCE_S
+        while True:
+            try:
+                ends = [
+                    consumer.get_watermark_offsets(TopicPartition(self.topic, partition), timeout=10.0)[1]
+                    for partition in partitions
+                ]
+                break
+            except KafkaException as error:
+                # The partitions of a topic made just now, or of a broker started just now, have no leader yet.
+                leaderless = error.args[0].code() in (
+                    KafkaError.NOT_LEADER_FOR_PARTITION,
+                    KafkaError.LEADER_NOT_AVAILABLE,
+                )
+                if not leaderless or time.monotonic() > deadline:
+                    reason = error.args[0].str()
+                    raise KafkaUnreachableError(f"topic {self.topic} of {self.bootstrap}: {reason}") from error
+                time.sleep(0.1)
         if any(ends[1:]):
             raise TopicOrderError(f"topic {self.topic} has messages on several partitions: announce on the first")
         return int(ends[0])
@@ -474,6 +486,12 @@ class _LogConsumer:
         settings = consumer_settings(bootstrap, "visits", from_beginning=True, login=login)
         self.consumer = Consumer({**settings, "enable.auto.commit": False, "fetch.wait.max.ms": 200})
         self.next_offset: int | None = None
+
+
+@cache
+def _asking_consumer(bootstrap: str, login: str | None) -> Any:
+    """The process's consumer for questions: to one that reads, each of them waits a fifth of a second for a fetch."""
+    return _LogConsumer(bootstrap, login).consumer
 
 
 @cache

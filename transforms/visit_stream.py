@@ -37,8 +37,10 @@ from transforms.ingestion import (
 _TURN_S = 0.2
 _IDLE_TURN_S = 20.0
 # Flink's runner takes up what a turn left undone before it tells others how far event time has come, and then does not
-# tell them, unless there is a pause in between. It knows whole seconds only, and Beam takes a little off.
-_PAUSE_S = 1.5
+# tell them at all, unless there is a pause in between; it knows whole seconds only, and Beam takes a little off. A
+# worker that stands still for so long misses the telling: so there is another behind a turn in which nothing came.
+_PAUSE_S = 2.5
+_IDLE_PAUSE_S = 1.5
 # Empty turns in which the local runner fires the timers of sky space, then those of visit space that these set.
 _RESTS_AT_END = 2
 # Closed visits of which repeated announcements are still known.
@@ -250,8 +252,8 @@ class _ReadAnnouncementsFn(beam.DoFn):
                 watermark.set_watermark(passed)
             if self.rests and (turn.has_closed or _is_at_end(position)):
                 position = replace(position, rests=_RESTS_AT_END if _is_at_end(position) else 1)
-            elif turn.has_closed:
-                pause_s = _PAUSE_S
+            elif not self.rests:
+                pause_s = _PAUSE_S if turn.has_closed else 0.0 if turn.has_read else _IDLE_PAUSE_S
         self.starts = False
         at_end = _is_at_end(position) and not position.rests
         tracker.try_claim(replace(position, finished=at_end))
@@ -284,26 +286,35 @@ class _Turn:
         self.position = position
         self.whole_visits = whole_visits
         self.has_closed = False
+        self.has_read = False
+        self._is_over = False
+        self._has_more = False
 
     def outputs(self) -> Iterator[Any]:
-        """Read until `_TURN_S` after the first message, or a visit is closed, or nothing came for `_IDLE_TURN_S`.
+        """Read until `_TURN_S` after the first message, or nothing came for `_IDLE_TURN_S`.
 
-        With `whole_visits` not while a visit is open: the local runner fires timers between turns.
+        When visits were closed, not longer than messages wait: in a backlog all are told in one pause. A closing by
+        time-out ends the turn, so that detectors that come after it find event time beyond their visit, each time it is
+        read. With `whole_visits` any closing does, and nothing else while a visit is open: the local runner fires
+        timers between turns.
         """
         ends = time.monotonic() + _IDLE_TURN_S
-        works = False
-        while not self.has_closed:
+        while not self._is_over:
             left = ends - time.monotonic()
             if left <= 0 and not (self.whole_visits and self.position.open):
                 return
             if _is_at_end(self.position):
                 return
-            message = self.stream.log.read(self.position.offset, self._patience_s(max(left, _TURN_S)))
+            patience_s = 0.0 if self.has_closed else self._patience_s(max(left, _TURN_S))
+            message = self.stream.log.read(self.position.offset, patience_s)
+            self._has_more = message is not None
             if message is not None:
-                if not works:
-                    works, ends = True, time.monotonic() + _TURN_S
+                if not self.has_read:
+                    self.has_read, ends = True, time.monotonic() + _TURN_S
                 yield from self._take(*message)
             yield from self._close()
+            if self.has_closed and not self._has_more:
+                return
 
     def _patience_s(self, left_s: float) -> float:
         """How long to wait for a message: not beyond the time of an open visit."""
@@ -400,10 +411,11 @@ class _Turn:
             closed = (*self.position.closed, closing)[-_REMEMBERED:]
             self.position = replace(self.position, open=still_open, closed=closed)
             self.has_closed = True
+            self._is_over |= self.whole_visits or closing.expected & ~closing.seen != 0
 
     def _time_is_out(self, one: _OpenVisit) -> bool:
         """Whether a visit waited long enough, and nothing that could be of it waits in the log."""
-        if time.time() < one.opened_at + self.stream.timeout_s:
+        if self._has_more or time.time() < one.opened_at + self.stream.timeout_s:
             return False
         try:
             return self.position.offset >= self.stream.log.end()

@@ -145,6 +145,8 @@ def flink_configuration(settings: FlinkClusterSettings, folder: Path, prometheus
         "state.savepoints.dir": (folder / "savepoints").as_uri(),
         "state.checkpoints.num-retained": 2,
         "execution.checkpointing.externalized-checkpoint-retention": "RETAIN_ON_CANCELLATION",
+        # Whether tasks are chained depends on the parallelism, and by what is chained state finds its task again.
+        "pipeline.operator-chaining.enabled": False,
         "restart-strategy.type": "fixed-delay",
         "restart-strategy.fixed-delay.attempts": settings.restart_attempts,
         "restart-strategy.fixed-delay.delay": f"{settings.restart_delay_s} s",

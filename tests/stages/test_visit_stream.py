@@ -137,16 +137,23 @@ def test_what_is_no_announcement_is_refused(message: bytes) -> None:
 
 def test_the_watermark_waits_for_open_visits_and_passes_closed_ones(tmp_path: Path) -> None:
     first, second = _visit(1), _visit(2)
-    log = _ListLog(_messages(first)[:2] + _messages(second) + _messages(first)[2:])
-    stream = VisitStream(log, str(tmp_path))
-    seen, failures, position = _read(stream, StreamPosition(0, None), turns=1)
-    # The second visit is complete, the first is not: the turn ends there, and the watermark stays at the first.
+    begun = _messages(first)[:2] + _messages(second)
+    seen, failures, position = _read(VisitStream(_ListLog(begun), str(tmp_path)), StreamPosition(0, None), turns=1)
+    # The second visit is complete, the first is not: nothing more waits, and the watermark stays at the first.
     assert seen == ["visit", (1, 0), (1, 1), "visit", (2, 0), (2, 1), (2, 2)]
     assert _passed(position) == event_timestamp(first.midpoint_mjd_tai) - 0.001
+    stream = VisitStream(_ListLog(begun + _messages(first)[2:]), str(tmp_path))
     seen, _, position = _read(stream, position, turns=1)
     assert seen == [(1, 2)]
     assert _passed(position) == event_timestamp(second.midpoint_mjd_tai) + 2.0
     assert failures == []
+
+
+def test_a_backlog_of_complete_visits_is_read_in_one_turn(tmp_path: Path) -> None:
+    stream = VisitStream(_ListLog(_messages(*map(_visit, range(1, 21)))), str(tmp_path))
+    seen, _, position = _read(stream, StreamPosition(0, None), turns=1)
+    assert len([one for one in seen if one != "visit"]) == 60
+    assert (len(position.closed), position.open) == (20, ())
 
 
 def test_a_visit_whose_time_is_out_is_closed_with_what_came(tmp_path: Path) -> None:
@@ -198,6 +205,21 @@ def test_while_there_is_more_to_read_no_visit_runs_out_of_time(tmp_path: Path) -
     seen, failures, _ = _read(stream, old)
     assert (seen, failures) == ([(1, 1), (1, 2)], [])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_visit_whose_time_is_out_does_not_slow_the_reading_of_a_backlog(tmp_path: Path) -> None:
+    class _Counting(_ListLog):
+        def end(self) -> int:
+            asked.append(1)
+            return super().end()
+
+    asked: list[int] = []
+    first, *others = map(_visit, range(1, 21))
+    log = _Counting(_messages(first)[:2] + _messages(*others))
+    seen, failures, position = _read(VisitStream(log, str(tmp_path), timeout_s=1e-9), StreamPosition(0, None), turns=1)
+    assert len([one for one in seen if isinstance(one, tuple)]) == 2 + 57
+    assert (len(asked), position.open) == (1, ())
+    assert [(one.visit, one.detector) for one in failures] == [(first.visit, 2)]
 
 
 def test_a_turn_of_whole_visits_waits_for_the_rest_of_an_open_one(tmp_path: Path) -> None:
