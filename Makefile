@@ -92,11 +92,11 @@ cluster-down: $(VENV)/.installed ## end both, and what was left of them
 cluster-test: setup ## the tests on a Kafka broker and a Flink cluster of their own; about 5 minutes
 	$(BIN)/python -m pytest -m cluster
 
-crash-test: setup flink-setup ## 54 kills in a live night: nothing lost, nothing contradicted; about an hour
+crash-test: setup flink-setup ## 54 kills in a live night: nothing lost, nothing contradicted; 40 minutes
 	rm -rf $(NIGHTS)/crash-test
 	$(BIN)/python tests/campaigns/crash_campaign.py --kills 54 --folder $(NIGHTS)/crash-test
 
-crash-test-long: setup flink-setup ## the same with 204 kills; about 4 hours
+crash-test-long: setup flink-setup ## the same with 204 kills; 2.5 hours
 	rm -rf $(NIGHTS)/crash-test
 	$(BIN)/python tests/campaigns/crash_campaign.py --kills 204 --folder $(NIGHTS)/crash-test
 
