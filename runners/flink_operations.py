@@ -128,10 +128,16 @@ def start_live(job: LiveJob, dataflow: Dataflow, announce: Callable[[str], None]
 
     settings = job.flink
     wanted = job.options["parallelism"] or settings.slots
+    interval_ms = round(1000 * job.options["checkpoint_interval_s"])
     arguments = (
         f"--parallelism={wanted}",
         f"--max_parallelism={_KEY_GROUPS}",
-        f"--checkpointing_interval={round(1000 * job.options['checkpoint_interval_s'])}",
+        f"--checkpointing_interval={interval_ms}",
+        # While nothing is announced a checkpoint waits for the source; those that came due meanwhile are left out.
+        f"--min_pause_between_checkpoints={interval_ms // 2}",
+        # Otherwise what a bundle put out at a checkpoint is held back until something else comes, and the watermark is
+        # not: what was held back would be late.
+        "--finish_bundle_before_checkpointing",
         "--externalized_checkpoints_enabled",
         "--retain_externalized_checkpoints_on_cancellation",
         *([] if restored is None else [f"--savepoint_path={Path(restored).as_uri()}"]),
