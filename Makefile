@@ -86,7 +86,7 @@ flink-up: setup ## start a Flink cluster on this machine, one slot per core, fet
 cluster-down: $(VENV)/.installed ## end both, and what was left of them
 	$(BIN)/nightstream cluster down
 
-cluster-test: setup ## the tests on a Kafka broker and a Flink cluster of their own; about 5 minutes
+cluster-test: setup ## the tests on a Kafka broker and a Flink cluster of their own; about 4 minutes
 	$(BIN)/python -m pytest -m cluster
 
 lock: $(VENV)/.installed ## write requirements.txt and requirements-dev.txt anew from pyproject.toml
