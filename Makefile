@@ -89,7 +89,7 @@ flink-up: setup ## start a Flink cluster on this machine, one slot per core, fet
 cluster-down: $(VENV)/.installed ## end both, and what was left of them
 	$(BIN)/nightstream cluster down
 
-cluster-test: setup ## the tests on a Kafka broker and a Flink cluster of their own; about 5 minutes
+cluster-test: setup ## the tests on a Kafka broker and a Flink cluster of their own; about 4 minutes
 	$(BIN)/python -m pytest -m cluster
 
 crash-test: setup flink-setup ## 54 kills in a live night: nothing lost, nothing contradicted; 40 minutes

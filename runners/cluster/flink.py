@@ -210,7 +210,8 @@ def _fetched(release: str) -> Path:
     half = folder.with_name(f"{folder.name}.half")
     shutil.rmtree(half, ignore_errors=True)
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
-    wheels = ["--only-binary=:all:", f"--python-version={_WHEELS_OF_PYTHON}", "--target", str(half)]
+    # The libraries of some releases come as source, with nothing in it to compile.
+    wheels = [f"--python-version={_WHEELS_OF_PYTHON}", "--target", str(half)]
     packages = [f"apache-flink=={release}", f"apache-flink-libraries=={release}"]
     done = subprocess.run([*command, *wheels, *packages], capture_output=True, text=True, check=False)
     if done.returncode:
