@@ -28,6 +28,7 @@ RECORD = ".flink.json"
 _KEY_GROUPS = 128
 _SAVE_PATIENCE_S = 300.0
 _LOOK_S = 0.2
+_SLOTS_PATIENCE_S = 30.0  # a task manager holds the slot of a job that was lost for some time
 LOST, CLOSED = "LOST", "CLOSED"
 _SHARES = ("backPressuredTimeMsPerSecond", "busyTimeMsPerSecond")
 
@@ -144,9 +145,11 @@ def start_live(job: LiveJob, dataflow: Dataflow, announce: Callable[[str], None]
         *job.options["beam_options"],
     )
     submission = cluster_job(arguments, announce, job.out, job.cluster)
-    free = (overview(settings) or {}).get("slots-available", 0)
-    if free < wanted:
-        raise LiveJobError(f"the job needs {wanted} slots, {free} are free: {settings.rest_url}")
+    deadline = time.monotonic() + _SLOTS_PATIENCE_S
+    while (free := (overview(settings) or {}).get("slots-available", 0)) < wanted:
+        if time.monotonic() > deadline:
+            raise LiveJobError(f"the job needs {wanted} slots, {free} are free: {settings.rest_url}")
+        time.sleep(_LOOK_S)
     number = start_detached(submission, dataflow)
     runs = (*job.runs, FlinkRun(number, restored))
     started = replace(job, runs=runs, closed=False).write()
