@@ -44,11 +44,7 @@ class KafkaUnreachableError(ConnectionError):
 
 
 class TopicError(RuntimeError):
-    """A topic is missing and may not be made, or takes smaller messages than are to be sent."""
-
-
-class TopicOrderError(ValueError):
-    """Messages whose order matters lie on several partitions."""
+    """A topic is missing and may not be made, takes smaller messages than are to be sent, or has lost their order."""
 
 
 class DeliveryError(RuntimeError):
@@ -418,7 +414,7 @@ class KafkaMessageLog:
         ------
         KafkaUnreachableError
             Nobody answers.
-        TopicOrderError
+        TopicError
             Messages lie on other partitions: nothing says in which order.
         """
         from confluent_kafka import KafkaError, KafkaException, TopicPartition
@@ -444,7 +440,7 @@ class KafkaMessageLog:
                     raise KafkaUnreachableError(f"topic {self.topic} of {self.bootstrap}: {reason}") from error
                 time.sleep(0.1)
         if any(ends[1:]):
-            raise TopicOrderError(f"topic {self.topic} has messages on several partitions: announce on the first")
+            raise TopicError(f"topic {self.topic} has messages on several partitions: announce on the first")
         return int(ends[0])
 
     def append(self, messages: Iterable[bytes]) -> None:

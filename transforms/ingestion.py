@@ -74,9 +74,12 @@ class ReadVisits(beam.PTransform):
         elements = read.visits | "SplitDetectors" >> beam.FlatMap(_announced, self.history).with_output_types(
             StageElement
         )
-        if self.spread:
-            elements = elements | "SpreadDetectors" >> beam.Reshuffle().with_output_types(StageElement)
-        return IngestionResult(elements, read[FAILED])
+        return IngestionResult(spread_out(elements) if self.spread else elements, read[FAILED])
+
+
+def spread_out(elements: beam.PCollection) -> beam.PCollection:
+    """The elements of a source, on all workers."""
+    return elements | "SpreadDetectors" >> beam.Reshuffle().with_output_types(StageElement)
 
 
 def event_timestamp(midpoint_mjd_tai: float) -> Timestamp:
@@ -158,8 +161,10 @@ class _SliceTrackerProvider(beam.RestrictionProvider):
         return restriction.size()
 
 
-class _WatermarkProvider(WatermarkEstimatorProvider):
-    def initial_estimator_state(self, element: VisitList, restriction: OffsetRange) -> None:
+class WatermarkBySource(WatermarkEstimatorProvider):
+    """A watermark that stands where the source last set it."""
+
+    def initial_estimator_state(self, element: Any, restriction: Any) -> None:
         return None
 
     def create_watermark_estimator(self, estimator_state: Any) -> ManualWatermarkEstimator:
@@ -174,7 +179,7 @@ class _EmitVisitsFn(beam.DoFn):
         self,
         element: VisitList,
         tracker: Any = beam.DoFn.RestrictionParam(_SliceTrackerProvider()),
-        watermark: Any = beam.DoFn.WatermarkEstimatorParam(_WatermarkProvider()),
+        watermark: Any = beam.DoFn.WatermarkEstimatorParam(WatermarkBySource()),
     ) -> Iterator[Any]:
         manifest, slices = _announcements(element)
         position = tracker.current_restriction().start

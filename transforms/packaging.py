@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -113,21 +115,25 @@ class _PackageAlertsFn(beam.DoFn):
         visit = batch.context["visit"]
         tables = [thin_alerts(batch.part(0, 0), "", [], self.filter_columns)]
         shipment = Shipment()
-        failures: list[FailureRecord] = []
+        without_cutouts: Counter[FailureRecord] = Counter()
+        unencoded: Counter[FailureRecord] = Counter()
         for start in range(0, len(batch.dia_sources), _ALERTS_AT_ONCE):
             alerts = batch.part(start, start + _ALERTS_AT_ONCE)
             cutouts, unread = self._cutouts(alerts)
-            failures += unread
+            without_cutouts += unread
             try:
                 columns = _alert_columns(alerts, cutouts, self.orbits)
                 messages = encode_packets(
                     self.schema, columns, prefix=self.wire_header, sized_blocks=self.config.sized_blocks
                 )
             except Exception as error:  # some alerts must not stop the others
-                lost = f"{len(alerts.dia_sources)} alerts of sky cell {batch.context['cell']}"
-                failures.append(failure_of(error, STAGE, visit, lost=lost))
+                unencoded[failure_of(error, STAGE, visit, lost="")] += len(alerts.dia_sources)
             else:
                 tables.append(self._hand_over(alerts, messages, shipment))
+        # One record for the batch, with the sum: records of equal parts would be taken for repeats of one.
+        cell = batch.context["cell"]
+        failures = [replace(one, lost=f"cutouts of {n} alerts") for one, n in without_cutouts.items()]
+        failures += [replace(one, lost=f"{n} alerts of sky cell {cell}") for one, n in unencoded.items()]
         for failure in failures + shipment.failures:
             yield beam.pvalue.TaggedOutput(FAILED, failure)
             yield visit, failure_part(failure)
@@ -148,26 +154,25 @@ class _PackageAlertsFn(beam.DoFn):
         if self.sink is not None:
             self.sink.flush(self.deadline_s)
 
-    def _cutouts(self, batch: AlertBatch) -> tuple[Cutouts, list[FailureRecord]]:
-        """Difference, science and template stamps of each alert; None where they cannot be had."""
+    def _cutouts(self, batch: AlertBatch) -> tuple[Cutouts, Counter[FailureRecord]]:
+        """Difference, science and template stamps of each alert, None where they cannot be had; and how many cannot."""
         n = len(batch.dia_sources)
         stamps: Cutouts = ([None] * n, [None] * n, [None] * n)
-        failures: list[FailureRecord] = []
+        unread: Counter[FailureRecord] = Counter()
         if self.cutout_folder is None:
-            return stamps, failures
+            return stamps, unread
         for detector in np.unique(batch.dia_sources["detector"]):
             rows = np.flatnonzero(batch.dia_sources["detector"] == detector)
             path = cutout_file(self.cutout_folder, batch.context["visit"], int(detector))
             try:
                 found = read_blobs(path, batch.dia_sources["diaSourceId"][rows])
             except ClaimCheckError as error:
-                lost = f"cutouts of {len(rows)} alerts"
-                failures.append(failure_of(error, STAGE, batch.context["visit"], int(detector), lost=lost))
+                unread[failure_of(error, STAGE, batch.context["visit"], int(detector), lost="")] += len(rows)
                 continue
             for row, blobs in zip(rows, found, strict=True):
                 for index, blob in enumerate(blobs):
                     stamps[index][row] = blob or None
-        return stamps, failures
+        return stamps, unread
 
 
 def cutout_file(folder: str, visit: int, detector: int) -> Path:

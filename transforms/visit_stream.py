@@ -14,8 +14,6 @@ from typing import Any, Protocol
 
 import apache_beam as beam
 from apache_beam.io.iobase import RestrictionProgress, RestrictionTracker
-from apache_beam.io.watermark_estimators import ManualWatermarkEstimator
-from apache_beam.transforms.core import WatermarkEstimatorProvider
 from apache_beam.transforms.window import TimestampedValue
 from apache_beam.utils.timestamp import Duration, Timestamp
 
@@ -28,8 +26,10 @@ from transforms.ingestion import (
     IngestionResult,
     ReadVisits,
     VisitList,
+    WatermarkBySource,
     announcement_part,
     event_timestamp,
+    spread_out,
 )
 
 # Output leaves the source when a turn ends, so a turn with work is short; each costs the runner a few KB of state
@@ -106,10 +106,7 @@ class ReadVisitStream(beam.PTransform):
             .with_output_types(StageElement)
             .with_outputs(FAILED, main="elements")
         )
-        elements = read.elements
-        if self.spread:
-            elements = elements | "SpreadDetectors" >> beam.Reshuffle().with_output_types(StageElement)
-        return IngestionResult(elements, read[FAILED])
+        return IngestionResult(spread_out(read.elements) if self.spread else read.elements, read[FAILED])
 
 
 def read_visits(visits: VisitList | VisitStream, history: tuple[str, ...], *, spread: bool) -> beam.PTransform:
@@ -211,14 +208,6 @@ class _PositionProvider(beam.RestrictionProvider):
         return 1
 
 
-class _WatermarkProvider(WatermarkEstimatorProvider):
-    def initial_estimator_state(self, element: VisitStream, restriction: StreamPosition) -> None:
-        return None
-
-    def create_watermark_estimator(self, estimator_state: Any) -> ManualWatermarkEstimator:
-        return ManualWatermarkEstimator(estimator_state)
-
-
 class _ReadAnnouncementsFn(beam.DoFn):
     """Reads for one turn per call and then checkpoints itself."""
 
@@ -232,7 +221,7 @@ class _ReadAnnouncementsFn(beam.DoFn):
         self,
         element: VisitStream,
         tracker: Any = beam.DoFn.RestrictionParam(_PositionProvider()),
-        watermark: Any = beam.DoFn.WatermarkEstimatorParam(_WatermarkProvider()),
+        watermark: Any = beam.DoFn.WatermarkEstimatorParam(WatermarkBySource()),
     ) -> Iterator[Any]:
         position = tracker.current_restriction()
         if not tracker.try_claim(position):

@@ -118,6 +118,21 @@ def test_alerts_that_cannot_be_encoded_are_told_and_the_others_go(
     assert (failure.visit, failure.stage, failure.lost) == (VISIT, "packaging", "10 alerts of sky cell 7")
 
 
+def test_alerts_made_in_several_goes_are_told_of_in_one_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Records of equal parts are equal, and repeats of a record are dropped."""
+    monkeypatch.setattr(packaging, "_ALERTS_AT_ONCE", 10)
+    encode = packaging.encode_packets
+
+    def refuse_below_5020(schema: Any, columns: Any, **how: Any) -> list[bytes]:
+        if columns.dia_sources["diaSourceId"][0] < 5020:
+            raise ValueError("a value that has no bytes")
+        return encode(schema, columns, **how)
+
+    monkeypatch.setattr(packaging, "encode_packets", refuse_below_5020)
+    _, failures = _package(alert_batch(35, seed=5), tmp_path, None, str(tmp_path / "nowhere"))
+    assert [failure.lost for failure in failures] == ["cutouts of 35 alerts", "20 alerts of sky cell 7"]
+
+
 def test_alerts_go_without_cutouts_that_cannot_be_read(tmp_path: Path) -> None:
     batch = alert_batch(5, seed=6)
     ids = batch.dia_sources["diaSourceId"]
