@@ -100,9 +100,9 @@ class ReadVisitStream(beam.PTransform):
     def expand(self, begin: beam.pvalue.PBegin) -> IngestionResult:
         read = (
             begin
-            | "StartStream" >> beam.Create([self.visits])
+            | "StartStream" >> beam.Impulse()
             | "ReadAnnouncements"
-            >> beam.ParDo(_ReadAnnouncementsFn(self.history, rests=not self.spread))
+            >> beam.ParDo(_ReadAnnouncementsFn(self.visits, self.history, rests=not self.spread))
             .with_output_types(StageElement)
             .with_outputs(FAILED, main="elements")
         )
@@ -155,8 +155,8 @@ class StreamPosition:
     finished : whether there is nothing left to do
     """
 
-    offset: int
-    end: int | None
+    offset: int = 0
+    end: int | None = None
     open: tuple[_OpenVisit, ...] = ()
     closed: tuple[_OpenVisit, ...] = ()
     begun: bool = False
@@ -198,20 +198,24 @@ class _PositionTracker(RestrictionTracker):
 
 
 class _PositionProvider(beam.RestrictionProvider):
-    def initial_restriction(self, element: VisitStream) -> StreamPosition:
-        return StreamPosition(0, element.log.end() if element.stop_at_end else None)
+    def initial_restriction(self, element: bytes) -> StreamPosition:
+        return StreamPosition()
 
     def create_tracker(self, restriction: StreamPosition) -> _PositionTracker:
         return _PositionTracker(restriction)
 
-    def restriction_size(self, element: VisitStream, restriction: StreamPosition) -> int:
+    def restriction_size(self, element: bytes, restriction: StreamPosition) -> int:
         return 1
 
 
 class _ReadAnnouncementsFn(beam.DoFn):
-    """Reads for one turn per call and then checkpoints itself."""
+    """Reads for one turn per call and then checkpoints itself.
 
-    def __init__(self, history: tuple[str, ...], *, rests: bool) -> None:
+    Its element, which Flink's state repeats as a key in many places, is empty.
+    """
+
+    def __init__(self, visits: VisitStream, history: tuple[str, ...], *, rests: bool) -> None:
+        self.visits = visits
         self.history = history
         self.rests = rests
         self.starts = True
@@ -221,11 +225,13 @@ class _ReadAnnouncementsFn(beam.DoFn):
     @beam.DoFn.unbounded_per_element()
     def process(
         self,
-        element: VisitStream,
+        element: bytes,
         tracker: Any = beam.DoFn.RestrictionParam(_PositionProvider()),
         watermark: Any = beam.DoFn.WatermarkEstimatorParam(WatermarkBySource()),
     ) -> Iterator[Any]:
         position = tracker.current_restriction()
+        if self.visits.stop_at_end and position.end is None:
+            position = replace(position, end=self.visits.log.end())
         if not tracker.try_claim(position):
             return
         pause_s = 0.0
@@ -237,7 +243,7 @@ class _ReadAnnouncementsFn(beam.DoFn):
         elif time.monotonic() < self.rests_until - _CUT_S and self.pause_s < _WHOLE_SECONDS_PAUSE_S:
             pause_s = self.pause_s = _WHOLE_SECONDS_PAUSE_S
         else:
-            turn = _Turn(element, self.history, position, whole_visits=self.rests)
+            turn = _Turn(self.visits, self.history, position, whole_visits=self.rests)
             yield from turn.outputs()
             position = turn.position
             passed = _passed(position)
