@@ -25,6 +25,7 @@ from typing import IO, Any
 
 from runners.kafka_login import client_settings
 from schemas.avro.messages import message_of_record
+from schemas.manifests import LoggedMessage
 
 DIA_SOURCE_ID_HEADER = "dia_source_id"
 
@@ -458,9 +459,9 @@ class KafkaMessageLog:
                 f"{waiting + len(refused)} messages for {self.topic} were not acknowledged: {refused[:1]}"
             )
 
-    def read(self, offset: int, timeout_s: float) -> tuple[int, bytes] | None:
-        """Offset and bytes of the first message at `offset`, or of the next one kept; None if none came in time."""
-        from confluent_kafka import TopicPartition
+    def read(self, offset: int, timeout_s: float) -> LoggedMessage | None:
+        """The first message at `offset`, or the next one kept; None if none came in time."""
+        from confluent_kafka import TIMESTAMP_NOT_AVAILABLE, TopicPartition
 
         log = _log_consumer(self.bootstrap, self.topic, self.login)
         if log.next_offset != offset:
@@ -470,7 +471,9 @@ class KafkaMessageLog:
         if message is None or message.error() is not None:  # Kafka is away, or the topic not there yet
             return None
         log.next_offset = message.offset() + 1
-        return message.offset(), message.value() or b""
+        kind, written_ms = message.timestamp()
+        written_at = None if kind == TIMESTAMP_NOT_AVAILABLE else written_ms / 1000.0
+        return LoggedMessage(message.offset(), message.value() or b"", written_at)
 
 
 class _LogConsumer:
