@@ -5,8 +5,8 @@ An alert's time from the last announcement of its visit to its acknowledgement, 
     last announcement - waiting - first detector begun - pixels - last detector done - closing -
     its sky cell begun - association - its batch associated - delivery - acknowledged
 
-Where a detector was begun before the last one was announced, `pixels` counts from the announcement on. The stages add up
-to `total`; `overhead` is all of it but `pixels`.
+Where a detector was begun before the last one was announced, `pixels` counts from the announcement on. The stages add
+up to `total`; `overhead` is all of it but `pixels`. docs/outputs.md says what is in each.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ def visit_latency(detectors: Sequence[dict[str, Any]], batches: Sequence[dict[st
     Parameters
     ----------
     detectors : headers of their accounts (`transforms.cutouts.detector_account`), with `revision`
-    batches : headers of the parts with alerts (`transforms.packaging.alerts_part`), with `revision`, and `alerts`, how many
+    batches : headers of the parts with alerts (`transforms.packaging.alerts_part`), with `revision` and how many
+        `alerts` each holds
 
     Batches of a revision are counted from the detectors that came with it, or with the last one before that had any.
     Parts that earlier versions have made lack some of the times, and are left out.

@@ -251,7 +251,7 @@ def visit_part(
 def acknowledged_part(part: bytes, at: float) -> bytes:
     """The part of a batch that says when Kafka had its packets, UNIX time."""
     header, buffers = unpack(part)
-    return pack({**header, "times": {**header["times"], "acknowledged_at": at}}, tuple(buffers))
+    return pack({**header, "times": {**header["times"], "acknowledged_at": at}}, tuple(map(bytes, buffers)))
 
 
 def alerts_part(

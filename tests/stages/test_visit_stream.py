@@ -135,6 +135,12 @@ def test_what_is_no_announcement_is_refused(message: bytes) -> None:
         parse_announcement(message)
 
 
+def test_detectors_carry_the_time_of_their_announcement(tmp_path: Path) -> None:
+    turn = _Turn(VisitStream(_ListLog(_messages(_visit(1))), str(tmp_path)), (), StreamPosition(0, None))
+    detectors = [one.value for one in turn.outputs() if isinstance(one.value, DetectorVisit)]
+    assert [one.announced_at for one in detectors] == [1000.0, 1001.0, 1002.0]
+
+
 def test_the_watermark_waits_for_open_visits_and_passes_closed_ones(tmp_path: Path) -> None:
     first, second = _visit(1), _visit(2)
     begun = _messages(first)[:2] + _messages(second)
