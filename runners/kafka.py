@@ -446,15 +446,15 @@ class KafkaMessageLog:
 
     def append(self, messages: Iterable[bytes]) -> None:
         """Add messages and return when Kafka has them; DeliveryError where it takes none."""
-        from confluent_kafka import Producer
-
-        producer = Producer({**client_settings(self.bootstrap, self.login), "enable.idempotence": True})
+        producer = _log_producer(self.bootstrap, self.login)
         errors: list[Any] = []
         for message in messages:
             producer.produce(self.topic, message, partition=0, on_delivery=lambda error, _: errors.append(error))
         waiting = producer.flush(60.0)
         refused = [error for error in errors if error is not None]
         if waiting or refused:
+            producer.purge()
+            _log_producer.cache_clear()
             raise DeliveryError(
                 f"{waiting + len(refused)} messages for {self.topic} were not acknowledged: {refused[:1]}"
             )
@@ -485,6 +485,14 @@ class _LogConsumer:
         settings = consumer_settings(bootstrap, "visits", from_beginning=True, login=login)
         self.consumer = Consumer({**settings, "enable.auto.commit": False, "fetch.wait.max.ms": 200})
         self.next_offset: int | None = None
+
+
+@cache
+def _log_producer(bootstrap: str, login: str | None) -> Any:
+    """The process's producer of logs: a new one would hold its first message back for half a second."""
+    from confluent_kafka import Producer
+
+    return Producer({**client_settings(bootstrap, login), "enable.idempotence": True})
 
 
 @cache
