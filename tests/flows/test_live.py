@@ -49,8 +49,7 @@ def _ledger(run: Run) -> list[dict[str, Any]]:
     """The ledger without clocks."""
     records = [json.loads(line) for line in (run.out / "ledger" / "visits.jsonl").read_text().splitlines()]
     return [
-        {key: value for key, value in one.items() if key not in ("latency", "latency_s", "seconds")}
-        for one in records
+        {key: value for key, value in one.items() if key not in ("latency", "latency_s", "seconds")} for one in records
     ]
 
 
