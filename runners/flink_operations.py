@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from runners.cluster.flink import ENDED, job_manager, overview, rest
 from runners.cluster.processes import running_pid
 from runners.cluster.settings import ClusterError, ClusterSettings, FlinkClusterSettings, load_cluster_settings
+from transforms.latency import night_latency
 
 if TYPE_CHECKING:
     from runners.local import Dataflow
@@ -289,7 +290,7 @@ def status(job: LiveJob) -> dict[str, Any]:
 
 
 def ledger_figures(out: Path) -> dict[str, Any]:
-    """Visits, alerts and failures in the ledger so far."""
+    """Visits, alerts and failures in the ledger so far, and how late alerts were (`transforms.latency`)."""
     records = []
     for path in (out / "ledger").glob("[0-9]*.json"):
         try:
@@ -300,6 +301,7 @@ def ledger_figures(out: Path) -> dict[str, Any]:
         "visits": len(records),
         "alerts": sum(record["alerts"] for record in records),
         "failures": sum(record["failures"] for record in records),
+        "latency": night_latency(records),
     }
 
 

@@ -18,7 +18,7 @@ from apache_beam.transforms.window import TimestampedValue
 from apache_beam.utils.timestamp import Duration, Timestamp
 
 from schemas.elements import DetectorVisit, EarlierNights, FailureRecord, StageElement, VisitPart
-from schemas.manifests import AnnouncedDetector, parse_announcement
+from schemas.manifests import AnnouncedDetector, LoggedMessage, parse_announcement
 from transforms.failures import FAILED, decide_once, failure_part
 from transforms.ingestion import (
     STAGE,
@@ -53,8 +53,8 @@ class MessageLog(Protocol):
     def end(self) -> int:
         """The offset that the next message to be written will have; ConnectionError if nobody answers."""
 
-    def read(self, offset: int, timeout_s: float) -> tuple[int, bytes] | None:
-        """Offset and bytes of the first message at `offset`, or of the next one kept; None if none came in time."""
+    def read(self, offset: int, timeout_s: float) -> LoggedMessage | None:
+        """The first message at `offset`, or the next one kept; None if none came in time."""
 
 
 @dataclass(frozen=True)
@@ -312,7 +312,7 @@ class _Turn:
             if message is not None:
                 if not self.has_read:
                     self.has_read, ends = True, time.monotonic() + _TURN_S
-                yield from self._take(*message)
+                yield from self._take(message)
             yield from self._close()
             if self.has_closed and not self._has_more:
                 return
@@ -324,8 +324,8 @@ class _Turn:
             return left_s
         return min(left_s, max(due + self.stream.timeout_s - time.time(), 0.0) + 0.05)
 
-    def _take(self, offset: int, message: bytes) -> Iterator[Any]:
-        position = self.position
+    def _take(self, message: LoggedMessage) -> Iterator[Any]:
+        position, offset = self.position, message.offset
         if offset > position.offset:
             reason = f"messages {position.offset} to {offset - 1} are no longer kept"
             yield self._untied("MessagesLost", reason, "the detectors they announced")
@@ -334,13 +334,13 @@ class _Turn:
             yield self._untied("MessagesLost", reason, "what was announced in between")
         self.position = replace(position, offset=offset + 1)
         try:
-            announced = parse_announcement(message)
+            announced = parse_announcement(message.content)
         except ValueError as error:
             yield self._untied("InvalidAnnouncement", f"message {offset}: {error}", "the detector announced there")
             return
-        yield from self._announce(announced, offset)
+        yield from self._announce(announced, offset, message.written_at)
 
-    def _announce(self, announced: AnnouncedDetector, offset: int) -> Iterator[Any]:
+    def _announce(self, announced: AnnouncedDetector, offset: int, announced_at: float | None) -> Iterator[Any]:
         visit, bit = announced.visit, 1 << announced.images.detector
         at = event_timestamp(visit.midpoint_mjd_tai)
         known = (*self.position.closed, *self.position.open)
@@ -365,7 +365,7 @@ class _Turn:
             return
         if not one.seen & bit:
             self._update(replace(one, seen=one.seen | bit))
-            yield TimestampedValue(DetectorVisit(visit, announced.images), at)
+            yield TimestampedValue(DetectorVisit(visit, announced.images, announced_at), at)
 
     def _untied(self, error: str, reason: str, lost: str) -> Any:
         """A failure of no visit, at a time that the watermark has not passed."""

@@ -25,8 +25,9 @@ from runners.cluster.settings import HOST
 
 _LOOK_S = 1.0
 _STOP_PATIENCE_S = 10.0
+# What the stages need is loaded before the worker is asked for anything: the first visit does not wait for it.
 _WORKER = (
-    "import sys; from apache_beam.runners.worker.sdk_worker import SdkHarness; "
+    "import sys, pipelines.alert_production; from apache_beam.runners.worker.sdk_worker import SdkHarness; "
     "SdkHarness(sys.argv[1], worker_id=sys.argv[2]).run()"
 )
 
