@@ -466,7 +466,7 @@ def _totals_table(summary: RunSummary, seconds: float) -> Table:
 
 
 def _latency_table(latency: Mapping[str, Any]) -> Table:
-    table = _table("Seconds from announcement to acknowledgement, over alerts", "stage", "mean", "p50", "p99", "max")
+    table = _table("Latency of alerts, seconds", "stage", "mean", "p50", "p99", "max")
     for name in FIGURES:
         table.add_row(name, *(f"{latency[name][figure]:.2f}" for figure in ("mean", "p50", "p99", "max")))
     return table
