@@ -1,6 +1,7 @@
 """ReadVisitStream: visits as they are announced, detector by detector, on a topic with one partition.
 
-What is open (visits announced in part) travels in the restriction of the source, so a checkpoint holds it.
+What is open (visits announced in part) travels in the restriction of the source, so a checkpoint holds it: as JSON,
+and without the place of the log, so that a job goes on at another address and in a later release.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -45,6 +46,8 @@ _IDLE_PAUSE_S = 1.5
 _RESTS_AT_END = 2
 # Closed visits of which repeated announcements are still known.
 _REMEMBERED = 20
+# The one element of the source; where the log is the stage knows.
+_STREAM = "visits"
 
 
 class MessageLog(Protocol):
@@ -100,9 +103,9 @@ class ReadVisitStream(beam.PTransform):
     def expand(self, begin: beam.pvalue.PBegin) -> IngestionResult:
         read = (
             begin
-            | "StartStream" >> beam.Create([self.visits])
+            | "StartStream" >> beam.Create([_STREAM])
             | "ReadAnnouncements"
-            >> beam.ParDo(_ReadAnnouncementsFn(self.history, rests=not self.spread))
+            >> beam.ParDo(_ReadAnnouncementsFn(self.visits, self.history, rests=not self.spread))
             .with_output_types(StageElement)
             .with_outputs(FAILED, main="elements")
         )
@@ -145,6 +148,8 @@ class _OpenVisit:
 class StreamPosition:
     """How far the log was read, and what is open there: the source's restriction.
 
+    It lies in savepoints under its names (`position_bytes`): a field that is added needs a default.
+
     Attributes
     ----------
     offset : of the next message
@@ -162,6 +167,37 @@ class StreamPosition:
     begun: bool = False
     rests: int = 0
     finished: bool = False
+
+
+def position_bytes(position: StreamPosition) -> bytes:
+    """A position as JSON."""
+    return json.dumps(asdict(position)).encode()
+
+
+def read_position(encoded: bytes) -> StreamPosition:
+    """The position that `position_bytes` made, of this release or another: what this one does not know is left out."""
+    told = json.loads(encoded)
+    for name in ("open", "closed"):
+        told[name] = tuple(_known(_OpenVisit, {**one, "exposure": tuple(one["exposure"])}) for one in told[name])
+    return _known(StreamPosition, told)
+
+
+def _known(kind: Any, told: dict[str, Any]) -> Any:
+    names = {field.name for field in fields(kind)}
+    return kind(**{name: value for name, value in told.items() if name in names})
+
+
+class _PositionCoder(beam.coders.Coder):
+    """Coder of positions."""
+
+    def encode(self, position: StreamPosition) -> bytes:
+        return position_bytes(position)
+
+    def decode(self, encoded: bytes) -> StreamPosition:
+        return read_position(encoded)
+
+    def is_deterministic(self) -> bool:
+        return True
 
 
 class _PositionTracker(RestrictionTracker):
@@ -198,20 +234,24 @@ class _PositionTracker(RestrictionTracker):
 
 
 class _PositionProvider(beam.RestrictionProvider):
-    def initial_restriction(self, element: VisitStream) -> StreamPosition:
-        return StreamPosition(0, element.log.end() if element.stop_at_end else None)
+    def initial_restriction(self, element: str) -> StreamPosition:
+        return StreamPosition(0, None)
 
     def create_tracker(self, restriction: StreamPosition) -> _PositionTracker:
         return _PositionTracker(restriction)
 
-    def restriction_size(self, element: VisitStream, restriction: StreamPosition) -> int:
+    def restriction_coder(self) -> _PositionCoder:
+        return _PositionCoder()
+
+    def restriction_size(self, element: str, restriction: StreamPosition) -> int:
         return 1
 
 
 class _ReadAnnouncementsFn(beam.DoFn):
     """Reads for one turn per call and then checkpoints itself."""
 
-    def __init__(self, history: tuple[str, ...], *, rests: bool) -> None:
+    def __init__(self, visits: VisitStream, history: tuple[str, ...], *, rests: bool) -> None:
+        self.visits = visits
         self.history = history
         self.rests = rests
         self.starts = True
@@ -219,11 +259,13 @@ class _ReadAnnouncementsFn(beam.DoFn):
     @beam.DoFn.unbounded_per_element()
     def process(
         self,
-        element: VisitStream,
+        element: str,
         tracker: Any = beam.DoFn.RestrictionParam(_PositionProvider()),
         watermark: Any = beam.DoFn.WatermarkEstimatorParam(WatermarkBySource()),
     ) -> Iterator[Any]:
         position = tracker.current_restriction()
+        if self.visits.stop_at_end and position.end is None:
+            position = replace(position, end=self.visits.log.end())
         if not tracker.try_claim(position):
             return
         pause_s = 0.0
@@ -233,7 +275,7 @@ class _ReadAnnouncementsFn(beam.DoFn):
             # Those behind, who may have been started again as well, are told the time before anything else.
             pause_s = _PAUSE_S
         else:
-            turn = _Turn(element, self.history, position, whole_visits=self.rests)
+            turn = _Turn(self.visits, self.history, position, whole_visits=self.rests)
             yield from turn.outputs()
             position = turn.position
             passed = _passed(position)
