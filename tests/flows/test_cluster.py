@@ -6,20 +6,18 @@ Both run in a folder and on ports of their own, beside those that `make kafka-up
 from __future__ import annotations
 
 import contextlib
-import os
 import random
-import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import apache_beam as beam
 import pytest
-import yaml
 from apache_beam.io.restriction_trackers import OffsetRange, OffsetRestrictionTracker
 from apache_beam.utils.timestamp import Duration
+from own_cluster import PATIENCE_S, kill, own_cluster, until
 from test_flink import digests, ledger, no_progress, produce
 
 from pipelines.night_simulation import simulate_night
@@ -35,7 +33,7 @@ from runners.cluster.flink import (
 )
 from runners.cluster.kafka import admin_properties, kafka_service, kafka_up
 from runners.cluster.processes import is_listening, log_end, log_of, running_pid, stop
-from runners.cluster.settings import ClusterSettings, load_cluster_settings
+from runners.cluster.settings import ClusterSettings
 from runners.configuration import load_brokers, load_checked_filters, load_production_config
 from runners.entries import night_input
 from runners.flink import flink_cluster_engine
@@ -47,22 +45,13 @@ from runners.running import RunRequest, run_chain
 
 pytestmark = pytest.mark.cluster
 
-PATIENCE_S = 180.0
 N_MESSAGES, MESSAGE_BYTES = 1000, 80_000
 
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ClusterSettings]:
     """The cluster's settings; whatever runs of it at the end is ended."""
-    folder = tmp_path_factory.mktemp("cluster")
-    port = free_ports(20)
-    ports = {"rest_port": port, "rpc_port": port + 1, "job_server_port": port + 3, "worker_pool_port": port + 4}
-    own = {
-        "kafka": {"port": port + 5},
-        "flink": {**ports, "prometheus_ports": f"{port + 10}-{port + 19}", "task_managers": 2},
-    }
-    (folder / "cluster.yaml").write_text(yaml.safe_dump(own))
-    settings = load_cluster_settings(folder)
+    settings = own_cluster(tmp_path_factory.mktemp("cluster"), task_managers=2)
     yield settings
     flink_down(settings)
     stop(settings, kafka_service(settings.kafka))
@@ -92,28 +81,6 @@ def local(night: Path) -> Path:
     out = night.parent / "local"
     produce(night, out, local_engine(()))
     return out
-
-
-def free_ports(count: int) -> int:
-    """The first of so many ports on which nobody listens."""
-    while True:
-        first = random.SystemRandom().randrange(20_000, 30_000)
-        if not any(is_listening(first + offset) for offset in range(count)):
-            return first
-
-
-def kill(cluster: ClusterSettings, service: Any) -> None:
-    pid = running_pid(cluster, service)
-    assert pid is not None
-    os.kill(pid, signal.SIGKILL)
-    until(lambda: running_pid(cluster, service) is None)
-
-
-def until(fact: Callable[[], object], patience_s: float = PATIENCE_S) -> None:
-    deadline = time.monotonic() + patience_s
-    while not fact():
-        assert time.monotonic() < deadline, "did not become true in time"
-        time.sleep(0.1)
 
 
 def processes_of(cluster: ClusterSettings) -> list[int]:
