@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
 import subprocess
 import sys
+import tarfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from typing import Any
 import pytest
 import yaml
 from click.testing import CliRunner
-from conftest import write_night
+from conftest import Run, write_night
 from own_cluster import kill, own_cluster, until
 from test_flink import digests
 
@@ -208,6 +210,7 @@ def test_a_job_stopped_with_a_savepoint_goes_on_as_if_nothing_had_been(
 # --- upgrades ---------------------------------------------------------------------------------
 
 CHECKOUT = Path(runners.__file__).parents[1]
+SAVEPOINT = Path(__file__).parents[1] / "golden" / "savepoint.tar.xz"  # of make_savepoint.py
 _COMMAND = "import sys; from runners.cli import main; sys.exit(main(sys.argv[1:]))"
 SAVED_MESSAGES = 5  # two visits of two detectors, and one of the third
 # What a release may change: pixel work, the ledger, stages that keep nothing, fields of the position with defaults.
@@ -300,3 +303,61 @@ def test_the_next_release_goes_on_from_a_savepoint_amid_a_visit(
     assert ["of the next release" in record["notes"] for record in records] == [False, False, True, True]
     run.run("flink", "close", run.out)
     assert_same(run, local)
+
+
+def packets_of(out: Path, visits: Iterable[int] | None = None) -> dict[int, dict[str, Any]]:
+    """The packets in the archive of an output folder by diaSourceId, of some visits or of all."""
+    packets = Run(out, 0, "", "").packets()
+    wanted = None if visits is None else set(visits)
+    return {
+        packet["diaSourceId"]: packet for packet in packets if wanted is None or packet["diaSource"]["visit"] in wanted
+    }
+
+
+def digest_of_packets(packets: dict[int, dict[str, Any]]) -> str:
+    return hashlib.sha256(repr(sorted(packets.items())).encode()).hexdigest()
+
+
+def of_history(packets: dict[int, dict[str, Any]], earlier: Iterable[int]) -> set[int]:
+    """The packets whose histories hold any of these earlier sources."""
+    known = set(earlier)
+    return {
+        number
+        for number, packet in packets.items()
+        if known.intersection(one["diaSourceId"] for one in packet["prvDiaSources"] or ())
+    }
+
+
+def test_a_job_of_the_previous_release_is_gone_on_with(
+    trial: Callable[[str], Trial], local: Trial, tmp_path: Path
+) -> None:
+    run = trial("old")
+    with tarfile.open(SAVEPOINT) as archive:
+        archive.extractall(tmp_path, filter="data")
+    told = json.loads((tmp_path / "told.json").read_text())
+    # Another job of the same night stands for the one that was saved: its store holds the pixels of the open visit.
+    run.announce()
+    run.submit("--visit-timeout", 600)
+    run.await_visits(4)
+    run.run("flink", "cancel", run.out)
+    for folder in ("archive", "brokers", "failures", "filters", "ledger"):
+        shutil.rmtree(run.out / folder, ignore_errors=True)
+    run.run("flink", "resume", run.out, "--savepoint", tmp_path / "savepoint")
+    assert run.status()["restored"] == str(tmp_path / "savepoint")
+    run.await_visits(2)
+    run.run("flink", "cancel", run.out)
+    first, second, third, fourth = [visit.visit for visit in read_manifest(run.night).visits]
+    # Visits that were done are not worked on again; of the open one, the detector that was done is there.
+    records = records_of(run.out)
+    assert [(record["visit"], record["revision"]) for record in records] == [(third, 0), (fourth, 0)]
+    assert [record["detectors"]["processed"] for record in records] == [2, 2]
+    # What was found before is the history of what comes now.
+    before, after = packets_of(local.out, (first, second)), packets_of(local.out, (third, fourth))
+    found = packets_of(run.out)
+    expected = len(of_history(after, before))
+    assert expected > 20
+    assert len(of_history(found, told["dia_source_ids"])) >= 0.9 * expected
+    # As long as pixels are worked on as they were then, nothing fails and the bytes are the same.
+    if told["digest"] == digest_of_packets(before):
+        assert [record["failures"] for record in records] == [0, 0]
+        assert digest_of_packets(found) == digest_of_packets(after)
