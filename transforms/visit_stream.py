@@ -33,21 +33,19 @@ from transforms.ingestion import (
     spread_out,
 )
 
-# Output leaves the source when a turn ends, so a turn with work is short; each costs the runner a few KB of state
-# that it never gives back, so one without work is long.
+# Output leaves the source when a turn ends, so a turn with work is short. Checkpoints wait for the end of an idle one.
 _TURN_S = 0.2
-_IDLE_TURN_S = 20.0
+_IDLE_TURN_S = 2.0
 # Flink's runner takes up what a turn left undone before it tells others how far event time has come, and then does not
-# tell them at all, unless there is a pause in between; it knows whole seconds only, and Beam takes a little off. A
-# worker that stands still for so long misses the telling: so there is another behind a turn in which nothing came.
-_PAUSE_S = 2.5
-_IDLE_PAUSE_S = 1.5
+# tell them at all, unless there is a pause in between. One made of another job server than ours knows whole seconds
+# only (docs/decisions/0007-the-residuals-of-the-source.md), and Beam takes a little off.
+_PAUSE_S = 0.2
+_WHOLE_SECONDS_PAUSE_S = 2.5
+_CUT_S = 0.05
 # Empty turns in which the local runner fires the timers of sky space, then those of visit space that these set.
 _RESTS_AT_END = 2
 # Closed visits of which repeated announcements are still known.
 _REMEMBERED = 20
-# The one element of the source; where the log is the stage knows.
-_STREAM = "visits"
 
 
 class MessageLog(Protocol):
@@ -103,7 +101,7 @@ class ReadVisitStream(beam.PTransform):
     def expand(self, begin: beam.pvalue.PBegin) -> IngestionResult:
         read = (
             begin
-            | "StartStream" >> beam.Create([_STREAM])
+            | "StartStream" >> beam.Impulse()
             | "ReadAnnouncements"
             >> beam.ParDo(_ReadAnnouncementsFn(self.visits, self.history, rests=not self.spread))
             .with_output_types(StageElement)
@@ -160,8 +158,8 @@ class StreamPosition:
     finished : whether there is nothing left to do
     """
 
-    offset: int
-    end: int | None
+    offset: int = 0
+    end: int | None = None
     open: tuple[_OpenVisit, ...] = ()
     closed: tuple[_OpenVisit, ...] = ()
     begun: bool = False
@@ -234,8 +232,8 @@ class _PositionTracker(RestrictionTracker):
 
 
 class _PositionProvider(beam.RestrictionProvider):
-    def initial_restriction(self, element: str) -> StreamPosition:
-        return StreamPosition(0, None)
+    def initial_restriction(self, element: bytes) -> StreamPosition:
+        return StreamPosition()
 
     def create_tracker(self, restriction: StreamPosition) -> _PositionTracker:
         return _PositionTracker(restriction)
@@ -243,23 +241,28 @@ class _PositionProvider(beam.RestrictionProvider):
     def restriction_coder(self) -> _PositionCoder:
         return _PositionCoder()
 
-    def restriction_size(self, element: str, restriction: StreamPosition) -> int:
+    def restriction_size(self, element: bytes, restriction: StreamPosition) -> int:
         return 1
 
 
 class _ReadAnnouncementsFn(beam.DoFn):
-    """Reads for one turn per call and then checkpoints itself."""
+    """Reads for one turn per call and then checkpoints itself.
+
+    Its element, which Flink's state repeats as a key in many places, is empty.
+    """
 
     def __init__(self, visits: VisitStream, history: tuple[str, ...], *, rests: bool) -> None:
         self.visits = visits
         self.history = history
         self.rests = rests
         self.starts = True
+        self.pause_s = _PAUSE_S
+        self.rests_until = 0.0
 
     @beam.DoFn.unbounded_per_element()
     def process(
         self,
-        element: str,
+        element: bytes,
         tracker: Any = beam.DoFn.RestrictionParam(_PositionProvider()),
         watermark: Any = beam.DoFn.WatermarkEstimatorParam(WatermarkBySource()),
     ) -> Iterator[Any]:
@@ -273,7 +276,9 @@ class _ReadAnnouncementsFn(beam.DoFn):
             position = replace(position, rests=position.rests - 1)
         elif self.starts and not self.rests and position.begun:
             # Those behind, who may have been started again as well, are told the time before anything else.
-            pause_s = _PAUSE_S
+            pause_s = self.pause_s
+        elif time.monotonic() < self.rests_until - _CUT_S and self.pause_s < _WHOLE_SECONDS_PAUSE_S:
+            pause_s = self.pause_s = _WHOLE_SECONDS_PAUSE_S
         else:
             turn = _Turn(self.visits, self.history, position, whole_visits=self.rests)
             yield from turn.outputs()
@@ -284,11 +289,13 @@ class _ReadAnnouncementsFn(beam.DoFn):
             if self.rests and (turn.has_closed or _is_at_end(position)):
                 position = replace(position, rests=_RESTS_AT_END if _is_at_end(position) else 1)
             elif not self.rests:
-                pause_s = _PAUSE_S if turn.has_closed else 0.0 if turn.has_read else _IDLE_PAUSE_S
+                # A worker that stood still misses the telling: so there is another pause behind each idle turn.
+                pause_s = 0.0 if turn.has_read and not turn.has_closed else self.pause_s
         self.starts = False
         at_end = _is_at_end(position) and not position.rests
         tracker.try_claim(replace(position, finished=at_end))
         if not at_end:
+            self.rests_until = time.monotonic() + pause_s
             tracker.defer_remainder(Duration(pause_s))
 
 
