@@ -12,6 +12,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, fields
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,8 @@ def _versions() -> Iterator[str]:
     shown = flink_configuration(load_cluster_settings(Path("/nowhere")).flink, Path("/nowhere"), prometheus=False)
     yield f"Flink {settings.flink_version}, Beam's runner {settings.runner_version}"
     yield f"Beam {'.'.join(beam.__version__.split('.')[:2])} for Python"
+    for handler in sorted((resources.files("runners.config") / "flink" / "org").rglob("*.java")):
+        yield f"{handler.name}: {hashlib.sha256(handler.read_bytes()).hexdigest()[:16]}"
     yield f"{flink_operations._KEY_GROUPS} key groups"
     yield from (f"{key}: {shown[key]}" for key in ("state.backend.type", "pipeline.operator-chaining.enabled"))
 
@@ -118,9 +121,7 @@ def _leaves(graph: beam_runner_api_pb2.Pipeline) -> Iterator[tuple[str, Any]]:
 
 def _stages(graph: beam_runner_api_pb2.Pipeline) -> Iterator[str]:
     """Flink knows a stage by the label of what feeds it, its timers by its own."""
-    for label, _ in _leaves(graph):
-        if "core.py" not in label:  # Beam's own, with a number of one of its lines
-            yield label
+    yield from (label for label, _ in _leaves(graph))
 
 
 def _states(graph: beam_runner_api_pb2.Pipeline) -> Iterator[str]:
