@@ -22,10 +22,10 @@ from pathlib import Path
 
 import apache_beam as beam
 from apache_beam.options.pipeline_options import FlinkRunnerOptions, PipelineOptions
-from apache_beam.portability.api import beam_job_api_pb2
+from apache_beam.portability.api import beam_job_api_pb2, beam_runner_api_pb2
 from apache_beam.runners.portability.job_server import ExternalJobServer
 from apache_beam.runners.portability.portable_runner import PortableRunner
-from apache_beam.runners.runner import PipelineState
+from apache_beam.runners.runner import PipelineResult, PipelineState
 
 from runners.cluster.flink import ENDED, overview, rest
 from runners.cluster.processes import is_listening
@@ -120,6 +120,32 @@ def flink_cluster_engine(
     yield _submitting(cluster_job((*retries, *arguments), announce, out, folder).options, _last_reason)
 
 
+class LabelledRunner(PortableRunner):
+    """Submits pipelines whose transforms have their labels for ids."""
+
+    def run_portable_pipeline(self, pipeline: beam_runner_api_pb2.Pipeline, options: PipelineOptions) -> PipelineResult:
+        return super().run_portable_pipeline(labelled(pipeline), options)
+
+
+def labelled(pipeline: beam_runner_api_pb2.Pipeline) -> beam_runner_api_pb2.Pipeline:
+    """The pipeline with each transform's label for its id.
+
+    The runner keeps timers under the id of their stage, and in Beam's own ids is the number of those before it: with
+    one stage more, the timers of a savepoint would be nobody's.
+    """
+    old = pipeline.components.transforms
+    labels = {number: transform.unique_name for number, transform in old.items()}
+    named = beam_runner_api_pb2.Pipeline()
+    named.CopyFrom(pipeline)
+    named.root_transform_ids[:] = [labels[number] for number in pipeline.root_transform_ids]
+    named.components.transforms.clear()
+    for number, label in labels.items():
+        transform = named.components.transforms[label]
+        transform.CopyFrom(old[number])
+        transform.subtransforms[:] = [labels[part] for part in old[number].subtransforms]
+    return named
+
+
 @dataclass(frozen=True)
 class ClusterJob:
     """A job for the cluster: its name there, and the options that it is submitted with."""
@@ -175,7 +201,7 @@ def start_detached(job: ClusterJob, dataflow: Dataflow) -> str:
     RuntimeError
         It failed, or did not run in time; it is gone then.
     """
-    flow = beam.Pipeline(runner=PortableRunner(), options=job.options)
+    flow = beam.Pipeline(runner=LabelledRunner(), options=job.options)
     dataflow.build(flow, spread=True)
     with quiet_beam(), _quiet_job_messages():
         try:
@@ -206,7 +232,7 @@ def _submitting(options: PipelineOptions, reason: Callable[[Exception], str]) ->
     """Runs dataflows as jobs, to their end."""
 
     def run(dataflow: Dataflow) -> None:
-        flow = beam.Pipeline(runner=PortableRunner(), options=options)
+        flow = beam.Pipeline(runner=LabelledRunner(), options=options)
         dataflow.build(flow, spread=True)
         with quiet_beam(), _quiet_job_messages():
             try:

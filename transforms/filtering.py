@@ -156,15 +156,25 @@ def visit_alerts(
                 continue
             table = pa.ipc.open_stream(buffers[0]).read_all()
             header["alerts"] = len(table)
-            thin.append(table.append_column("revision", pa.array(np.full(len(table), number))))
+            table = table.append_column("revision", pa.array(np.full(len(table), number)))
+            thin.append(table if table.schema == schema else _with_columns(table, schema))
             for (name, dtype, _), buffer in zip(_TABLES, buffers[1:], strict=True):
                 rows[name].append(records_from_bytes(dtype, buffer))
-    alerts = pa.concat_tables(thin).cast(schema) if thin else schema.empty_table()
+    alerts = pa.concat_tables(thin) if thin else schema.empty_table()
     alerts = _first_rows(alerts)
     tables = {name: _unique_records(concatenate_records(rows[name], dtype), key) for name, dtype, key in _TABLES}
     failures = tuple(FailureRecord(**header["record"]) for header in headers["failure"])
     summary = _summary(visit, revision, headers, alerts, tables)
     return VisitAlerts(visit, summary["day_obs"], revision, summary, alerts, tables, failures)
+
+
+def _with_columns(table: pa.Table, schema: pa.Schema) -> pa.Table:
+    """The columns of a schema from a part that was made for other filters, in a job that goes on with these."""
+    columns = [
+        table[field.name].cast(field.type) if field.name in table.column_names else pa.nulls(len(table), field.type)
+        for field in schema
+    ]
+    return pa.Table.from_arrays(columns, schema=schema)
 
 
 def _first_rows(alerts: pa.Table) -> pa.Table:

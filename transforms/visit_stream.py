@@ -1,6 +1,7 @@
 """ReadVisitStream: visits as they are announced, detector by detector, on a topic with one partition.
 
-What is open (visits announced in part) travels in the restriction of the source, so a checkpoint holds it.
+What is open (visits announced in part) travels in the restriction of the source, so a checkpoint holds it: as JSON,
+and without the place of the log, so that a job goes on at another address and in a later release.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -145,6 +146,8 @@ class _OpenVisit:
 class StreamPosition:
     """How far the log was read, and what is open there: the source's restriction.
 
+    It lies in savepoints under its names (`position_bytes`): a field that is added needs a default.
+
     Attributes
     ----------
     offset : of the next message
@@ -162,6 +165,37 @@ class StreamPosition:
     begun: bool = False
     rests: int = 0
     finished: bool = False
+
+
+def position_bytes(position: StreamPosition) -> bytes:
+    """A position as JSON."""
+    return json.dumps(asdict(position)).encode()
+
+
+def read_position(encoded: bytes) -> StreamPosition:
+    """The position that `position_bytes` made, of this release or another: what this one does not know is left out."""
+    told = json.loads(encoded)
+    for name in ("open", "closed"):
+        told[name] = tuple(_known(_OpenVisit, {**one, "exposure": tuple(one["exposure"])}) for one in told[name])
+    return _known(StreamPosition, told)
+
+
+def _known(kind: Any, told: dict[str, Any]) -> Any:
+    names = {field.name for field in fields(kind)}
+    return kind(**{name: value for name, value in told.items() if name in names})
+
+
+class _PositionCoder(beam.coders.Coder):
+    """Coder of positions."""
+
+    def encode(self, position: StreamPosition) -> bytes:
+        return position_bytes(position)
+
+    def decode(self, encoded: bytes) -> StreamPosition:
+        return read_position(encoded)
+
+    def is_deterministic(self) -> bool:
+        return True
 
 
 class _PositionTracker(RestrictionTracker):
@@ -203,6 +237,9 @@ class _PositionProvider(beam.RestrictionProvider):
 
     def create_tracker(self, restriction: StreamPosition) -> _PositionTracker:
         return _PositionTracker(restriction)
+
+    def restriction_coder(self) -> _PositionCoder:
+        return _PositionCoder()
 
     def restriction_size(self, element: bytes, restriction: StreamPosition) -> int:
         return 1

@@ -6,20 +6,18 @@ Both run in a folder and on ports of their own, beside those that `make kafka-up
 from __future__ import annotations
 
 import contextlib
-import os
 import random
-import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import apache_beam as beam
 import pytest
-import yaml
 from apache_beam.io.restriction_trackers import OffsetRange, OffsetRestrictionTracker
 from apache_beam.utils.timestamp import Duration
+from own_cluster import PATIENCE_S, kill, own_cluster, until
 from test_flink import digests, ledger, no_progress, produce
 
 from pipelines.night_simulation import simulate_night
@@ -35,7 +33,7 @@ from runners.cluster.flink import (
 )
 from runners.cluster.kafka import admin_properties, kafka_service, kafka_up
 from runners.cluster.processes import is_listening, log_end, log_of, running_pid, stop
-from runners.cluster.settings import ClusterSettings, load_cluster_settings
+from runners.cluster.settings import ClusterSettings
 from runners.configuration import load_brokers, load_checked_filters, load_production_config
 from runners.entries import night_input
 from runners.flink import flink_cluster_engine
@@ -47,22 +45,13 @@ from runners.running import RunRequest, run_chain
 
 pytestmark = pytest.mark.cluster
 
-PATIENCE_S = 180.0
 N_MESSAGES, MESSAGE_BYTES = 1000, 80_000
 
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ClusterSettings]:
     """The cluster's settings; whatever runs of it at the end is ended."""
-    folder = tmp_path_factory.mktemp("cluster")
-    port = free_ports(20)
-    ports = {"rest_port": port, "rpc_port": port + 1, "job_server_port": port + 3, "worker_pool_port": port + 4}
-    own = {
-        "kafka": {"port": port + 5},
-        "flink": {**ports, "prometheus_ports": f"{port + 10}-{port + 19}", "task_managers": 2},
-    }
-    (folder / "cluster.yaml").write_text(yaml.safe_dump(own))
-    settings = load_cluster_settings(folder)
+    settings = own_cluster(tmp_path_factory.mktemp("cluster"), task_managers=2)
     yield settings
     flink_down(settings)
     stop(settings, kafka_service(settings.kafka))
@@ -94,28 +83,6 @@ def local(night: Path) -> Path:
     return out
 
 
-def free_ports(count: int) -> int:
-    """The first of so many ports on which nobody listens."""
-    while True:
-        first = random.SystemRandom().randrange(20_000, 30_000)
-        if not any(is_listening(first + offset) for offset in range(count)):
-            return first
-
-
-def kill(cluster: ClusterSettings, service: Any) -> None:
-    pid = running_pid(cluster, service)
-    assert pid is not None
-    os.kill(pid, signal.SIGKILL)
-    until(lambda: running_pid(cluster, service) is None)
-
-
-def until(fact: Callable[[], object], patience_s: float = PATIENCE_S) -> None:
-    deadline = time.monotonic() + patience_s
-    while not fact():
-        assert time.monotonic() < deadline, "did not become true in time"
-        time.sleep(0.1)
-
-
 def processes_of(cluster: ClusterSettings) -> list[int]:
     """All processes that any service of the cluster started, found without our own functions."""
     mark = f"NIGHTSTREAM_CLUSTER={cluster.folder}/".encode()
@@ -144,7 +111,7 @@ def test_kafka_keeps_what_it_acknowledged_when_it_is_killed(kafka: ClusterSettin
     assert kafka_up(kafka)
     assert not kafka_up(kafka)
     read = listen_topic(kafka.kafka.bootstrap, "packets", idle_timeout_s=PATIENCE_S, limit=N_MESSAGES)
-    assert sorted(read) == sorted(message(number) for number in range(N_MESSAGES))
+    assert sorted(one.value for one in read) == sorted(message(number) for number in range(N_MESSAGES))
 
 
 def test_kafka_goes_on_for_a_sink_that_waits_while_it_restarts(kafka: ClusterSettings) -> None:
@@ -158,7 +125,7 @@ def test_kafka_goes_on_for_a_sink_that_waits_while_it_restarts(kafka: ClusterSet
     sink.flush(60)
     restart.join()
     read = listen_topic(kafka.kafka.bootstrap, "restarted", idle_timeout_s=PATIENCE_S, limit=2)
-    assert sorted(read) == [b"after", b"before"]
+    assert sorted(one.value for one in read) == [b"after", b"before"]
 
 
 def test_broker_teams_need_a_password_and_a_right_and_the_administrator_none(kafka: ClusterSettings) -> None:
@@ -347,7 +314,7 @@ def test_a_night_on_the_cluster_writes_the_local_runners_bytes_and_reaches_kafka
     assert alerts > 50
     bootstrap = kafka.kafka.bootstrap
     topic = "lsst-alerts-v11"
-    packets = list(listen_topic(bootstrap, topic, idle_timeout_s=5.0, limit=None))
+    packets = [one.value for one in listen_topic(bootstrap, topic, idle_timeout_s=5.0, limit=None)]
     assert len(set(packets)) == alerts
     assert [job["state"] for job in jobs_named(flink, "whole")] == ["FINISHED"]
 

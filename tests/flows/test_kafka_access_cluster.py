@@ -20,12 +20,12 @@ import numpy as np
 import pytest
 import yaml
 from click.testing import CliRunner
-from test_cluster import free_ports, until
+from own_cluster import own_cluster, until
 
 from runners.cli import main
 from runners.cluster.kafka import admin_properties, kafka_service, kafka_up
 from runners.cluster.processes import Service, running_pid, stop
-from runners.cluster.settings import ClusterSettings, load_cluster_settings
+from runners.cluster.settings import ClusterSettings
 from runners.kafka import (
     DeliveryError,
     KafkaAlertSink,
@@ -97,8 +97,7 @@ class Survey:
 
 def own_kafka(folder: Path) -> Iterator[ClusterSettings]:
     """A Kafka broker in a folder and on ports of its own; it ends with what it keeps."""
-    (folder / "cluster.yaml").write_text(yaml.safe_dump({"kafka": {"port": free_ports(3)}}))
-    settings = load_cluster_settings(folder)
+    settings = own_cluster(folder)
     try:
         kafka_up(settings)
         yield settings

@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from conftest import Run, write_night
-from test_cluster import free_ports, produce_on_cluster
+from own_cluster import own_cluster
+from test_cluster import produce_on_cluster
 from test_flink import digests, produce
 from test_quarantine_runs import ODD_STAGES, without_the_detector
 
 import transforms.detection
 from runners.cluster.flink import flink_down, flink_up
-from runners.cluster.settings import ClusterSettings, load_cluster_settings
+from runners.cluster.settings import ClusterSettings
 from runners.local import local_engine
 
 pytestmark = pytest.mark.cluster
@@ -27,12 +27,7 @@ pytestmark = pytest.mark.cluster
 @pytest.fixture
 def flink(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ClusterSettings]:
     """A cluster of one slot, whose workers find modules in `tmp_path`."""
-    port = free_ports(20)
-    ports = {"rest_port": port, "rpc_port": port + 1, "job_server_port": port + 3, "worker_pool_port": port + 4}
-    own = {"flink": {**ports, "prometheus_ports": f"{port + 10}-{port + 19}", "task_managers": 1}}
-    (tmp_path / "cluster").mkdir()
-    (tmp_path / "cluster" / "cluster.yaml").write_text(yaml.safe_dump(own))
-    settings = load_cluster_settings(tmp_path / "cluster")
+    settings = own_cluster(tmp_path / "cluster", task_managers=1)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *sys.path]))
     monkeypatch.syspath_prepend(tmp_path)
     assert flink_up(settings)

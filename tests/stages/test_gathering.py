@@ -157,6 +157,19 @@ def test_late_part_makes_a_revision_that_knows_both(bright: CheckedFilter) -> No
         assert_that(told, equal_to([(0, [100, 101], [0, 0]), (1, [100, 101, 200, 201], [0, 0, 1, 1])]))
 
 
+def test_parts_made_for_other_filters_have_the_columns_of_these() -> None:
+    """A job that goes on with other filters finds parts of before, with columns of then and without those of now."""
+    before, now = frozenset({"diaSource.snr", "diaObject.ra"}), frozenset({"diaSource.snr", "diaSource.psfFlux"})
+    early, late = _batch(1, 3), _batch(10, 2, cell=8)
+    late.dia_sources["psfFlux"] = 7.0
+    visit = visit_alerts(VISIT, 1, {0: {_part(early, before)}, 1: {_part(late, now)}}, now)
+    assert _ids(visit) == [1, 2, 3, 10, 11]
+    sources = visit.alerts["diaSource"].to_pylist()
+    assert [one["snr"] for one in sources] == [5.0, 8.0, 11.0, 5.0, 8.0]
+    assert [one["psfFlux"] for one in sources] == [None] * 3 + [7.0] * 2
+    assert "diaObject" not in visit.alerts.column_names
+
+
 def _check_visit(visit: VisitAlerts, transform: beam.PTransform, tell: Any, expected: Any) -> None:
     """Run one visit through a stage and compare what `tell` says of the result."""
     with beam.Pipeline(runner=FnApiRunner()) as flow:

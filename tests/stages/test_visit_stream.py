@@ -27,6 +27,8 @@ from transforms.visit_stream import (
     _passed,
     _PositionTracker,
     _Turn,
+    position_bytes,
+    read_position,
 )
 
 START_MJD = 61367.0
@@ -325,3 +327,29 @@ def test_the_flow_ends_behind_what_the_log_held(spread: bool, tmp_path: Path) ->
         assert_that(named_elements, equal_to(expected, equals_fn=lambda a, b: a == b), label="Good")
         errors = read.failed | beam.Map(lambda record: record.error).with_output_types(str)
         assert_that(errors, equal_to(["InvalidAnnouncement", "DetectorMissing"]), label="Failed")
+
+
+def test_position_comes_back_from_its_bytes(tmp_path: Path) -> None:
+    log = _ListLog(_messages(_visit(1), _visit(2))[:4])
+    _, _, position = _read(VisitStream(log, str(tmp_path)), StreamPosition(0, None), turns=1)
+    assert position.open and position.closed
+    assert read_position(position_bytes(position)) == position
+
+
+def test_position_of_another_release_is_read() -> None:
+    """As release 0.1 writes it, less a field with a default, and with fields that were added since."""
+    visit = {
+        "visit": 2026112200001,
+        "exposure": [20261122, 1],
+        "midpoint_mjd_tai": 61367.0,
+        "facts": "10548c16447fac37",
+        "expected": 2**200 + 7,
+        "awaited": 7,
+        "seen": 3,
+        "opened_at": 1.7e9,
+        "airmass": 1.2,
+    }
+    told = {"offset": 5, "end": None, "open": [visit], "closed": [], "begun": True, "rests": 0, "paused": 1}
+    position = read_position(json.dumps(told).encode())
+    assert (position.offset, position.end, position.begun, position.finished) == (5, None, True, False)
+    assert (position.open[0].exposure, position.open[0].expected, position.closed) == ((20261122, 1), 2**200 + 7, ())
