@@ -21,6 +21,7 @@ from schemas.claim_check import BlobFile
 from schemas.elements import FailureRecord, VisitAlerts
 from transforms.alert_columns import thin_json
 from transforms.failures import FAILED, failure_of
+from transforms.metrics import FILTERED_BYTES_ACKNOWLEDGED, FILTERED_PACKETS_ACKNOWLEDGED
 
 STAGE = "distribution"
 FULL_STREAM = "full"
@@ -34,14 +35,14 @@ class AlertSink(Protocol):
     """Where messages go. Picklable; opened once per worker.
 
     `send` may return before delivery; `flush` returns only when everything sent was acknowledged and
-    raises otherwise.
+    raises otherwise. It says how many messages that were since it returned last, and of how many bytes.
     """
 
     def open(self) -> None: ...
 
     def send(self, topic: str, key: bytes | None, value: bytes, headers: Headers) -> None: ...
 
-    def flush(self, deadline_s: float) -> Any: ...
+    def flush(self, deadline_s: float) -> tuple[int, int]: ...
 
     def close(self) -> None: ...
 
@@ -286,7 +287,9 @@ class _DistributeAlertsFn(beam.DoFn):
                 delivered[broker.name] = 0
                 failures.append(failure_of(error, STAGE, visit.visit, lost=f"{len(ids)} packets to {broker.name}"))
         if self.sink is not None:
-            self.sink.flush(self.delivery_deadline_s)
+            n_packets, n_bytes = self.sink.flush(self.delivery_deadline_s)
+            FILTERED_PACKETS_ACKNOWLEDGED.inc(n_packets)
+            FILTERED_BYTES_ACKNOWLEDGED.inc(n_bytes)
         failures += shipment.failures
         yield from (beam.pvalue.TaggedOutput(FAILED, failure) for failure in failures)
         summary = {**visit.summary, **shipment.counts(), "delivered": delivered}

@@ -28,6 +28,7 @@ from transforms.alert_columns import thin_alerts
 from transforms.delivery import Delivery
 from transforms.distribution import Shipment, send_full_streams
 from transforms.failures import FAILED, failure_of, failure_part
+from transforms.metrics import ALERTS_PACKAGED, BYTES_ACKNOWLEDGED, PACKETS_ACKNOWLEDGED
 from transforms.solar_system import element_table, orbit_records
 
 STAGE = "packaging"
@@ -137,6 +138,7 @@ class _PackageAlertsFn(beam.DoFn):
         for failure in failures + shipment.failures:
             yield beam.pvalue.TaggedOutput(FAILED, failure)
             yield visit, failure_part(failure)
+        ALERTS_PACKAGED.inc(sum(len(table) for table in tables))
         yield visit, visit_part(batch, pa.concat_tables(tables), time.perf_counter() - started, shipment.counts())
 
     def _hand_over(self, alerts: AlertBatch, messages: list[bytes], shipment: Shipment) -> pa.Table:
@@ -152,7 +154,9 @@ class _PackageAlertsFn(beam.DoFn):
 
     def finish_bundle(self) -> None:
         if self.sink is not None:
-            self.sink.flush(self.deadline_s)
+            n_packets, n_bytes = self.sink.flush(self.deadline_s)
+            PACKETS_ACKNOWLEDGED.inc(n_packets)
+            BYTES_ACKNOWLEDGED.inc(n_bytes)
 
     def _cutouts(self, batch: AlertBatch) -> tuple[Cutouts, Counter[FailureRecord]]:
         """Difference, science and template stamps of each alert, None where they cannot be had; and how many cannot."""

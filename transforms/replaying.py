@@ -24,6 +24,7 @@ from transforms.cutouts import detector_account
 from transforms.delivery import Delivery
 from transforms.distribution import Shipment, send_full_streams
 from transforms.failures import FAILED, failure_of, failure_part
+from transforms.metrics import ALERTS_PACKAGED, BYTES_ACKNOWLEDGED, PACKETS_ACKNOWLEDGED
 from transforms.packaging import alerts_part, packet_digest, packet_file
 
 STAGE = "replaying"
@@ -100,7 +101,9 @@ class _ReadPacketsFn(beam.DoFn):
 
     def finish_bundle(self) -> None:
         if self.delivery.sink is not None:
-            self.delivery.sink.flush(self.delivery.deadline_s)
+            n_packets, n_bytes = self.delivery.sink.flush(self.delivery.deadline_s)
+            PACKETS_ACKNOWLEDGED.inc(n_packets)
+            BYTES_ACKNOWLEDGED.inc(n_bytes)
 
     def _replay(self, element: DetectorVisit) -> Iterator[Any]:
         started_at, started = time.time(), time.perf_counter()
@@ -121,6 +124,7 @@ class _ReadPacketsFn(beam.DoFn):
             for failure in shipment.failures:
                 yield beam.pvalue.TaggedOutput(FAILED, failure)
                 yield visit, failure_part(failure)
+        ALERTS_PACKAGED.inc(len(ids))
         seconds = {"replaying": time.perf_counter() - started}
         yield visit, alerts_part([detector], thin, _NO_ROWS, counts={}, seconds=seconds, shipped=shipment.counts())
         yield visit, detector_account(detector, len(ids), len(ids), started_at, ss_matches=packets.n_moving)

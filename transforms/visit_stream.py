@@ -31,6 +31,7 @@ from transforms.ingestion import (
     event_timestamp,
     spread_out,
 )
+from transforms.metrics import ANNOUNCEMENTS_READ, SOURCE_OFFSET, VISITS_CLOSED, VISITS_OPEN, VISITS_TIMED_OUT
 
 # Output leaves the source when a turn ends, so a turn with work is short; each costs the runner a few KB of state
 # that it never gives back, so one without work is long.
@@ -243,6 +244,8 @@ class _ReadAnnouncementsFn(beam.DoFn):
                 position = replace(position, rests=_RESTS_AT_END if _is_at_end(position) else 1)
             elif not self.rests:
                 pause_s = _PAUSE_S if turn.has_closed else 0.0 if turn.has_read else _IDLE_PAUSE_S
+        SOURCE_OFFSET.set(position.offset)
+        VISITS_OPEN.set(len(position.open))
         self.starts = False
         at_end = _is_at_end(position) and not position.rests
         tracker.try_claim(replace(position, finished=at_end))
@@ -321,6 +324,7 @@ class _Turn:
             reason = f"the log ended before message {position.offset} and goes on at {offset}: it was made anew"
             yield self._untied("MessagesLost", reason, "what was announced in between")
         self.position = replace(position, offset=offset + 1)
+        ANNOUNCEMENTS_READ.inc()
         try:
             announced = parse_announcement(message)
         except ValueError as error:
@@ -400,7 +404,10 @@ class _Turn:
             closed = (*self.position.closed, closing)[-_REMEMBERED:]
             self.position = replace(self.position, open=still_open, closed=closed)
             self.has_closed = True
-            self._is_over |= self.whole_visits or closing.expected & ~closing.seen != 0
+            timed_out = closing.expected & ~closing.seen != 0
+            self._is_over |= self.whole_visits or timed_out
+            VISITS_CLOSED.inc()
+            VISITS_TIMED_OUT.inc(int(timed_out))
 
     def _time_is_out(self, one: _OpenVisit) -> bool:
         """Whether a visit waited long enough, and nothing that could be of it waits in the log."""

@@ -39,6 +39,7 @@ _PROMETHEUS_JAR = "flink-metrics-prometheus-{release}.jar"
 _METASPACE_MB = 384  # each submission loads the job server's classes anew
 _BLOB_SWEEP_S = 300
 _REST_PATIENCE_S = 5.0
+METRICS_AGE_MS = 2000  # how old a figure of a task may be that the REST interface tells
 ENDED = ("FINISHED", "CANCELED", "FAILED")
 # A library that uses several threads adds up in another order: the bytes would not repeat.
 _ONE_THREAD = {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
@@ -152,12 +153,15 @@ def flink_configuration(settings: FlinkClusterSettings, folder: Path, prometheus
         "restart-strategy.fixed-delay.delay": f"{settings.restart_delay_s} s",
         "heartbeat.interval": 2000,
         "heartbeat.timeout": 10000,
+        "metrics.fetcher.update-interval": METRICS_AGE_MS,
     }
     if prometheus:
         values |= {
             "metrics.reporter.prometheus.factory.class": "org.apache.flink.metrics.prometheus."
             "PrometheusReporterFactory",
             "metrics.reporter.prometheus.port": settings.prometheus_ports,
+            # Names that are new after each restart would make new series of everything.
+            "metrics.reporter.prometheus.scope.variables.excludes": "task_attempt_id;task_attempt_num",
         }
     return values
 
@@ -268,7 +272,7 @@ def _commands(
         settings.job_server_port,
         settings.artifact_port,
     )
-    pool = [sys.executable, "-m", "runners.cluster.worker_pool", str(settings.worker_pool_port)]
+    pool = [sys.executable, "-m", "runners.cluster.worker_pool", str(settings.worker_pool_port), str(cluster.logs)]
     commands = {worker_pool(settings).name: (pool, of_python), job_server(settings).name: (server, {})}
     # The log's place is for the web UI to show it.
     name = job_manager(settings).name

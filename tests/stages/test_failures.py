@@ -102,9 +102,10 @@ class _Sink:
     def send(self, topic: str, key: bytes, value: bytes, headers: list[Any]) -> None:
         self.sent.append((topic, value))
 
-    def flush(self, deadline_s: float) -> None:
+    def flush(self, deadline_s: float) -> tuple[int, int]:
         if self.is_away:
             raise RuntimeError("not acknowledged")
+        return 0, 0
 
 
 def test_new_records_are_sent_before_they_are_written_and_again_when_that_failed(tmp_path: Path) -> None:

@@ -39,7 +39,8 @@ class _RecordingSink:
         self.sent.append((topic, key, value, headers))
         self.files_seen.append(len(list(self.packets.rglob("*.packets"))))
 
-    def flush(self, deadline_s: float) -> None: ...
+    def flush(self, deadline_s: float) -> tuple[int, int]:
+        return 0, 0
 
     def close(self) -> None: ...
 
