@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -346,7 +347,7 @@ def _last_failure(job: LiveJob, now_ms: int) -> dict[str, Any] | None:
     lines = [line.strip() for line in told[0]["stacktrace"].splitlines()]
     reasons = [line for line in lines if line and not line.startswith(("at ", "... "))]
     reason = reasons[-1].removeprefix("Caused by: ") if reasons else told[0]["exceptionName"]
-    return {"age_s": (now_ms - told[0]["timestamp"]) / 1000.0, "reason": reason}
+    return {"age_s": (now_ms - told[0]["timestamp"]) / 1000.0, "reason": re.sub(r"^(\w+\.)+(?=\w+: )", "", reason)}
 
 
 def _restored(saved: dict[str, Any]) -> str | None:
@@ -355,7 +356,7 @@ def _restored(saved: dict[str, Any]) -> str | None:
 
 
 def _stages(job: LiveJob, vertices: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Each task of the job: how much of its time it is busy, or held up by those behind it, its watermark and counts."""
+    """Each task of the job: how much of its time it is busy or held up by those behind it, watermark, our metrics."""
     for vertex in vertices:
         place = f"/jobs/{job.latest.job}/vertices/{vertex['id']}"
         known = [one["id"] for one in rest(job.flink, f"{place}/subtasks/metrics")]

@@ -66,9 +66,9 @@ def source_lag(announced: Announced, stages: list[dict[str, Any]]) -> dict[str, 
 def event_time_lag(announced: Announced, stages: list[dict[str, Any]]) -> dict[str, Any]:
     """The visit announced last, and how far the stage that is furthest behind stands short of it, in the night's clock.
 
-    `behind_s` is in seconds between midpoints, whatever clock time it takes to work them off: with visits every 37 s,
-    74 are two visits. 0 when event time has passed the visit in all stages; None where either is not known, or event
-    time has not begun.
+    `has_begun`: whether event time has come to all stages since the job started or started again, which it does behind
+    the first visit that is closed. `behind_s` is in seconds between midpoints, whatever clock time it takes to work them off: with visits every 37 s,
+    74 are two visits; 0 when event time has passed the visit in all stages.
     """
     marks = [(stage["watermark_ms"] / 1000.0, stage["name"]) for stage in stages if stage["watermark_ms"] is not None]
     mark, slowest = min(marks, default=(None, None))
@@ -78,7 +78,12 @@ def event_time_lag(announced: Announced, stages: list[dict[str, Any]]) -> dict[s
         if has_begun and mark is not None and announced.event_time_s is not None
         else None
     )
-    return {"newest_visit": announced.visit, "behind_s": behind, "slowest": slowest if behind else None}
+    return {
+        "newest_visit": announced.visit,
+        "has_begun": has_begun,
+        "behind_s": behind,
+        "slowest": slowest if behind else None,
+    }
 
 
 def problems(told: dict[str, Any], checkpoint_interval_s: float) -> Iterator[str]:
@@ -89,14 +94,16 @@ def problems(told: dict[str, Any], checkpoint_interval_s: float) -> Iterator[str
         return
     failure, saved, source, event_time = (told[name] for name in ("last_failure", "checkpoint", "source", "event_time"))
     if failure is not None and failure["age_s"] < _RECENT_S:
-        yield f"started again {told['restarts']} times, last {failure['age_s']:.0f} s ago: {_short(failure['reason'])}"
+        yield f"restarted {_times(told['restarts'])}, last {failure['age_s']:.0f} s ago: {_short(failure['reason'])}"
     if told["state"] != "RUNNING":
         return
     if source["error"] is not None:
         yield f"Kafka does not tell what was announced: {source['error']}"
     if source["behind"]:
         yield f"behind by {source['behind']} messages"
-    if event_time["behind_s"] is not None and event_time["behind_s"] >= 1.0:
+    if event_time["newest_visit"] is not None and not event_time["has_begun"]:
+        yield f"event time has not begun: visit {event_time['newest_visit']} and those before it are not through"
+    elif event_time["behind_s"] is not None and event_time["behind_s"] >= 1.0:
         yield (
             f"event time is {event_time['behind_s']:.0f} s short of visit {event_time['newest_visit']}, "
             f"furthest behind: {_short(event_time['slowest'])}"
@@ -109,6 +116,10 @@ def problems(told: dict[str, Any], checkpoint_interval_s: float) -> Iterator[str
     for stage in told["stages"]:
         if stage["held_up"] is not None and stage["held_up"] > _HELD_UP:
             yield f"held up {stage['held_up']:.0%} of the time by those behind it: {_short(stage['name'])}"
+
+
+def _times(number: int) -> str:
+    return "once" if number == 1 else f"{number} times"
 
 
 def _short(text: str) -> str:

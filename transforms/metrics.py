@@ -2,8 +2,8 @@
 
 Beam metrics of the namespace `nightstream`: counters and gauges, as those two are numbers everywhere. They are told
 when a bundle has gone through, begin at 0 when a job starts or starts again, and count work, so what is done twice
-counts twice; the ledger has the figures of the night. Once for an exposure, batch or visit, never for each alert. A name
-belongs to one step: of steps that Flink runs as one task and that count under one name, only one would be told.
+counts twice; the ledger has the figures of the night. Once for an exposure, batch or visit, never for each alert. A
+name belongs to one step: of steps that Flink runs as one task and that count under one name, only one would be told.
 """
 
 from __future__ import annotations

@@ -39,7 +39,6 @@ _PROMETHEUS_JAR = "flink-metrics-prometheus-{release}.jar"
 _METASPACE_MB = 384  # each submission loads the job server's classes anew
 _BLOB_SWEEP_S = 300
 _REST_PATIENCE_S = 5.0
-METRICS_AGE_MS = 2000  # how old a figure of a task may be that the REST interface tells
 ENDED = ("FINISHED", "CANCELED", "FAILED")
 # A library that uses several threads adds up in another order: the bytes would not repeat.
 _ONE_THREAD = {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
@@ -153,7 +152,7 @@ def flink_configuration(settings: FlinkClusterSettings, folder: Path, prometheus
         "restart-strategy.fixed-delay.delay": f"{settings.restart_delay_s} s",
         "heartbeat.interval": 2000,
         "heartbeat.timeout": 10000,
-        "metrics.fetcher.update-interval": METRICS_AGE_MS,
+        "metrics.fetcher.update-interval": 2000,
     }
     if prometheus:
         values |= {

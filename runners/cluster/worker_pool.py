@@ -32,7 +32,8 @@ _LOOK_S, _BOUND_S = 1.0, 60.0
 _LOG = logging.getLogger("runners.cluster.worker_pool")
 _STOP_PATIENCE_S = 10.0
 _WORKER = (
-    "import sys; from runners.logs import log_json; log_json(); from apache_beam.runners.worker.sdk_worker import SdkHarness; "
+    "import sys; from runners.logs import log_json; log_json(); "
+    "from apache_beam.runners.worker.sdk_worker import SdkHarness; "
     "SdkHarness(sys.argv[1], worker_id=sys.argv[2]).run()"
 )
 

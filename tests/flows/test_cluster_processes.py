@@ -119,7 +119,7 @@ def test_flink_is_bound_to_the_loopback_interface_with_its_state_in_the_folder(t
     assert len(bound) == 3
     assert set(bound.values()) == {"127.0.0.1"}
     assert values["state.checkpoints.dir"] == f"file://{tmp_path}/checkpoints"
-    assert not [key for key in values if key.startswith("metrics.")]
+    assert not [key for key in values if key.startswith("metrics.reporter.")]
     with_metrics = flink_configuration(settings, tmp_path, prometheus=True)
     assert with_metrics["metrics.reporter.prometheus.port"] == settings.prometheus_ports
 
