@@ -222,6 +222,7 @@ def status_lines(told: dict[str, Any]) -> Iterator[str]:
                 f"{saved['completed'] + saved['failed']} failed"
             )
         )
+    if told["state"] == "RUNNING":
         source, event_time = told["source"], told["event_time"]
         yield (
             f"  source at message {_known(source['offset'])} of {_known(source['end'])}; newest visit "

@@ -88,7 +88,7 @@ def event_time_lag(announced: Announced, stages: list[dict[str, Any]]) -> dict[s
 
 def problems(told: dict[str, Any], checkpoint_interval_s: float) -> Iterator[str]:
     """What is wrong with a job, the worst first, from what `flink_operations.status` tells of it."""
-    if told["state"] != "RUNNING":
+    if told["state"] not in ("RUNNING", "CLOSED"):
         yield f"the job does not run: it is {told['state']}"
     if "stages" not in told:
         return

@@ -81,6 +81,13 @@ def test_what_is_wrong_is_said_first(change: dict[str, Any], said: str) -> None:
     assert list(status_lines(told))[1] == f"! {said}"
 
 
+def test_a_job_that_was_lost_is_told_and_one_that_is_closed_is_no_problem() -> None:
+    told = {"job": "1f", "ledger": _told()["ledger"]}
+    assert list(problems({**told, "state": "LOST"}, 10.0)) == ["the job does not run: it is LOST"]
+    closed = {**told, "state": "CLOSED", "problems": list(problems({**told, "state": "CLOSED"}, 10.0))}
+    assert next(status_lines(closed)) == "job 1f CLOSED, nothing wrong"
+
+
 @pytest.mark.parametrize(
     "change",
     [

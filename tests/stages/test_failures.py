@@ -126,6 +126,18 @@ def test_new_records_are_sent_before_they_are_written_and_again_when_that_failed
     assert _lines(tmp_path) == _expected(0, 1, 2)
 
 
+def test_a_record_is_logged_when_it_is_new(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write, lines = _WriteFailuresFn(str(tmp_path), None, 1.0).write, _Bag()
+    for detectors in ((0, 1), (1, 2)):
+        lines.held = [failure_line(_failure(detector)) for detector in detectors]
+        list(write(VISIT, lines))
+    one = _failure(0)
+    assert [(told.levelname, told.stage, told.visit, told.detector) for told in caplog.records] == [
+        ("WARNING", one.stage, one.visit, detector) for detector in (0, 1, 2)
+    ]
+    assert caplog.records[0].getMessage() == f"{one.error}: {one.reason}; lost: {one.lost}"
+
+
 def test_the_first_to_decide_is_obeyed_and_leaves_no_other_file(tmp_path: Path) -> None:
     path = tmp_path / "folder" / "decision"
     assert decide_once(path, b"one") == b"one"
