@@ -12,12 +12,12 @@ import apache_beam as beam
 import pytest
 import yaml
 from click.testing import CliRunner
+from confluent_kafka import Consumer, TopicPartition
 from conftest import Run, write_night
 
 from runners import local
 from runners.cli import main
-from runners.kafka import EmbeddedKafka, KafkaMessageLog
-from runners.listening import listen_topic
+from runners.kafka import EmbeddedKafka, KafkaMessageLog, consumer_settings
 from schemas.manifests import announcements, read_manifest
 from transforms import metrics
 
@@ -53,7 +53,15 @@ def _ledger(out: Path) -> list[dict[str, Any]]:
 
 def _values(bootstrap: str, topic: str) -> list[bytes]:
     """What lies on a topic."""
-    return [record.value for record in listen_topic(bootstrap, topic, idle_timeout_s=0.5)]
+    consumer = Consumer(consumer_settings(bootstrap, "checkers", from_beginning=True))
+    try:
+        partitions = consumer.list_topics(topic, timeout=10).topics[topic].partitions
+        places = [TopicPartition(topic, partition, 0) for partition in partitions]
+        count = sum(consumer.get_watermark_offsets(place, timeout=10)[1] for place in places)
+        consumer.assign(places)
+        return [consumer.poll(10).value() for _ in range(count)]
+    finally:
+        consumer.close()
 
 
 def test_metrics_are_the_figures_of_the_ledger(
