@@ -67,8 +67,8 @@ def event_time_lag(announced: Announced, stages: list[dict[str, Any]]) -> dict[s
     """The visit announced last, and how far the stage that is furthest behind stands short of it, in the night's clock.
 
     `has_begun`: whether event time has come to all stages since the job started or started again, which it does behind
-    the first visit that is closed. `behind_s` is in seconds between midpoints, whatever clock time it takes to work them
-    off: with visits every 37 s, 74 are two visits; 0 when event time has passed the visit in all stages.
+    the first visit that is closed. `behind_s` is in seconds between midpoints, whatever clock time the work takes:
+    with visits every 37 s, 74 are two visits; 0 when event time has passed the visit in all stages.
     """
     marks = [(stage["watermark_ms"] / 1000.0, stage["name"]) for stage in stages if stage["watermark_ms"] is not None]
     mark, slowest = min(marks, default=(None, None))
