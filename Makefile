@@ -3,11 +3,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 NIGHTS := nights
+KAFKA := 127.0.0.1:9092
+CADENCE := 10
 
 .DEFAULT_GOAL := help
 .PHONY: help setup night test test-real test-long test-oracles check format bench bench-differencing bench-packets \
   lock clean study-association study-detection study-orbits flink-setup flink-test \
-  kafka-up flink-up cluster-down cluster-test crash-test crash-test-long
+  kafka-up flink-up cluster-down live cluster-test crash-test crash-test-long
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-18s %s\n", $$1, $$2}'
@@ -88,6 +90,19 @@ flink-up: setup ## start a Flink cluster on this machine, one slot per core, fet
 
 cluster-down: $(VENV)/.installed ## end both, and what was left of them
 	$(BIN)/nightstream cluster down
+
+# Each run has a topic of announcements and an output folder of its own. However it ends, the job ends with it.
+live: setup ## a night as it happens on Kafka and Flink, a visit every CADENCE=10 seconds; 4 minutes
+	$(BIN)/nightstream cluster up
+	$(BIN)/nightstream simulate --preset live --out $(NIGHTS)/live/night --quiet
+	@run=$$(date -u +%Y%m%dT%H%M%S); out=$(NIGHTS)/live/$$run; night=$(NIGHTS)/live/night; \
+	$(BIN)/nightstream flink submit --bootstrap $(KAFKA) --kafka $(KAFKA) --topic visits-$$run \
+	  --known-objects $$night --out $$out || exit 1; \
+	trap 'exit 130' INT TERM; \
+	trap 'kill $$telescope 2>/dev/null; $(BIN)/nightstream flink cancel $$out; $(BIN)/nightstream flink close $$out' EXIT; \
+	$(BIN)/nightstream announce $$night --bootstrap $(KAFKA) --topic visits-$$run --cadence $(CADENCE) --quiet & \
+	telescope=$$!; \
+	$(BIN)/nightstream flink watch $$out --visits $$(wc -l < $$night/visits.jsonl)
 
 cluster-test: setup ## the tests on a Kafka broker and a Flink cluster of their own; about 4 minutes
 	$(BIN)/python -m pytest -m cluster

@@ -20,6 +20,6 @@ setup(
         "transforms": ["models/*.json"],
         "schemas.avro": ["definitions/*.csv", "definitions/archived/*.csv"],
         "runners": ["templates/*.html", "templates/*.css"],
-        "runners.config": ["*.yaml", "filters/*.yaml", "flink/*", "ingest/*.yaml", "kafka/*"],
+        "runners.config": ["*.yaml", "filters/*.yaml", "flink/*", "flink/**/*.java", "ingest/*.yaml", "kafka/*"],
     },
 )

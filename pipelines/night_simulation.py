@@ -143,6 +143,7 @@ PRESETS = {
         variables_per_arcmin2=5.0,
         asteroids_per_arcmin2=1.2,
     ),
+    "live": NightPreset("live", n_visits=12, n_detectors=2, size_pix=512, bands=("g", "r")),
     "demo": NightPreset("demo", n_visits=12, n_detectors=2, size_pix=1024, bands=("g", "r")),
     "detector": NightPreset("detector", n_visits=1, n_detectors=1, size_pix=4096, bands=("r",), rotation_deg=0.2),
 }
@@ -174,7 +175,7 @@ def simulate_night(
     Parameters
     ----------
     preset : str or NightPreset
-        "tiny", "demo", "detector", or a preset of your own.
+        "tiny", "live", "demo", "detector", or a preset of your own.
     out : Path
         The folder; new, empty, or begun by the same preset, seed and nights. A complete one is left as it is.
     seed : int

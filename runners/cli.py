@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 PROGRAM = "nightstream"
 DEFAULT_SEED = 20261122
-_PRESETS = ("tiny", "demo", "detector")
+_PRESETS = ("tiny", "live", "demo", "detector")
 _FOLDER = click.Path(path_type=Path)
 _EXISTING = click.Path(exists=True, path_type=Path)
 
@@ -62,6 +62,7 @@ def simulate(preset: str, out: Path, seed: int, nights: int, as_json: bool, quie
 
     \b
     tiny      4 visits, 2 detectors of 512 x 512 pixels, for a first try and for tests
+    live      12 visits, 2 detectors of 512 x 512 pixels, to be announced one after the other
     demo      12 visits, 2 detectors of 1024 x 1024 pixels, two bands
     detector  1 visit, 1 detector of 4096 x 4096 pixels, for performance work
     """

@@ -1,4 +1,4 @@
-"""The commands `nightstream flink submit | status | savepoint | resume | cancel | close`."""
+"""The commands `nightstream flink submit | status | watch | savepoint | resume | cancel | close`."""
 
 from __future__ import annotations
 
@@ -202,8 +202,25 @@ def close(out: Path, as_json: bool) -> None:
     )
 
 
+@flink.command()
+@_OUT
+@click.option("--visits", "n_visits", type=click.IntRange(min=1), required=True, help="Stop when so many are done.")
+def watch(out: Path, n_visits: int) -> None:
+    """Show visits as the job that writes to OUT gets through with them, and how late their alerts are.
+
+    Ends when --visits of them are in the ledger, with exit code 1 if the job ends before. Ctrl-C ends the watching
+    only.
+    """
+    from runners.watching import watch as watch_job
+
+    with _live_job(out) as job:
+        watch_job(job, n_visits)
+
+
 def status_lines(told: dict[str, Any]) -> Iterator[str]:
     """What `flink_operations.status` tells, for a person; what is wrong comes first."""
+    from runners.progress import latency_text
+
     ledger, saved = told["ledger"], told.get("checkpoint")
     yield f"job {told['job']} {told['state']}{'' if told['problems'] else ', nothing wrong'}"
     for problem in told["problems"]:
@@ -232,6 +249,8 @@ def status_lines(told: dict[str, Any]) -> Iterator[str]:
             name = stage["name"] if len(stage["name"]) <= 60 else stage["name"][:57] + "..."
             yield f"  {name:<60} busy {_share(stage['busy'])}, held up {_share(stage['held_up'])}"
     yield f"  ledger: {ledger['visits']} visits, {ledger['alerts']:,} alerts, {ledger['failures']} failures"
+    if ledger["latency"] is not None:
+        yield f"  {latency_text(ledger['latency'])}"
 
 
 def _known(figure: float | None, form: str = "") -> str:

@@ -308,7 +308,9 @@ def _standing(job: LiveJob, state: str) -> dict[str, Any]:
 
 
 def ledger_figures(out: Path) -> dict[str, Any]:
-    """Visits, alerts and failures in the ledger so far."""
+    """Visits, alerts and failures in the ledger so far, and how late alerts were (`transforms.latency`)."""
+    from transforms.latency import night_latency
+
     records = []
     for path in (out / "ledger").glob("[0-9]*.json"):
         try:
@@ -319,6 +321,7 @@ def ledger_figures(out: Path) -> dict[str, Any]:
         "visits": len(records),
         "alerts": sum(record["alerts"] for record in records),
         "failures": sum(record["failures"] for record in records),
+        "latency": night_latency(records),
     }
 
 

@@ -6,6 +6,7 @@ it again does nothing. `--runner flink` only looks whether they are there.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import shutil
@@ -31,7 +32,9 @@ _MANIFEST_KEYS = {
     "flink_version": "Flink-Version",
     "runner_version": "Flink-Runner-Version",
     "job_service_version": "Job-Service-Version",
+    "residuals": "Nightstream-Residuals",
 }
+_POM_FOLDER = Path(str(resources.files("runners.config"))) / "flink"
 
 _JAVA_OPTIONS = (
     # Flink's serializers look into these by reflection.
@@ -48,16 +51,20 @@ class FlinkSetupError(RuntimeError):
 
 @dataclass(frozen=True)
 class JobServerVersions:
-    """What a job-server jar is made of; empty text where the jar does not say."""
+    """What a job-server jar is made of; empty text where the jar does not say.
+
+    `residuals`: digest of the class of ours that keeps what the source left undone; empty where Beam's own does.
+    """
 
     flink_version: str
     runner_version: str
     job_service_version: str
+    residuals: str = ""
 
     def __str__(self) -> str:
         return (
             f"Flink {self.flink_version or '(version unknown)'} with Beam runner {self.runner_version or 'unknown'}, "
-            f"job service {self.job_service_version or 'unknown'}"
+            f"job service {self.job_service_version or 'unknown'}, residuals {self.residuals or 'as Beam keeps them'}"
         )
 
 
@@ -80,7 +87,12 @@ class FlinkSettings:
 
     @property
     def versions(self) -> JobServerVersions:
-        return JobServerVersions(self.flink_version, self.runner_version, self.job_service_version)
+        return JobServerVersions(self.flink_version, self.runner_version, self.job_service_version, _residuals_digest())
+
+
+def _residuals_digest() -> str:
+    sources = sorted(one.read_bytes() for one in _POM_FOLDER.rglob("*.java"))
+    return hashlib.sha256(b"".join(sources)).hexdigest()[:12]
 
 
 def load_flink_settings() -> FlinkSettings:
@@ -182,17 +194,17 @@ def java_or_wheel() -> Path:
 
 def _assemble(jar: Path, versions: JobServerVersions, java: Path) -> None:
     work = jar.with_name("maven")
-    with resources.as_file(resources.files("runners.config") / "flink" / "pom.xml") as pom:
-        run_maven(
-            pom,
-            jar.with_name("maven.log"),
-            java,
-            f"-Dwork.folder={work}",
-            f"-Dflink.version={versions.flink_version}",
-            f"-Drunner.version={versions.runner_version}",
-            f"-Djob.service.version={versions.job_service_version}",
-            "package",
-        )
+    run_maven(
+        _POM_FOLDER / "pom.xml",
+        jar.with_name("maven.log"),
+        java,
+        f"-Dwork.folder={work}",
+        f"-Dflink.version={versions.flink_version}",
+        f"-Drunner.version={versions.runner_version}",
+        f"-Djob.service.version={versions.job_service_version}",
+        f"-Dresiduals={versions.residuals}",
+        "package",
+    )
     (work / "job-server.jar").replace(jar)
     shutil.rmtree(work, ignore_errors=True)
 

@@ -24,6 +24,7 @@ from types import TracebackType
 from typing import IO, Any
 
 from runners.kafka_login import client_settings
+from schemas.manifests import LoggedMessage
 
 DIA_SOURCE_ID_HEADER = "dia_source_id"
 
@@ -456,22 +457,22 @@ class KafkaMessageLog:
 
     def append(self, messages: Iterable[bytes]) -> None:
         """Add messages and return when Kafka has them; DeliveryError where it takes none."""
-        from confluent_kafka import Producer
-
-        producer = Producer({**client_settings(self.bootstrap, self.login), "enable.idempotence": True})
+        producer = _log_producer(self.bootstrap, self.login)
         errors: list[Any] = []
         for message in messages:
             producer.produce(self.topic, message, partition=0, on_delivery=lambda error, _: errors.append(error))
         waiting = producer.flush(60.0)
         refused = [error for error in errors if error is not None]
         if waiting or refused:
+            producer.purge()
+            _log_producer.cache_clear()
             raise DeliveryError(
                 f"{waiting + len(refused)} messages for {self.topic} were not acknowledged: {refused[:1]}"
             )
 
-    def read(self, offset: int, timeout_s: float) -> tuple[int, bytes] | None:
-        """Offset and bytes of the first message at `offset`, or of the next one kept; None if none came in time."""
-        from confluent_kafka import TopicPartition
+    def read(self, offset: int, timeout_s: float) -> LoggedMessage | None:
+        """The first message at `offset`, or the next one kept; None if none came in time."""
+        from confluent_kafka import TIMESTAMP_NOT_AVAILABLE, TopicPartition
 
         log = _log_consumer(self.bootstrap, self.topic, self.login)
         if log.next_offset != offset:
@@ -481,7 +482,9 @@ class KafkaMessageLog:
         if message is None or message.error() is not None:  # Kafka is away, or the topic not there yet
             return None
         log.next_offset = message.offset() + 1
-        return message.offset(), message.value() or b""
+        kind, written_ms = message.timestamp()
+        written_at = None if kind == TIMESTAMP_NOT_AVAILABLE else written_ms / 1000.0
+        return LoggedMessage(message.offset(), message.value() or b"", written_at)
 
 
 class _LogConsumer:
@@ -493,6 +496,14 @@ class _LogConsumer:
         settings = consumer_settings(bootstrap, "visits", from_beginning=True, login=login)
         self.consumer = Consumer({**settings, "enable.auto.commit": False, "fetch.wait.max.ms": 200})
         self.next_offset: int | None = None
+
+
+@cache
+def _log_producer(bootstrap: str, login: str | None) -> Any:
+    """The process's producer of logs: a new one would hold its first message back for half a second."""
+    from confluent_kafka import Producer
+
+    return Producer({**client_settings(bootstrap, login), "enable.idempotence": True})
 
 
 @cache

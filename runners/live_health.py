@@ -44,7 +44,7 @@ def announced_so_far(options: dict[str, Any]) -> Announced:
         if message is None:
             break
         try:
-            visit = parse_announcement(message[1]).visit
+            visit = parse_announcement(message.content).visit
         except ValueError:
             continue
         return Announced(end, visit.visit, event_time_s(visit.midpoint_mjd_tai))
@@ -55,7 +55,7 @@ def source_lag(announced: Announced, stages: list[dict[str, Any]]) -> dict[str, 
     """`offset` of the message that the source reads next, `end` of the topic, `behind`: messages in between.
 
     None where it is not known: the source has told nothing since the job started or started again (it does so within
-    half a minute), or Kafka does not answer (`error`).
+    seconds), or Kafka does not answer (`error`).
     """
     told = [stage["metrics"]["source_offset"] for stage in stages if "source_offset" in stage["metrics"]]
     offset = max(told, default=None)

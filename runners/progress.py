@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.text import Text
 
 from runners.summary import ledger_files
+from transforms.latency import night_latency
 
 _POLL_S = 0.2
 
@@ -22,8 +23,8 @@ _POLL_S = 0.2
 class VisitProgress:
     """Shows each visit as its ledger record appears, for as long as the `with` block lasts.
 
-    A bar on a terminal, one line a visit elsewhere, nothing when quiet. Records that were there at
-    the start count only once they are rewritten; a rewritten one counts its visit once.
+    A bar on a terminal, one line a visit elsewhere, nothing when quiet. Unless `afresh` is false, records that were
+    there at the start count only once they are rewritten; a rewritten one counts its visit once.
 
     Parameters
     ----------
@@ -35,12 +36,27 @@ class VisitProgress:
         Show nothing.
     console : rich.console.Console or None
         None for stderr.
+    afresh : bool
+        Whether records that are there at the start are of an earlier run.
+    announced : callable () -> int, or None
+        How many visits were announced so far, where that is worth telling.
     """
 
-    def __init__(self, out: Path, n_visits: int, *, quiet: bool = False, console: Console | None = None) -> None:
+    def __init__(
+        self,
+        out: Path,
+        n_visits: int,
+        *,
+        quiet: bool = False,
+        console: Console | None = None,
+        afresh: bool = True,
+        announced: Callable[[], int] | None = None,
+    ) -> None:
         self._out = out
         self._n_visits = n_visits
         self._quiet = quiet
+        self._afresh = afresh
+        self._announced = announced
         self._console = console or Console(stderr=True)
         self._seen: dict[Path, int] = {}
         self._records: dict[Path, dict[str, Any]] = {}
@@ -52,7 +68,8 @@ class VisitProgress:
     def __enter__(self) -> VisitProgress:
         if self._quiet:
             return self
-        self._seen = self._modified()
+        if self._afresh:
+            self._seen = self._modified()
         if self._console.is_terminal:
             self._bar = Progress(
                 TextColumn("visits"),
@@ -83,6 +100,8 @@ class VisitProgress:
         self._look()
 
     def _look(self) -> None:
+        if self._bar is not None and self._announced is not None:
+            self._bar.update(self._task, description=self._totals())
         for path, modified_ns in sorted(self._modified().items()):
             if self._seen.get(path) == modified_ns:
                 continue
@@ -101,17 +120,24 @@ class VisitProgress:
         alerts, failures = record.get("alerts") or 0, record.get("failures") or 0
         latency_s = record.get("latency_s")
         line = f"visit {record.get('visit')} {record.get('band') or '-'}: {alerts:,} alerts"
-        if latency_s is not None:
+        latency = record.get("latency")
+        if latency is not None:
+            line += f", {_of_visit(latency)}"
+        elif latency_s is not None:
             line += f" in {latency_s:.1f} s"
         if failures:
             line += f", {failures:,} failures"
         of_all = f" of {self._n_visits}" if self._n_visits else ""
-        self._console.print(Text(f"{line} ({len(self._records)}{of_all})"), soft_wrap=True)
+        announced = "" if self._announced is None else f", {self._announced()} announced"
+        self._console.print(Text(f"{line} ({len(self._records)}{of_all}{announced})"), soft_wrap=True)
 
     def _totals(self) -> str:
         alerts = sum(record.get("alerts") or 0 for record in self._records.values())
         failures = sum(record.get("failures") or 0 for record in self._records.values())
-        return f"{alerts:,} alerts, {failures:,} failures"
+        told = [] if self._announced is None else [f"{self._announced()} announced"]
+        told += [f"{alerts:,} alerts", f"{failures:,} failures"]
+        latency = night_latency(self._records.values())
+        return ", ".join(told if latency is None else [*told, latency_text(latency)])
 
     def _modified(self) -> dict[Path, int]:
         found = {}
@@ -121,6 +147,19 @@ class VisitProgress:
             except FileNotFoundError:
                 continue
         return found
+
+
+def latency_text(latency: dict[str, Any]) -> str:
+    """How late the alerts of a night were, in short; of `transforms.latency.night_latency`."""
+    total, overhead = latency["total"], latency["overhead"]
+    return (
+        f"latency p50 {total['p50']:.1f} s, p99 {total['p99']:.1f}; "
+        f"without pixel work p50 {overhead['p50']:.1f} s, p99 {overhead['p99']:.1f}"
+    )
+
+
+def _of_visit(latency: dict[str, Any]) -> str:
+    return f"p50 {latency['total']['p50']:.1f} s, without pixel work {latency['overhead']['p50']:.1f} s"
 
 
 @contextlib.contextmanager

@@ -18,6 +18,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from transforms.latency import FIGURES, night_latency
+
 MATCH_RADIUS_ARCSEC = 1.0
 MIN_TRUTH_SNR = 10.0
 
@@ -44,6 +46,8 @@ class RunSummary:
         Failure records, those without a visit first.
     rejected : dict[str, int]
         diaSources that did not qualify, by reason, most frequent first.
+    latency : dict or None
+        How late alerts were, by stage (`transforms.latency`); None where visits were not announced.
     seconds_per_stage : dict[str, float]
         Worker seconds, longest first.
     """
@@ -66,6 +70,7 @@ class RunSummary:
     sent: dict[str, int]
     filters: dict[str, FilterCount]
     latencies_s: tuple[float, ...] = field(default=())
+    latency: dict[str, Any] | None = None
     seconds_per_stage: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -149,6 +154,7 @@ def summarise(out: Path) -> RunSummary:
         sent=_by_name(_added(_sent(visit) for visit in visits)),
         filters=_filter_counts(visits),
         latencies_s=tuple(float(visit["latency_s"]) for visit in visits if visit.get("latency_s") is not None),
+        latency=night_latency(visits),
         seconds_per_stage=_descending(_added(_mapping(visit, "seconds") for visit in visits)),
     )
 
@@ -300,6 +306,8 @@ def print_summary(
         Most groups of failures to list.
     """
     console.print(_totals_table(summary, seconds))
+    if summary.latency is not None:
+        console.print(_latency_table(summary.latency))
     if summary.delivered or received:
         console.print(_brokers_table(summary, received))
     if summary.filters:
@@ -454,6 +462,13 @@ def _totals_table(summary: RunSummary, seconds: float) -> Table:
         table.add_row(
             "latency a visit, median / longest", f"{summary.latency_p50_s:.1f} / {summary.latency_max_s:.1f} s"
         )
+    return table
+
+
+def _latency_table(latency: Mapping[str, Any]) -> Table:
+    table = _table("Seconds from announcement to acknowledgement, over alerts", "stage", "mean", "p50", "p99", "max")
+    for name in FIGURES:
+        table.add_row(name, *(f"{latency[name][figure]:.2f}" for figure in ("mean", "p50", "p99", "max")))
     return table
 
 

@@ -69,10 +69,14 @@ class EarlierNights(PassingElement):
 
 @dataclass(frozen=True)
 class DetectorVisit(StageElement):
-    """One detector of one visit, to be read; paths resolved."""
+    """One detector of one visit, to be read; paths resolved.
+
+    `announced_at`: UNIX time at which it was announced, None where it was not.
+    """
 
     visit: Visit
     images: DetectorImages
+    announced_at: float | None = None
 
     @property
     def detector(self) -> int:
@@ -97,6 +101,7 @@ class SubtractedExposure(FusedElement):
     started_at : UNIX time at which work on the exposure began
     notes : what had to be estimated
     residual_part : of the matched template's light that its subtraction may leave in a pixel
+    announced_at : as in `DetectorVisit`
     """
 
     visit: Visit
@@ -115,6 +120,7 @@ class SubtractedExposure(FusedElement):
     started_at: float
     notes: tuple[str, ...]
     residual_part: float = 0.0
+    announced_at: float | None = None
 
     def nbytes(self) -> int:
         return 7 * self.science.nbytes + self.psf.nbytes + self.science_psf.nbytes
@@ -167,6 +173,7 @@ class AlertBatch(FusedElement):
     unassociated : (m,) DIA_SOURCE, selected sources without an object: no alert, but archived
     forced_sources : (k,) DIA_FORCED_SOURCE measured in this visit and owned by this cell
     counts : counters for the ledger
+    fired_at : UNIX time at which the visit was due in the cell, and work on it began
     """
 
     context: dict[str, Any]
@@ -181,6 +188,7 @@ class AlertBatch(FusedElement):
     unassociated: np.ndarray
     forced_sources: np.ndarray
     counts: dict[str, int]
+    fired_at: float | None = None
 
     def nbytes(self) -> int:
         return self.dia_sources.nbytes + self.prv_dia_sources.nbytes + self.prv_forced_sources.nbytes

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from datetime import date, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 BANDS = ("u", "g", "r", "i", "z", "y")
 MAX_VISIT = 2**63 - 1
@@ -274,6 +274,14 @@ def parse_visit(record: Any, folder: Path) -> Visit:
         detectors=_detectors(record, folder),
         observatory=_optional_text(record, "observatory"),
     )
+
+
+class LoggedMessage(NamedTuple):
+    """A message of a log, its offset, and the UNIX time that its producer gave it, None if it gave none."""
+
+    offset: int
+    content: bytes
+    written_at: float | None = None
 
 
 @dataclass(frozen=True)

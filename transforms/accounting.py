@@ -13,9 +13,10 @@ import apache_beam as beam
 
 from schemas.claim_check import sweep_stores
 from schemas.elements import VisitAlerts
-from transforms.distribution import AlertSink, KafkaStream
+from transforms.distribution import KafkaStream
 from transforms.failures import write_bytes, write_lines
 from transforms.metrics import VISITS_ACCOUNTED
+from transforms.sending import AlertSink, SendingFn
 
 STAGE = "accounting"
 LEDGER_TOPIC = "alert-ledger"
@@ -51,7 +52,7 @@ class AccountVisits(beam.PTransform):
         return visits | "WriteLedger" >> beam.ParDo(self.account).with_output_types(str)
 
 
-class _AccountFn(beam.DoFn):
+class _AccountFn(SendingFn):
     def __init__(
         self,
         folder: str,
@@ -60,27 +61,21 @@ class _AccountFn(beam.DoFn):
         delivery_deadline_s: float,
         store: str | None,
     ) -> None:
+        super().__init__(sink, delivery_deadline_s)
         self.store = store
         self.folder = folder
         self.streams = streams
-        self.sink = sink
-        self.delivery_deadline_s = delivery_deadline_s
 
     def setup(self) -> None:
+        super().setup()
         self.swept_at = time.monotonic()  # a job that goes on after a long pause first does what was left to do
-        if self.sink is not None:
-            self.sink.open()
-
-    def teardown(self) -> None:
-        if self.sink is not None:
-            self.sink.close()
 
     def process(self, visit: VisitAlerts) -> Iterator[str]:
         record = ledger_record(visit, self.streams if self.sink is not None else (), time.time())
         line = json.dumps(record, sort_keys=True)
         if self.sink is not None:
             self.sink.send(LEDGER_TOPIC, str(visit.visit).encode(), line.encode(), [])
-            self.sink.flush(self.delivery_deadline_s)
+            self.flush()
         write_bytes(Path(self.folder) / f"{visit.visit}.json", line.encode() + b"\n")
         if self.store is not None and time.monotonic() > self.swept_at + _SWEEP_INTERVAL_S:
             self.swept_at = time.monotonic()

@@ -384,6 +384,7 @@ class _AssociateInCellsFn(beam.DoFn):
         history: Any = beam.DoFn.StateParam(HISTORY),
         due: Any = beam.DoFn.TimerParam(DUE),
     ) -> Iterator[Any]:
+        fired_at = time.time()
         waiting = [bytes(message) for message in pending.read()]
         arrived, earlier, rest = _split_due(waiting, timestamp)
         if not arrived:
@@ -439,7 +440,7 @@ class _AssociateInCellsFn(beam.DoFn):
                 lost = f"{failure.lost} in or around sky cell {cell}"
                 yield from _failed_at(event_time, visit, replace(failure, lost=lost))
             outcome.batch.counts["association_us"] = int(1e6 * (time.perf_counter() - started))
-            yield TimestampedValue(outcome.batch, event_time)
+            yield TimestampedValue(replace(outcome.batch, fired_at=fired_at), event_time)
         known = known.reaching(reach)
         index.write(index_bytes(known))
         if len(blocks) >= COMPACTED_FROM:

@@ -92,6 +92,7 @@ def detector_part(detected: DetectedSources) -> bytes:
         detected.n_detected,
         len(detected.dia_sources),
         exposure.started_at,
+        announced_at=exposure.announced_at,
         rejected=detected.rejected,
         ss_matches=len(detected.ss_sources),
         seconds=detected.seconds,
@@ -106,13 +107,14 @@ def detector_account(
     selected: int,
     started_at: float,
     *,
+    announced_at: float | None = None,
     rejected: Mapping[str, int] = MappingProxyType({}),
     ss_matches: int = 0,
     seconds: Mapping[str, float] = MappingProxyType({}),
     notes: tuple[str, ...] = (),
     sky_sources: Mapping[str, float] = MappingProxyType({}),
 ) -> bytes:
-    """What the ledger is to know of one processed detector, as a part of its visit."""
+    """What the ledger is to know of one detector whose work ends now, as a part of its visit."""
     header = {
         "kind": "detector",
         "detector": detector,
@@ -121,7 +123,9 @@ def detector_account(
         "rejected": dict(rejected),
         "ss_matches": ss_matches,
         "seconds": dict(seconds),
+        "announced_at": announced_at,
         "started_at": started_at,
+        "ended_at": time.time(),
         "notes": list(notes),
         "sky_sources": dict(sky_sources),
     }

@@ -13,10 +13,11 @@ from schemas.avro.messages import JSON_THIN
 from transforms.accounting import AccountVisits
 from transforms.alert_columns import JSON_COLUMNS
 from transforms.archiving import ArchiveAlerts
-from transforms.distribution import AlertSink, BrokerConfig, DistributeAlerts, KafkaStream, full_streams
+from transforms.distribution import BrokerConfig, DistributeAlerts, KafkaStream, full_streams
 from transforms.failures import CollectFailures
 from transforms.filtering import FilterAlerts, GatherVisits
 from transforms.filters.checking import CheckedFilter
+from transforms.sending import AlertSink
 
 ATTEMPTS = ".attempts"
 

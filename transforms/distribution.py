@@ -1,4 +1,4 @@
-"""DistributeAlerts: filtered streams and files, encodings, and what a sink has to promise."""
+"""DistributeAlerts: filtered streams and files, and their encodings."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple
 
 import apache_beam as beam
 import numpy as np
@@ -22,29 +22,13 @@ from schemas.elements import FailureRecord, VisitAlerts
 from transforms.alert_columns import thin_json
 from transforms.failures import FAILED, failure_of
 from transforms.metrics import FILTERED_BYTES_ACKNOWLEDGED, FILTERED_PACKETS_ACKNOWLEDGED
+from transforms.sending import AlertSink, SendingFn
 
 STAGE = "distribution"
 FULL_STREAM = "full"
 Encoding = Literal["rubin", "ocf", "fink", "json-thin"]
-Headers = list[tuple[str, bytes]]
 # What Kafka counts of a message besides key and value: headers, lengths, the frame of its batch.
 _RECORD_BYTES = 1000
-
-
-class AlertSink(Protocol):
-    """Where messages go. Picklable; opened once per worker.
-
-    `send` may return before delivery; `flush` returns only when everything sent was acknowledged and
-    raises otherwise. It says how many messages that were since it returned last, and of how many bytes.
-    """
-
-    def open(self) -> None: ...
-
-    def send(self, topic: str, key: bytes | None, value: bytes, headers: Headers) -> None: ...
-
-    def flush(self, deadline_s: float) -> tuple[int, int]: ...
-
-    def close(self) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -243,7 +227,7 @@ class DistributeAlerts(beam.PTransform):
         return DistributionResult(outputs.good, outputs[FAILED])
 
 
-class _DistributeAlertsFn(beam.DoFn):
+class _DistributeAlertsFn(SendingFn):
     def __init__(
         self,
         brokers: tuple[BrokerConfig, ...],
@@ -253,21 +237,12 @@ class _DistributeAlertsFn(beam.DoFn):
         sink: AlertSink | None,
         delivery_deadline_s: float,
     ) -> None:
+        super().__init__(sink, delivery_deadline_s)
         self.brokers = brokers
         self.sizes = topic_sizes(brokers)
         self.packet_folder = packet_folder
         self.broker_folder = broker_folder
         self.filter_folder = filter_folder
-        self.sink = sink
-        self.delivery_deadline_s = delivery_deadline_s
-
-    def setup(self) -> None:
-        if self.sink is not None:
-            self.sink.open()
-
-    def teardown(self) -> None:
-        if self.sink is not None:
-            self.sink.close()
 
     def process(self, visit: VisitAlerts) -> Iterator[Any]:
         delivered: dict[str, int] = {}
@@ -286,10 +261,9 @@ class _DistributeAlertsFn(beam.DoFn):
             except (OSError, ValueError) as error:  # delivery errors are others: they stop the bundle
                 delivered[broker.name] = 0
                 failures.append(failure_of(error, STAGE, visit.visit, lost=f"{len(ids)} packets to {broker.name}"))
-        if self.sink is not None:
-            n_packets, n_bytes = self.sink.flush(self.delivery_deadline_s)
-            FILTERED_PACKETS_ACKNOWLEDGED.inc(n_packets)
-            FILTERED_BYTES_ACKNOWLEDGED.inc(n_bytes)
+        n_packets, n_bytes = self.flush()
+        FILTERED_PACKETS_ACKNOWLEDGED.inc(n_packets)
+        FILTERED_BYTES_ACKNOWLEDGED.inc(n_bytes)
         failures += shipment.failures
         yield from (beam.pvalue.TaggedOutput(FAILED, failure) for failure in failures)
         summary = {**visit.summary, **shipment.counts(), "delivered": delivered}

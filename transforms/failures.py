@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import apache_beam as beam
 from apache_beam.coders import BytesCoder
@@ -21,12 +21,9 @@ from schemas.elements import FailureRecord, PassingElement, VisitPart
 from schemas.framing import pack
 from schemas.manifests import Visit
 from transforms.metrics import FAILURES
+from transforms.sending import AlertSink, SendingFn
 
 FAILED = "failed"
-
-if TYPE_CHECKING:
-    from transforms.distribution import AlertSink
-
 FAILURES_TOPIC = "alert-failures"
 NO_VISIT = 0
 _LOG = logging.getLogger(__name__)
@@ -100,22 +97,13 @@ def _keyed_line(record: FailureRecord) -> tuple[int, bytes]:
     return (NO_VISIT if record.visit is None else record.visit, failure_line(record))
 
 
-class _WriteFailuresFn(beam.DoFn):
+class _WriteFailuresFn(SendingFn):
     LINES = BagStateSpec("lines", BytesCoder())
     DUE = TimerSpec("failures_due", TimeDomain.WATERMARK)
 
     def __init__(self, folder: str, sink: AlertSink | None, delivery_deadline_s: float) -> None:
+        super().__init__(sink, delivery_deadline_s)
         self.folder = folder
-        self.sink = sink
-        self.delivery_deadline_s = delivery_deadline_s
-
-    def setup(self) -> None:
-        if self.sink is not None:
-            self.sink.open()
-
-    def teardown(self) -> None:
-        if self.sink is not None:
-            self.sink.close()
 
     def process(
         self,
@@ -143,7 +131,7 @@ class _WriteFailuresFn(beam.DoFn):
         if self.sink is not None and fresh - known:
             for line in sorted(fresh - known):
                 self.sink.send(FAILURES_TOPIC, str(visit).encode(), line, [])
-            self.sink.flush(self.delivery_deadline_s)
+            self.flush()
         write_lines(path, sorted(fresh | known))
         lines.clear()
         yield str(path)

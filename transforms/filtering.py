@@ -32,6 +32,7 @@ from transforms.failures import FAILED
 from transforms.filters.checking import CheckedFilter
 from transforms.filters.engine import FilterConnection
 from transforms.filters.execution import FilterOutcome, run_filters
+from transforms.latency import visit_latency
 from transforms.metrics import FILTER_PASSES
 
 STAGE = "filtering"
@@ -150,10 +151,12 @@ def visit_alerts(
     for number in sorted(parts):
         for part in sorted(parts[number]):
             header, buffers = unpack(part)
+            header["revision"] = number
             headers[header["kind"]].append(header)
             if header["kind"] != "alerts":
                 continue
             table = pa.ipc.open_stream(buffers[0]).read_all()
+            header["alerts"] = len(table)
             thin.append(table.append_column("revision", pa.array(np.full(len(table), number))))
             for (name, dtype, _), buffer in zip(_TABLES, buffers[1:], strict=True):
                 rows[name].append(records_from_bytes(dtype, buffer))
@@ -233,6 +236,7 @@ def _summary(
         "forced_sources": len(tables["dia_forced_sources"]),
         **shipped,
         "started_at": min((header["started_at"] for header in detectors.values()), default=None),
+        "latency": visit_latency(list(detectors.values()), headers["alerts"]),
         "notes": sorted({note for header in detectors.values() for note in header["notes"]}),
         "seconds": seconds,
     }

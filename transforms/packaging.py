@@ -5,14 +5,18 @@ from __future__ import annotations
 import hashlib
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import apache_beam as beam
 import numpy as np
 import pyarrow as pa
+from apache_beam.transforms.window import GlobalWindow
+from apache_beam.utils.timestamp import Timestamp
+from apache_beam.utils.windowed_value import WindowedValue
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
@@ -22,13 +26,14 @@ from schemas.avro.wire import wire_header
 from schemas.claim_check import ClaimCheckError, read_blobs, write_blobs
 from schemas.element_tables import ElementTable
 from schemas.elements import AlertBatch, FailureRecord, VisitPart
-from schemas.framing import pack
+from schemas.framing import pack, unpack
 from schemas.records import DIA_SOURCE, concatenate_records, records_to_bytes
 from transforms.alert_columns import thin_alerts
 from transforms.delivery import Delivery
 from transforms.distribution import Shipment, send_full_streams
 from transforms.failures import FAILED, failure_of, failure_part
 from transforms.metrics import ALERTS_PACKAGED, BYTES_ACKNOWLEDGED, PACKETS_ACKNOWLEDGED
+from transforms.sending import SendingFn
 from transforms.solar_system import element_table, orbit_records
 
 STAGE = "packaging"
@@ -64,8 +69,8 @@ class PackageAlerts(beam.PTransform):
     Input: AlertBatch, VisitPart. Output `good`: (visit, bytes), the thin columns and locations of a batch,
     or the part as it came; `failed`: cutouts that could not be read (the alert goes without them, as all
     do where there is no cutout folder). Order: as it comes; a duplicate gives the same packets again.
-    Everything sent is acknowledged before the bundle ends; what is not raises, so that nothing
-    downstream counts it. No state.
+    Everything sent is acknowledged before the bundle ends, and before its batches go on; what is not raises, so that
+    nothing downstream counts it. No state.
     """
 
     def __init__(
@@ -81,38 +86,45 @@ class PackageAlerts(beam.PTransform):
         return PackagingResult(outputs.good, outputs[FAILED])
 
 
-class _PackageAlertsFn(beam.DoFn):
+class _PackageAlertsFn(SendingFn):
     def __init__(
         self, config: PackagingConfig, cutout_folder: str | None, delivery: Delivery, elements: str | None
     ) -> None:
+        super().__init__(delivery.sink, delivery.deadline_s)
         self.config = config
         self.elements = elements
         self.cutout_folder = cutout_folder
         self.packet_folder = delivery.packet_folder
         self.streams = delivery.streams
-        self.sink = delivery.sink
         self.filter_columns = delivery.filter_columns
-        self.deadline_s = delivery.deadline_s
 
     def setup(self) -> None:
+        super().setup()
         self.schema = packet_schema(self.config.schema_version)
         self.wire_header = wire_header(self.schema.schema_id)
         self.orbits = None if self.elements is None else element_table(self.elements)
-        if self.sink is not None:
-            self.sink.open()
 
-    def teardown(self) -> None:
-        if self.sink is not None:
-            self.sink.close()
+    def start_bundle(self) -> None:
+        self.unacknowledged: list[tuple[Timestamp, int, bytes]] = []
 
-    def process(self, element: AlertBatch | VisitPart) -> Iterator[Any]:
+    def process(
+        self, element: AlertBatch | VisitPart, timestamp: Timestamp = beam.DoFn.TimestampParam
+    ) -> Iterator[Any]:
         if isinstance(element, VisitPart):
             yield element.visit, element.part
         else:
-            yield from self._package(element)
+            yield from self._package(element, timestamp)
 
-    def _package(self, batch: AlertBatch) -> Iterator[Any]:
-        started = time.perf_counter()
+    def finish_bundle(self) -> Iterator[WindowedValue]:
+        n_packets, n_bytes = self.flush()
+        PACKETS_ACKNOWLEDGED.inc(n_packets)
+        BYTES_ACKNOWLEDGED.inc(n_bytes)
+        at = time.time()
+        for timestamp, visit, part in self.unacknowledged:
+            yield WindowedValue((visit, acknowledged_part(part, at)), timestamp, (GlobalWindow(),))
+
+    def _package(self, batch: AlertBatch, timestamp: Timestamp) -> Iterator[Any]:
+        started_at, started = time.time(), time.perf_counter()
         visit = batch.context["visit"]
         tables = [thin_alerts(batch.part(0, 0), "", [], self.filter_columns)]
         shipment = Shipment()
@@ -139,7 +151,9 @@ class _PackageAlertsFn(beam.DoFn):
             yield beam.pvalue.TaggedOutput(FAILED, failure)
             yield visit, failure_part(failure)
         ALERTS_PACKAGED.inc(sum(len(table) for table in tables))
-        yield visit, visit_part(batch, pa.concat_tables(tables), time.perf_counter() - started, shipment.counts())
+        seconds = time.perf_counter() - started
+        part = visit_part(batch, pa.concat_tables(tables), seconds, shipment.counts(), started_at)
+        self.unacknowledged.append((timestamp, visit, part))
 
     def _hand_over(self, alerts: AlertBatch, messages: list[bytes], shipment: Shipment) -> pa.Table:
         """Keep and send finished packets; their thin table."""
@@ -151,12 +165,6 @@ class _PackageAlertsFn(beam.DoFn):
         if self.sink is not None:
             send_full_streams(self.sink, self.streams, alerts.context["visit"], thin, messages, shipment)
         return thin
-
-    def finish_bundle(self) -> None:
-        if self.sink is not None:
-            n_packets, n_bytes = self.sink.flush(self.deadline_s)
-            PACKETS_ACKNOWLEDGED.inc(n_packets)
-            BYTES_ACKNOWLEDGED.inc(n_bytes)
 
     def _cutouts(self, batch: AlertBatch) -> tuple[Cutouts, Counter[FailureRecord]]:
         """Difference, science and template stamps of each alert, None where they cannot be had; and how many cannot."""
@@ -218,7 +226,13 @@ def _alert_columns(batch: AlertBatch, cutouts: Cutouts, orbits: ElementTable | N
     )
 
 
-def visit_part(batch: AlertBatch, thin: pa.Table, seconds: float, shipped: dict[str, dict[str, int]]) -> bytes:
+def visit_part(
+    batch: AlertBatch,
+    thin: pa.Table,
+    seconds: float,
+    shipped: dict[str, dict[str, int]],
+    associated_at: float | None = None,
+) -> bytes:
     """A batch as it travels to visit space: counts, thin columns, table rows; no packet bytes."""
     counts = {name: value for name, value in batch.counts.items() if name != "association_us"}
     has_ss = batch.dia_sources["ssObjectId"] != 0
@@ -234,7 +248,14 @@ def visit_part(batch: AlertBatch, thin: pa.Table, seconds: float, shipped: dict[
         counts=counts,
         seconds={"association": batch.counts["association_us"] * 1e-6, "packaging": seconds},
         shipped=shipped,
+        times={"fired_at": batch.fired_at, "associated_at": associated_at},
     )
+
+
+def acknowledged_part(part: bytes, at: float) -> bytes:
+    """The part of a batch that says when Kafka had its packets, UNIX time."""
+    header, buffers = unpack(part)
+    return pack({**header, "times": {**header["times"], "acknowledged_at": at}}, tuple(map(bytes, buffers)))
 
 
 def alerts_part(
@@ -245,6 +266,7 @@ def alerts_part(
     counts: dict[str, int],
     seconds: dict[str, float],
     shipped: dict[str, dict[str, int]],
+    times: Mapping[str, float | None] = MappingProxyType({}),
 ) -> bytes:
     """The part of a visit that holds alerts.
 
@@ -255,9 +277,12 @@ def alerts_part(
     tables : rows for the archive: dia_sources, dia_objects, dia_forced_sources, ss_sources
     counts, seconds : for the ledger
     shipped : `Shipment.counts` of the full streams
+    times : UNIX times, for `transforms.latency`
     """
     stream = pa.BufferOutputStream()
     with pa.ipc.new_stream(stream, thin.schema) as writer:
         writer.write_table(thin)
     header = {"kind": "alerts", "group": group, "counts": counts, "seconds": seconds, "shipped": shipped}
+    # Parts are put in the order of their bytes: what is named before the clocks has decided it.
+    header["times"] = dict(times)
     return pack(header, (stream.getvalue().to_pybytes(), *(records_to_bytes(rows) for rows in tables)))

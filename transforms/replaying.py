@@ -26,6 +26,7 @@ from transforms.distribution import Shipment, send_full_streams
 from transforms.failures import FAILED, failure_of, failure_part
 from transforms.metrics import ALERTS_PACKAGED, BYTES_ACKNOWLEDGED, PACKETS_ACKNOWLEDGED
 from transforms.packaging import alerts_part, packet_digest, packet_file
+from transforms.sending import SendingFn
 
 STAGE = "replaying"
 _NO_ROWS = (
@@ -79,19 +80,15 @@ class LoadPackets(beam.PTransform):
         return ReplayResult(outputs.good, outputs[FAILED])
 
 
-class _ReadPacketsFn(beam.DoFn):
+class _ReadPacketsFn(SendingFn):
     def __init__(self, index: str, delivery: Delivery) -> None:
+        super().__init__(delivery.sink, delivery.deadline_s)
         self.index = index
         self.delivery = delivery
 
     def setup(self) -> None:
+        super().setup()
         self.reader = PacketReader(Path(self.index))
-        if self.delivery.sink is not None:
-            self.delivery.sink.open()
-
-    def teardown(self) -> None:
-        if self.delivery.sink is not None:
-            self.delivery.sink.close()
 
     def process(self, element: DetectorVisit | VisitPart) -> Iterator[Any]:
         if isinstance(element, VisitPart):
@@ -100,10 +97,9 @@ class _ReadPacketsFn(beam.DoFn):
             yield from self._replay(element)
 
     def finish_bundle(self) -> None:
-        if self.delivery.sink is not None:
-            n_packets, n_bytes = self.delivery.sink.flush(self.delivery.deadline_s)
-            PACKETS_ACKNOWLEDGED.inc(n_packets)
-            BYTES_ACKNOWLEDGED.inc(n_bytes)
+        n_packets, n_bytes = self.flush()
+        PACKETS_ACKNOWLEDGED.inc(n_packets)
+        BYTES_ACKNOWLEDGED.inc(n_bytes)
 
     def _replay(self, element: DetectorVisit) -> Iterator[Any]:
         started_at, started = time.time(), time.perf_counter()
@@ -119,8 +115,8 @@ class _ReadPacketsFn(beam.DoFn):
             write_blobs(Path(to.packet_folder) / file_name, ids, [(message,) for message in packets.messages])
         thin = replayed_alerts(packets.heads, packets.table, file_name, packets.digests, to.filter_columns)
         shipment = Shipment()
-        if to.sink is not None:
-            send_full_streams(to.sink, to.streams, visit, thin, packets.messages, shipment)
+        if self.sink is not None:
+            send_full_streams(self.sink, to.streams, visit, thin, packets.messages, shipment)
             for failure in shipment.failures:
                 yield beam.pvalue.TaggedOutput(FAILED, failure)
                 yield visit, failure_part(failure)

@@ -139,7 +139,9 @@ def subtract_detector(element: DetectorVisit, config: SubtractionConfig, started
     read_seconds = time.perf_counter() - begin
     grid = wcs_coordinate_grid(science.wcs, template.wcs, science.image.shape)
     exposure = subtract_exposures(element.visit, element.detector, science, template, grid, config)
-    return replace(exposure, seconds={"reading": read_seconds}, started_at=started_at)
+    return replace(
+        exposure, seconds={"reading": read_seconds}, started_at=started_at, announced_at=element.announced_at
+    )
 
 
 def subtract_exposures(

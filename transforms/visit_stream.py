@@ -18,7 +18,7 @@ from apache_beam.transforms.window import TimestampedValue
 from apache_beam.utils.timestamp import Duration, Timestamp
 
 from schemas.elements import DetectorVisit, EarlierNights, FailureRecord, StageElement, VisitPart
-from schemas.manifests import AnnouncedDetector, parse_announcement
+from schemas.manifests import AnnouncedDetector, LoggedMessage, parse_announcement
 from transforms.failures import FAILED, decide_once, failure_part
 from transforms.ingestion import (
     STAGE,
@@ -33,15 +33,15 @@ from transforms.ingestion import (
 )
 from transforms.metrics import ANNOUNCEMENTS_READ, SOURCE_OFFSET, VISITS_CLOSED, VISITS_OPEN, VISITS_TIMED_OUT
 
-# Output leaves the source when a turn ends, so a turn with work is short; each costs the runner a few KB of state
-# that it never gives back, so one without work is long.
+# Output leaves the source when a turn ends, so a turn with work is short. Checkpoints wait for the end of an idle one.
 _TURN_S = 0.2
-_IDLE_TURN_S = 20.0
+_IDLE_TURN_S = 2.0
 # Flink's runner takes up what a turn left undone before it tells others how far event time has come, and then does not
-# tell them at all, unless there is a pause in between; it knows whole seconds only, and Beam takes a little off. A
-# worker that stands still for so long misses the telling: so there is another behind a turn in which nothing came.
-_PAUSE_S = 2.5
-_IDLE_PAUSE_S = 1.5
+# tell them at all, unless there is a pause in between. One made of another job server than ours knows whole seconds
+# only (docs/decisions/0007-the-residuals-of-the-source.md), and Beam takes a little off.
+_PAUSE_S = 0.2
+_WHOLE_SECONDS_PAUSE_S = 2.5
+_CUT_S = 0.05
 # Empty turns in which the local runner fires the timers of sky space, then those of visit space that these set.
 _RESTS_AT_END = 2
 # Closed visits of which repeated announcements are still known.
@@ -54,8 +54,8 @@ class MessageLog(Protocol):
     def end(self) -> int:
         """The offset that the next message to be written will have; ConnectionError if nobody answers."""
 
-    def read(self, offset: int, timeout_s: float) -> tuple[int, bytes] | None:
-        """Offset and bytes of the first message at `offset`, or of the next one kept; None if none came in time."""
+    def read(self, offset: int, timeout_s: float) -> LoggedMessage | None:
+        """The first message at `offset`, or the next one kept; None if none came in time."""
 
 
 @dataclass(frozen=True)
@@ -101,9 +101,9 @@ class ReadVisitStream(beam.PTransform):
     def expand(self, begin: beam.pvalue.PBegin) -> IngestionResult:
         read = (
             begin
-            | "StartStream" >> beam.Create([self.visits])
+            | "StartStream" >> beam.Impulse()
             | "ReadAnnouncements"
-            >> beam.ParDo(_ReadAnnouncementsFn(self.history, rests=not self.spread))
+            >> beam.ParDo(_ReadAnnouncementsFn(self.visits, self.history, rests=not self.spread))
             .with_output_types(StageElement)
             .with_outputs(FAILED, main="elements")
         )
@@ -156,8 +156,8 @@ class StreamPosition:
     finished : whether there is nothing left to do
     """
 
-    offset: int
-    end: int | None
+    offset: int = 0
+    end: int | None = None
     open: tuple[_OpenVisit, ...] = ()
     closed: tuple[_OpenVisit, ...] = ()
     begun: bool = False
@@ -199,32 +199,40 @@ class _PositionTracker(RestrictionTracker):
 
 
 class _PositionProvider(beam.RestrictionProvider):
-    def initial_restriction(self, element: VisitStream) -> StreamPosition:
-        return StreamPosition(0, element.log.end() if element.stop_at_end else None)
+    def initial_restriction(self, element: bytes) -> StreamPosition:
+        return StreamPosition()
 
     def create_tracker(self, restriction: StreamPosition) -> _PositionTracker:
         return _PositionTracker(restriction)
 
-    def restriction_size(self, element: VisitStream, restriction: StreamPosition) -> int:
+    def restriction_size(self, element: bytes, restriction: StreamPosition) -> int:
         return 1
 
 
 class _ReadAnnouncementsFn(beam.DoFn):
-    """Reads for one turn per call and then checkpoints itself."""
+    """Reads for one turn per call and then checkpoints itself.
 
-    def __init__(self, history: tuple[str, ...], *, rests: bool) -> None:
+    Its element, which Flink's state repeats as a key in many places, is empty.
+    """
+
+    def __init__(self, visits: VisitStream, history: tuple[str, ...], *, rests: bool) -> None:
+        self.visits = visits
         self.history = history
         self.rests = rests
         self.starts = True
+        self.pause_s = _PAUSE_S
+        self.rests_until = 0.0
 
     @beam.DoFn.unbounded_per_element()
     def process(
         self,
-        element: VisitStream,
+        element: bytes,
         tracker: Any = beam.DoFn.RestrictionParam(_PositionProvider()),
         watermark: Any = beam.DoFn.WatermarkEstimatorParam(WatermarkBySource()),
     ) -> Iterator[Any]:
         position = tracker.current_restriction()
+        if self.visits.stop_at_end and position.end is None:
+            position = replace(position, end=self.visits.log.end())
         if not tracker.try_claim(position):
             return
         pause_s = 0.0
@@ -232,9 +240,11 @@ class _ReadAnnouncementsFn(beam.DoFn):
             position = replace(position, rests=position.rests - 1)
         elif self.starts and not self.rests and position.begun:
             # Those behind, who may have been started again as well, are told the time before anything else.
-            pause_s = _PAUSE_S
+            pause_s = self.pause_s
+        elif time.monotonic() < self.rests_until - _CUT_S and self.pause_s < _WHOLE_SECONDS_PAUSE_S:
+            pause_s = self.pause_s = _WHOLE_SECONDS_PAUSE_S
         else:
-            turn = _Turn(element, self.history, position, whole_visits=self.rests)
+            turn = _Turn(self.visits, self.history, position, whole_visits=self.rests)
             yield from turn.outputs()
             position = turn.position
             passed = _passed(position)
@@ -243,13 +253,15 @@ class _ReadAnnouncementsFn(beam.DoFn):
             if self.rests and (turn.has_closed or _is_at_end(position)):
                 position = replace(position, rests=_RESTS_AT_END if _is_at_end(position) else 1)
             elif not self.rests:
-                pause_s = _PAUSE_S if turn.has_closed else 0.0 if turn.has_read else _IDLE_PAUSE_S
+                # A worker that stood still misses the telling: so there is another pause behind each idle turn.
+                pause_s = 0.0 if turn.has_read and not turn.has_closed else self.pause_s
         SOURCE_OFFSET.set(position.offset)
         VISITS_OPEN.set(len(position.open))
         self.starts = False
         at_end = _is_at_end(position) and not position.rests
         tracker.try_claim(replace(position, finished=at_end))
         if not at_end:
+            self.rests_until = time.monotonic() + pause_s
             tracker.defer_remainder(Duration(pause_s))
 
 
@@ -303,7 +315,7 @@ class _Turn:
             if message is not None:
                 if not self.has_read:
                     self.has_read, ends = True, time.monotonic() + _TURN_S
-                yield from self._take(*message)
+                yield from self._take(message)
             yield from self._close()
             if self.has_closed and not self._has_more:
                 return
@@ -315,8 +327,8 @@ class _Turn:
             return left_s
         return min(left_s, max(due + self.stream.timeout_s - time.time(), 0.0) + 0.05)
 
-    def _take(self, offset: int, message: bytes) -> Iterator[Any]:
-        position = self.position
+    def _take(self, message: LoggedMessage) -> Iterator[Any]:
+        position, offset = self.position, message.offset
         if offset > position.offset:
             reason = f"messages {position.offset} to {offset - 1} are no longer kept"
             yield self._untied("MessagesLost", reason, "the detectors they announced")
@@ -326,13 +338,13 @@ class _Turn:
         self.position = replace(position, offset=offset + 1)
         ANNOUNCEMENTS_READ.inc()
         try:
-            announced = parse_announcement(message)
+            announced = parse_announcement(message.content)
         except ValueError as error:
             yield self._untied("InvalidAnnouncement", f"message {offset}: {error}", "the detector announced there")
             return
-        yield from self._announce(announced, offset)
+        yield from self._announce(announced, offset, message.written_at)
 
-    def _announce(self, announced: AnnouncedDetector, offset: int) -> Iterator[Any]:
+    def _announce(self, announced: AnnouncedDetector, offset: int, announced_at: float | None) -> Iterator[Any]:
         visit, bit = announced.visit, 1 << announced.images.detector
         at = event_timestamp(visit.midpoint_mjd_tai)
         known = (*self.position.closed, *self.position.open)
@@ -357,7 +369,7 @@ class _Turn:
             return
         if not one.seen & bit:
             self._update(replace(one, seen=one.seen | bit))
-            yield TimestampedValue(DetectorVisit(visit, announced.images), at)
+            yield TimestampedValue(DetectorVisit(visit, announced.images, announced_at), at)
 
     def _untied(self, error: str, reason: str, lost: str) -> Any:
         """A failure of no visit, at a time that the watermark has not passed."""

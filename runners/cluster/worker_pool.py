@@ -31,8 +31,9 @@ from runners.logs import bound_logs, log_json
 _LOOK_S, _BOUND_S = 1.0, 60.0
 _LOG = logging.getLogger("runners.cluster.worker_pool")
 _STOP_PATIENCE_S = 10.0
+# What the stages need is loaded before the worker is asked for anything: the first visit does not wait for it.
 _WORKER = (
-    "import sys; from runners.logs import log_json; log_json(); "
+    "import sys; from runners.logs import log_json; log_json(); import pipelines.alert_production; "
     "from apache_beam.runners.worker.sdk_worker import SdkHarness; "
     "SdkHarness(sys.argv[1], worker_id=sys.argv[2]).run()"
 )

@@ -43,6 +43,7 @@ from typing import Any
 
 import fastavro
 import numpy as np
+from apache_beam.utils.timestamp import Timestamp
 from astropy.nddata import CCDData, VarianceUncertainty
 from astropy.wcs import WCS
 from lsst.alert.packet import SchemaRegistry
@@ -289,9 +290,9 @@ def package(options: argparse.Namespace) -> None:
             stage = PackageAlerts(PackagingConfig(), cutout_folder, delivery).package
             stage.setup()
             cpu_s, wall_s = time.process_time(), time.perf_counter()
-            for _ in stage.process(batch):
-                pass
-            stage.finish_bundle()
+            stage.start_bundle()
+            outputs = [*stage.process(batch, Timestamp(0)), *stage.finish_bundle()]
+            assert len(outputs) == 1
             cpu_s, wall_s = time.process_time() - cpu_s, time.perf_counter() - wall_s
             stage.teardown()
             peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

@@ -24,30 +24,27 @@ import random
 import shutil
 import signal
 import statistics
-import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import count, islice
 from pathlib import Path
-from typing import Any
 
-import yaml
+from campaign import PATIENCE_S, Campaign, CampaignError, children
 from stream_checker import check_streams, report_lines
 
 from pipelines.night_simulation import NightPreset, simulate_night
-from runners.cluster.flink import ENDED, flink_down, flink_up, job_manager, job_server, task_managers, worker_pool
-from runners.cluster.kafka import kafka_service, kafka_up
-from runners.cluster.processes import alone, is_alive, is_listening, running_pid, stop
-from runners.cluster.settings import ClusterError, ClusterSettings, load_cluster_settings
+from runners.cluster.flink import ENDED, job_manager, job_server, task_managers, worker_pool
+from runners.cluster.kafka import kafka_service
+from runners.cluster.processes import is_alive, running_pid
+from runners.cluster.settings import ClusterError
 from runners.flink_operations import LOST, read_live_job, state_of
 from runners.kafka import DeliveryError, KafkaMessageLog
 from runners.live_commands import VISITS_TOPIC
 from schemas.manifests import DetectorImages, Visit, announcements, read_manifest, write_manifest
 
-CHECKOUT = Path(__file__).resolve().parents[2]
 TASK_MANAGER, JOB_MANAGER, WORKER, POOL, KAFKA, JOB_SERVER = VICTIMS = (
     "task manager",
     "job manager",
@@ -60,13 +57,9 @@ STOP_S = (5.0, 30.0)
 PAUSE_S = (1.0, 15.0)  # between one recovery and the next kill
 STOPS_IN_A_ROUND = 2
 HASTE = 0.2  # share of kills after which nobody waits for the recovery
-PATIENCE_S = 300.0
-UP_ATTEMPTS = 3
-LOOK_S = 0.2
 VISITS_OF_A_FIELD, DETECTORS = 24, 2
 GAPPY = 5  # the visit of each field that waits in vain for a further detector
 VISIT_TIMEOUT_S = 15.0
-_COMMAND = "import sys; from runners.cli import main; sys.exit(main(sys.argv[1:]))"
 
 
 @dataclass(frozen=True)
@@ -132,76 +125,37 @@ def simulated_visits(folder: Path, seed: int) -> Iterator[Visit]:
             yield replace(visit, detectors=(*visit.detectors, missing)) if place == GAPPY else visit
 
 
-class Journal:
-    """What happened, one JSON object a line; read again by the same command."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._lock = threading.Lock()
-        lines = path.read_text("utf-8").splitlines() if path.exists() else []
-        self.entries: list[dict[str, Any]] = [json.loads(line) for line in lines]
-
-    def write(self, event: str, **facts: Any) -> dict[str, Any]:
-        entry = {"event": event, "at": round(time.time(), 3), **facts}
-        with self._lock, self.path.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(entry) + "\n")
-            self.entries.append(entry)
-        told = ", ".join(f"{name} {value}" for name, value in facts.items())
-        if event != "announced":
-            print(f"{time.strftime('%H:%M:%S')} {event}: {told}", flush=True)
-        return entry
-
-    def of(self, event: str) -> list[dict[str, Any]]:
-        with self._lock:
-            return [entry for entry in self.entries if entry["event"] == event]
-
-
-class CampaignError(RuntimeError):
-    """The flow did not come back, or a command failed for good; the message says which."""
-
-
-class Campaign:
+class CrashCampaign(Campaign):
     """One campaign in a folder of its own."""
 
     def __init__(self, folder: Path, seed: int, cadence_s: float) -> None:
-        self.folder = folder
+        super().__init__(folder)
         self.seed = seed
         self.cadence_s = cadence_s
-        self.out = folder / "out"
         self.truth = folder / "truth"
-        self.settings = _cluster_settings(folder / "cluster")
-        self.journal = Journal(folder / "journal.jsonl")
-        self._enough = threading.Event()
-        self._broken: BaseException | None = None
-
-    @property
-    def bootstrap(self) -> str:
-        return self.settings.kafka.bootstrap
 
     def run(self, kills: int) -> bool:
         """All of it; whether nothing was lost or contradicted."""
         announcer = threading.Thread(target=self._announce, name="announcer")
         try:
-            self._cluster_up()
+            self.cluster_up()
             self._bring_back_job()
             announcer.start()
             try:
-                self._until(lambda: self._in_ledger(self._announced()), "the first visit")
+                self.until(lambda: self.in_ledger(self.announced()), "the first visit")
                 for kill in planned_kills(self.seed):
                     if kill.number >= kills:
                         break
                     if kill.number >= len(self.journal.of("recovered")):
                         self._do(kill)
             finally:
-                self._enough.set()
+                self.enough.set()
                 announcer.join()
             self._settle()
             return self._judge()
         finally:
-            self._enough.set()
-            with alone(self.settings):
-                flink_down(self.settings)
-                stop(self.settings, kafka_service(self.settings.kafka))
+            self.enough.set()
+            self.cluster_down()
 
     # --- announcing ---------------------------------------------------------------------------
 
@@ -213,32 +167,26 @@ class Campaign:
             for number, visit in enumerate(simulated_visits(self.folder / "night", self.seed)):
                 if number < done:
                     continue
-                while not self._enough.is_set():
+                while not self.enough.is_set():
                     with contextlib.suppress(DeliveryError):  # again: what came twice is read once
                         log.append(announcements(visit)[:DETECTORS])
                         self.journal.write("announced", visit=visit.visit)
                         break
-                if self._enough.wait(self.cadence_s):
+                if self.enough.wait(self.cadence_s):
                     return
         except BaseException as error:
-            self._broken = error
-
-    def _announced(self, since: float = 0.0) -> list[int]:
-        return [entry["visit"] for entry in self.journal.of("announced") if entry["at"] > since]
-
-    def _in_ledger(self, visits: list[int]) -> list[int]:
-        return [visit for visit in visits if (self.out / "ledger" / f"{visit}.json").exists()]
+            self.broken = error
 
     def _written(self, announced_since: float, since: float) -> list[float]:
         """When ledger records were written after a moment, of visits announced after another."""
-        visits = self._in_ledger(self._announced(announced_since))
+        visits = self.in_ledger(self.announced(announced_since))
         times = [(self.out / "ledger" / f"{visit}.json").stat().st_mtime for visit in visits]
         return [at for at in times if at > since]
 
     # --- killing ------------------------------------------------------------------------------
 
     def _do(self, kill: Kill) -> None:
-        pid = self._pid(kill.victim)
+        pid = self._pid(kill)
         began = time.time()
         if kill.stop_s:
             os.kill(pid, signal.SIGSTOP)
@@ -247,27 +195,27 @@ class Campaign:
                 os.kill(pid, signal.SIGCONT)
         else:
             os.kill(pid, signal.SIGKILL)
-            self._until(lambda: not is_alive(pid), f"the end of {kill.victim}")
+            self.until(lambda: not is_alive(pid), f"the end of {kill.victim}")
         self.journal.write(kill.kind, number=kill.number, pid=pid, stop_s=round(kill.stop_s, 1))
-        self._cluster_up()
+        self.cluster_up()
         # Without its job manager the job goes on for some seconds: that is no recovery.
         since = self._bring_back_job() or began
         if not kill.in_haste:
-            self._until(lambda: self._written(began, since), f"a visit after: {kill.kind}")
+            self.until(lambda: self._written(began, since), f"a visit after: {kill.kind}")
         self.journal.write(
             "recovered",
             number=kill.number,
             kind=kill.kind,
             seconds=None if kill.in_haste else round(min(self._written(began, since)) - began, 1),
-            open_visits=len(self._announced()) - len(self._in_ledger(self._announced())),
+            open_visits=len(self.announced()) - len(self.in_ledger(self.announced())),
         )
         time.sleep(kill.pause_s)
 
-    def _pid(self, victim: str) -> int:
-        """The process to be killed, once there is one."""
+    def _pid(self, kill: Kill) -> int:
+        """The process to be killed, once there is one; task managers take turns."""
         flink = self.settings.flink
         services = {
-            TASK_MANAGER: task_managers(flink)[0],
+            TASK_MANAGER: task_managers(flink)[kill.number % flink.slots],
             JOB_MANAGER: job_manager(flink),
             POOL: worker_pool(flink),
             KAFKA: kafka_service(self.settings.kafka),
@@ -276,15 +224,15 @@ class Campaign:
         found: list[int] = []
 
         def look() -> list[int]:
-            if victim == WORKER:
+            if kill.victim == WORKER:
                 pool = running_pid(self.settings, worker_pool(flink))
-                found[:] = [] if pool is None else _children(pool)
+                found[:] = [] if pool is None else children(pool)
             else:
-                pid = running_pid(self.settings, services[victim])
+                pid = running_pid(self.settings, services[kill.victim])
                 found[:] = [] if pid is None else [pid]
             return found
 
-        self._until(look, f"a {victim}")
+        self.until(look, f"a {kill.victim}")
         return found[0]
 
     def _bring_back_job(self) -> float | None:
@@ -293,18 +241,16 @@ class Campaign:
         while (how := self._missing_command()) is not None:
             began = time.time()
             event, arguments = how
-            if self._nightstream(*arguments):
+            if self.nightstream(*arguments):
                 self.journal.write(event, job=read_live_job(self.out).latest.job)
                 return began
             if time.monotonic() > deadline:
-                raise CampaignError(f"the job was not {event} within {PATIENCE_S:g} s: {self._log}")
-            self._cluster_up()
+                raise CampaignError(f"the job was not {event} within {PATIENCE_S:g} s: {self.log}")
+            self.cluster_up()
         return None
 
     def _missing_command(self) -> tuple[str, list[str]] | None:
-        submit = ["flink", "submit", "--bootstrap", self.bootstrap, "--kafka", self.bootstrap, "--out", str(self.out)]
-        submit += ["--cluster", str(self.settings.folder), "--checkpoint-interval", "2"]
-        submit += ["--visit-timeout", str(VISIT_TIMEOUT_S)]
+        submit = self.submission(VISIT_TIMEOUT_S)
         if not (self.out / ".flink.json").exists():
             return "submitted", submit
         if self._state() not in (LOST, *ENDED):
@@ -324,39 +270,26 @@ class Campaign:
                 told.append(state_of(read_live_job(self.out)))
             return told
 
-        self._until(ask, "an answer of Flink")
+        self.until(ask, "an answer of Flink")
         return told[0]
-
-    def _cluster_up(self) -> None:
-        """What `nightstream cluster up` does; a few times, as a process may end while its neighbour is started."""
-        for attempt in count(1):
-            try:
-                with alone(self.settings):
-                    kafka_up(self.settings)
-                    flink_up(self.settings)
-                return
-            except ClusterError as error:
-                self.journal.write("not up", attempt=attempt, reason=str(error))
-                if attempt == UP_ATTEMPTS:
-                    raise
 
     # --- the end ------------------------------------------------------------------------------
 
     def _settle(self) -> None:
         """Wait until the ledger has all that was announced, and end the job."""
-        announced = self._announced()
-        self._until(lambda: len(self._in_ledger(announced)) == len(announced), "all announced visits")
-        if not self._nightstream("flink", "cancel", str(self.out)):
-            raise CampaignError(f"the job could not be cancelled: {self._log}")
+        announced = self.announced()
+        self.until(lambda: len(self.in_ledger(announced)) == len(announced), "all announced visits")
+        if not self.nightstream("flink", "cancel", str(self.out)):
+            raise CampaignError(f"the job could not be cancelled: {self.log}")
 
     def _judge(self) -> bool:
         """Make the truth, compare, print."""
-        announced = self._announced()
+        announced = self.announced()
         night = self.folder / "night"
         write_manifest(night, list(islice(simulated_visits(night, self.seed), len(announced))))
         shutil.rmtree(self.truth, ignore_errors=True)
-        if not self._nightstream("produce", str(night), "--out", str(self.truth), "--quiet", "--json"):
-            raise CampaignError(f"the truth could not be made: {self._log}")
+        if not self.nightstream("produce", str(night), "--out", str(self.truth), "--quiet", "--json"):
+            raise CampaignError(f"the truth could not be made: {self.log}")
         reports = check_streams(self.bootstrap, self.truth)
         different = _different(self.out, self.truth)
         print(*self._table(), "", *report_lines(reports), sep="\n")
@@ -381,62 +314,6 @@ class Campaign:
         for event in ("submitted", "resumed", "submitted anew"):
             yield f"job {event}: {len(self.journal.of(event))}"
 
-    # --- commands and waiting -----------------------------------------------------------------
-
-    @property
-    def _log(self) -> Path:
-        return self.folder / "commands.log"
-
-    def _nightstream(self, *arguments: str) -> str:
-        """What a command of nightstream prints, or nothing if it fails; all of it is in `commands.log`."""
-        path = os.pathsep.join([str(CHECKOUT), *filter(None, [os.environ.get("PYTHONPATH")])])
-        with self._log.open("a", encoding="utf-8") as log:
-            log.write(f"--- {time.strftime('%H:%M:%S')} nightstream {' '.join(arguments)}\n")
-            log.flush()
-            done = subprocess.run(
-                [sys.executable, "-c", _COMMAND, *arguments],
-                stdout=subprocess.PIPE,
-                stderr=log,
-                stdin=subprocess.DEVNULL,
-                env={**os.environ, "PYTHONPATH": path},
-                text=True,
-                check=False,
-            )
-            log.write(done.stdout)
-        return (done.stdout or "done") if done.returncode == 0 else ""
-
-    def _until(self, fact: Callable[[], object], what: str) -> None:
-        deadline = time.monotonic() + PATIENCE_S
-        while not fact():
-            if self._broken is not None:
-                raise CampaignError("announcing broke off") from self._broken
-            if time.monotonic() > deadline:
-                raise CampaignError(f"waited {PATIENCE_S:g} s in vain for {what}; logs: {self.settings.logs}")
-            time.sleep(LOOK_S)
-
-
-def _cluster_settings(folder: Path) -> ClusterSettings:
-    """A cluster of one task manager, on ports that nobody uses when the campaign begins."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "cluster.yaml"
-    if not path.exists():
-        port = next(
-            first for first in range(31_000, 60_000, 20) if not any(map(is_listening, range(first, first + 20)))
-        )
-        flink = {"rest_port": port, "rpc_port": port + 1, "job_server_port": port + 3, "worker_pool_port": port + 4}
-        flink |= {"prometheus_ports": f"{port + 10}-{port + 19}", "task_managers": 1}
-        path.write_text(yaml.safe_dump({"kafka": {"port": port + 5, "heap_mb": 512}, "flink": flink}))
-    return load_cluster_settings(folder)
-
-
-def _children(pid: int) -> list[int]:
-    """The children of a process, whichever of its threads started them."""
-    found: list[int] = []
-    for path in Path(f"/proc/{pid}/task").glob("*/children"):
-        with contextlib.suppress(OSError):
-            found += map(int, path.read_text().split())
-    return sorted(found)
-
 
 def _different(out: Path, truth: Path) -> list[str]:
     """Visits whose ledger record does not say what the undisturbed run's says, clocks and repeats apart."""
@@ -459,7 +336,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--folder", type=Path, required=True, help="for everything; the same again goes on there")
     options = parser.parse_args(arguments)
     options.folder.mkdir(parents=True, exist_ok=True)
-    campaign = Campaign(options.folder.resolve(), options.seed, options.cadence)
+    campaign = CrashCampaign(options.folder.resolve(), options.seed, options.cadence)
     return 0 if campaign.run(options.kills) else 1
 
 

@@ -204,10 +204,11 @@ def test_a_live_night_gives_the_local_runners_bytes_at_any_parallelism(
     run = trial(f"slots{parallelism}")
     run.announce()
     job = run.submit("--parallelism", parallelism)
-    run.await_visits(4)
+    run.run("flink", "watch", run.out, "--visits", 4)
     told = run.status()
     assert (told["job"], told["state"], told["restarts"]) == (job, "RUNNING", 0)
     assert told["ledger"]["visits"] == 4
+    assert told["ledger"]["latency"]["alerts"] == told["ledger"]["alerts"]
     until(lambda: _metrics(run.status()).get("visits_accounted") == 4)
     assert_told_what_happens(run)
     run.run("flink", "cancel", run.out)

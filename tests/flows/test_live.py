@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from click.testing import CliRunner
 from conftest import Run, write_night
 
 from runners.cli import main
 from runners.kafka import EmbeddedKafka, KafkaMessageLog
+from runners.summary import summarise
 from schemas.manifests import announcements, read_manifest
+from transforms.latency import STAGES
 
 
 @pytest.fixture(scope="module")
@@ -45,8 +49,7 @@ def _ledger(run: Run) -> list[dict[str, Any]]:
     """The ledger without clocks."""
     records = [json.loads(line) for line in (run.out / "ledger" / "visits.jsonl").read_text().splitlines()]
     return [
-        {key: value for key, value in one.items() if key not in ("latency_s", "started_at", "seconds")}
-        for one in records
+        {key: value for key, value in one.items() if key not in ("latency", "latency_s", "seconds")} for one in records
     ]
 
 
@@ -89,6 +92,35 @@ def test_a_detector_that_does_not_come_is_told_and_one_that_comes_later_gets_its
     assert record["detectors"] == {"expected": 2, "processed": 2, "failed": 0}
     assert record["revision"] == 1
     assert ids < {packet["diaSourceId"] for packet in later.packets()}
+
+
+def test_a_live_night_says_how_late_its_alerts_were_and_that_of_a_folder_does_not(
+    night: Path, kafka: EmbeddedKafka, produce: Callable[..., Run], tmp_path: Path
+) -> None:
+    announced_at = time.time()
+    announced = CliRunner().invoke(main, ["announce", str(night), "--bootstrap", kafka.bootstrap, "--topic", "timed"])
+    assert announced.exit_code == 0, announced.output
+    brokers = tmp_path / "brokers.yaml"
+    broker = {"name": "a", "stream": "full", "encoding": "rubin", "sink": "kafka", "topic": "timed-alerts"}
+    brokers.write_text(yaml.safe_dump({"brokers": [broker]}))
+    time.sleep(1.0)
+    run = _live(tmp_path / "out", kafka, "timed", "--kafka", kafka.bootstrap, "--brokers", str(brokers))
+    ended_at = time.time()
+    assert run.exit_code == 0, run.stderr
+    records = [json.loads(line) for line in (run.out / "ledger" / "visits.jsonl").read_text().splitlines()]
+    assert [record["latency"]["alerts"] for record in records] == [record["alerts"] for record in records]
+    for record in records:
+        latency = record["latency"]
+        # Each figure is rounded to 0.1 ms, and Kafka's times to 1 ms.
+        assert sum(latency[stage]["mean"] for stage in STAGES) == pytest.approx(latency["total"]["mean"], abs=3e-4)
+        assert latency["waiting"]["mean"] > 0.9
+        assert all(latency[stage]["mean"] >= 0 for stage in STAGES)
+        assert latency["total"]["max"] < ended_at - announced_at + 2e-3
+    night_as_a_whole = summarise(run.out).latency
+    assert night_as_a_whole is not None and night_as_a_whole["alerts"] == run.summary["alerts"]
+    of_folder = produce(night, tmp_path / "folder", "--quiet")
+    assert of_folder.exit_code == 0
+    assert summarise(of_folder.out).latency is None
 
 
 def test_what_cannot_be_listened_to_is_refused(kafka: EmbeddedKafka, tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ def _told(**more: Any) -> dict[str, Any]:
     told = {
         "job": "1f",
         "state": "RUNNING",
-        "ledger": {"visits": 4, "alerts": 1000, "failures": 0},
+        "ledger": {"visits": 4, "alerts": 1000, "failures": 0, "latency": None},
         "uptime_s": 900.0,
         "restarts": 0,
         "restored": None,

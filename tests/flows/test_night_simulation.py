@@ -283,6 +283,7 @@ def test_progress_counts_up_to_every_image(tmp_path: Path) -> None:
 def test_presets_say_what_they_promise() -> None:
     assert {name: (p.n_visits, p.n_detectors, p.size_pix) for name, p in PRESETS.items()} == {
         "tiny": (4, 2, 512),
+        "live": (12, 2, 512),
         "demo": (12, 2, 1024),
         "detector": (1, 1, 4096),
     }

@@ -91,7 +91,7 @@ def test_the_same_run_again_into_the_same_folder_changes_nothing(
     assert again.exit_code == 0, again.stderr
     folders = ("archive", "filters", "brokers")
     assert again.files(*folders) == first_run.files(*folders)
-    changing = ("seconds", "latency_s")
+    changing = ("seconds", "latency_s", "latency")
 
     def ledger(run: Any) -> list[dict[str, Any]]:
         lines = (run.out / "ledger" / "visits.jsonl").read_text().splitlines()

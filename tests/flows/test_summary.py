@@ -15,6 +15,7 @@ from rich.console import Console
 
 from runners.progress import VisitProgress
 from runners.summary import UnreadableOutputError, json_summary, print_summary, read_table, recovered, summarise
+from transforms.latency import FIGURES
 
 ARCSEC_DEG = 1.0 / 3600.0
 CONTRACT_KEYS = [
@@ -244,6 +245,42 @@ def test_progress_draws_a_bar_on_a_terminal_and_ends_full(tmp_path: Path) -> Non
     shown = progress_lines(tmp_path, terminal=True)
     last = shown[shown.rindex("visits") :]
     assert "2/2" in last and "22 alerts, 1 failures" in last
+
+
+def _latency(total_s: float, pixels_s: float) -> dict[str, Any]:
+    """Of a visit whose alerts were all equally late."""
+    seconds = {"waiting": total_s - pixels_s, "pixels": pixels_s, "total": total_s, "overhead": total_s - pixels_s}
+    figures = {name: dict.fromkeys(("mean", "p50", "p99", "max"), seconds.get(name, 0.0)) for name in FIGURES}
+    return {"alerts": 11, **figures}
+
+
+def test_how_late_announced_visits_were_is_told_by_stage(tmp_path: Path) -> None:
+    records = [ledger_record(visit, latency=_latency(2.0 + visit, 1.5)) for visit in (1, 2, 3)]
+    write_ledger(tmp_path, *records, ledger_record(4, latency=None))
+    text = printed(summarise(tmp_path), out=tmp_path, seconds=3.0)
+    total = next(line for line in text.splitlines() if line.strip().startswith("total"))
+    assert total.split("│")[1:] == [f" {seconds}" for seconds in ("4.00 ", "4.00 ", "5.00 ", "5.00")]
+    write_ledger(tmp_path / "without", ledger_record(1))
+    assert "overhead" not in printed(summarise(tmp_path / "without"), out=tmp_path, seconds=3.0)
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_live_job_is_watched_from_its_first_visit_on(tmp_path: Path, terminal: bool) -> None:
+    write_ledger(tmp_path, ledger_record(1, failures=0, latency=_latency(3.0, 1.5)))
+    stream = io.StringIO()
+    console = Console(file=stream, width=160, force_terminal=terminal)
+    with VisitProgress(tmp_path, 2, console=console, afresh=False, announced=lambda: 2):
+        time.sleep(0.3)
+        write_ledger(tmp_path, ledger_record(2, latency=_latency(4.0, 1.5)))
+    shown = stream.getvalue()
+    if terminal:
+        told = "2 announced, 22 alerts, 1 failures, latency p50 3.0 s, p99 4.0; without pixel work p50 1.5 s, p99 2.5"
+        assert told in shown[shown.rindex("visits") :]
+    else:
+        assert shown.splitlines() == [
+            "visit 1 r: 11 alerts, p50 3.0 s, without pixel work 1.5 s (1 of 2, 2 announced)",
+            "visit 2 r: 11 alerts, p50 4.0 s, without pixel work 2.5 s, 1 failures (2 of 2, 2 announced)",
+        ]
 
 
 def test_quiet_progress_says_nothing(tmp_path: Path) -> None:

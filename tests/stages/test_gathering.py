@@ -22,7 +22,7 @@ from schemas.avro.messages import Packet, wire_message
 from schemas.avro.schema_versions import packet_schema
 from schemas.claim_check import write_blobs
 from schemas.elements import AlertBatch, FailureRecord, VisitAlerts
-from schemas.framing import unpack
+from schemas.framing import pack, unpack
 from schemas.records import (
     DIA_FORCED_SOURCE,
     DIA_OBJECT,
@@ -39,7 +39,7 @@ from transforms.failures import failure_part
 from transforms.filtering import FilterAlerts, GatherVisits, visit_alerts
 from transforms.filters.checking import CheckedFilter, check_filter
 from transforms.filters.definition import FilterDefinition
-from transforms.packaging import _alert_columns, packet_file, visit_part
+from transforms.packaging import _alert_columns, acknowledged_part, packet_file, visit_part
 
 VISIT = 2026112200001
 MIDPOINT = 61367.1
@@ -86,14 +86,17 @@ def _batch(first_id: int, n: int, cell: int = 7) -> AlertBatch:
     )
 
 
-def _part(batch: AlertBatch, columns: frozenset[str], packets: Path | None = None) -> bytes:
+def _part(
+    batch: AlertBatch, columns: frozenset[str], packets: Path | None = None, associated_at: float | None = None
+) -> bytes:
     n, ids = len(batch.dia_sources), batch.dia_sources["diaSourceId"]
     schema = packet_schema("11.0")
     bodies = encode_packets(schema, _alert_columns(batch, ([None] * n, [None] * n, [None] * n), None))
     name = packet_file(VISIT, batch.context["cell"], ids)
     if packets is not None:
         write_blobs(packets / name, ids, [(wire_message(Packet(schema, body)),) for body in bodies])
-    return visit_part(batch, thin_alerts(batch, name, ["digest"] * n, columns), 0.01, Shipment().counts())
+    thin = thin_alerts(batch, name, ["digest"] * n, columns)
+    return visit_part(batch, thin, 0.01, Shipment().counts(), associated_at)
 
 
 def _ids(visit: VisitAlerts) -> list[int]:
@@ -346,6 +349,41 @@ def test_the_ledger_adds_up_what_each_rule_dropped_and_merges_the_sky_sources(br
     assert summary["sky_sources"] == {"measured": 180, "pull_width": pytest.approx(1.1)}
     without = visit_alerts(VISIT, 0, {0: {detector_account(0, 5, 4, 1000.0)}}, bright.columns).summary
     assert without["sky_sources"] is None
+
+
+def _earlier(part: bytes, *lacking: str) -> bytes:
+    """The part as a release made it that knew nothing of some of its fields."""
+    header, buffers = unpack(part)
+    return pack({key: value for key, value in header.items() if key not in lacking}, tuple(map(bytes, buffers)))
+
+
+def test_parts_of_a_job_begun_by_an_earlier_release_are_gathered_without_their_latency(bright: CheckedFilter) -> None:
+    batch = replace(_batch(100, 4), fired_at=30.0)
+    alerts = acknowledged_part(_part(batch, bright.columns, associated_at=31.0), 33.0)
+    account = detector_account(0, 5, 4, 11.0, announced_at=10.0)
+    whole = visit_alerts(VISIT, 0, {0: {alerts, account}}, bright.columns)
+    assert whole.summary["latency"]["total"]["p50"] == 23.0
+    for parts in (
+        {_earlier(alerts, "times"), account},
+        {alerts, _earlier(account, "announced_at", "ended_at")},
+    ):
+        earlier = visit_alerts(VISIT, 0, {0: parts}, bright.columns)
+        assert earlier.summary == {**whole.summary, "latency": None}
+        assert earlier.alerts.equals(whole.alerts)
+
+
+def test_clocks_do_not_decide_the_order_of_batches(bright: CheckedFilter) -> None:
+    """Of two parts that hold one object the one that comes last stands: by cell and detectors, whoever was first."""
+    one, other = _batch(100, 4, cell=1), _batch(100, 4, cell=2)
+    other.object_states["nDiaSources"] = 2
+    kept = []
+    for first, second in ((10.0, 20.0), (20.0, 10.0)):
+        parts = {
+            acknowledged_part(_part(replace(batch, fired_at=at), bright.columns, associated_at=at), at)
+            for batch, at in ((one, first), (other, second))
+        }
+        kept.append(visit_alerts(VISIT, 0, {0: parts}, bright.columns).tables["dia_objects"].tobytes())
+    assert kept[0] == kept[1]
 
 
 def test_topic_in_two_encodings_is_refused() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,11 @@ import pyarrow as pa
 import pytest
 from alert_batches import DETECTOR, VISIT, alert_batch
 from apache_beam.pvalue import TaggedOutput
+from apache_beam.transforms.window import GlobalWindow
+from apache_beam.utils.timestamp import Timestamp
 from sample_alerts import random_records
 
+from runners.kafka import DeliveryError
 from schemas.avro.reading import decode_packet
 from schemas.claim_check import read_blobs, write_blobs
 from schemas.elements import AlertBatch, FailureRecord
@@ -21,8 +24,11 @@ from schemas.framing import unpack
 from schemas.records import DIA_SOURCE
 from transforms import packaging
 from transforms.delivery import Delivery
-from transforms.distribution import BrokerConfig, BrokerLimits, Headers
+from transforms.distribution import BrokerConfig, BrokerLimits
 from transforms.packaging import PackageAlerts, PackagingConfig, cutout_file
+from transforms.sending import Headers
+
+AT = Timestamp(1000)
 
 
 class _RecordingSink:
@@ -40,9 +46,21 @@ class _RecordingSink:
         self.files_seen.append(len(list(self.packets.rglob("*.packets"))))
 
     def flush(self, deadline_s: float) -> tuple[int, int]:
+        self.flushed_at = time.time()
         return 0, 0
 
     def close(self) -> None: ...
+
+
+class _DeafSink(_RecordingSink):
+    """Acknowledges nothing at first."""
+
+    hears = False
+
+    def flush(self, deadline_s: float) -> tuple[int, int]:
+        if not self.hears:
+            raise DeliveryError("no answer")
+        return super().flush(deadline_s)
 
 
 def _package(
@@ -57,17 +75,15 @@ def _package(
     delivery = Delivery(out=str(store), store=str(store), brokers=brokers, filters=(), sink=sink)
     package = PackageAlerts(PackagingConfig(), cutouts, delivery).package
     package.setup()
-    parts, failures = [], []
-    outputs: Iterator[Any] = package.process(batch)
-    for output in outputs:
-        if isinstance(output, TaggedOutput):
-            failures.append(output.value)
-            continue
-        header, buffers = unpack(output[1])
-        if header["kind"] == "alerts":
-            lengths = [len(buffer) for buffer in buffers[1:]]
-            parts.append((pa.ipc.open_stream(buffers[0]).read_all(), header, lengths))
-    package.finish_bundle()
+    package.start_bundle()
+    failures = [one.value for one in package.process(batch, AT) if isinstance(one, TaggedOutput)]
+    parts = []
+    for output in package.finish_bundle():
+        assert (output.timestamp, output.windows, output.value[0]) == (AT, (GlobalWindow(),), VISIT)
+        header, buffers = unpack(output.value[1])
+        assert header["kind"] == "alerts"
+        lengths = [len(buffer) for buffer in buffers[1:]]
+        parts.append((pa.ipc.open_stream(buffers[0]).read_all(), header, lengths))
     return parts, failures
 
 
@@ -91,6 +107,31 @@ def test_packets_do_not_depend_on_how_many_are_made_at_once(
     assert lengths[0] == (40 + 2) * DIA_SOURCE.itemsize
     assert failures == other_failures == []
     assert len(set(other_thin["packetFile"].to_pylist())) == -(-40 // at_once)
+
+
+def test_a_batch_goes_on_when_its_packets_are_acknowledged_and_says_when(tmp_path: Path) -> None:
+    began = time.time()
+    batch = replace(alert_batch(3, seed=4), fired_at=began)
+    sink = _RecordingSink(tmp_path / "packets")
+    ((_, header, _),), _ = _package(batch, tmp_path, sink)
+    times = header["times"]
+    assert began == times["fired_at"] <= times["associated_at"] <= sink.flushed_at <= times["acknowledged_at"]
+
+
+def test_nothing_goes_on_of_a_bundle_that_was_not_acknowledged(tmp_path: Path) -> None:
+    sink = _DeafSink(tmp_path / "packets")
+    delivery = Delivery(out=str(tmp_path), store=str(tmp_path), brokers=(), filters=(), sink=sink)
+    package = PackageAlerts(PackagingConfig(), None, delivery).package
+    package.setup()
+    package.start_bundle()
+    assert list(package.process(alert_batch(3, seed=4), AT)) == []
+    with pytest.raises(DeliveryError):
+        next(iter(package.finish_bundle()))
+    # The bundle is made once more, by the same worker: nothing of the first attempt is left.
+    sink.hears = True
+    package.start_bundle()
+    assert list(package.process(alert_batch(3, seed=4), AT)) == []
+    assert len(list(package.finish_bundle())) == 1
 
 
 def test_the_first_packet_is_out_before_the_last_is_made(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from apache_beam.testing.util import assert_that, equal_to
 
 from schemas.elements import DetectorVisit, EarlierNights, FailureRecord
 from schemas.framing import unpack
-from schemas.manifests import DetectorImages, Visit, announcements, parse_announcement
+from schemas.manifests import DetectorImages, LoggedMessage, Visit, announcements, parse_announcement
 from transforms import visit_stream
 from transforms.ingestion import event_timestamp
 from transforms.visit_stream import (
@@ -43,10 +43,10 @@ class _ListLog:
     def end(self) -> int:
         return len(self.messages)
 
-    def read(self, offset: int, timeout_s: float) -> tuple[int, bytes] | None:
+    def read(self, offset: int, timeout_s: float) -> LoggedMessage | None:
         offset = max(offset, self.dropped)
         if offset < len(self.messages):
-            return offset, self.messages[offset]
+            return LoggedMessage(offset, self.messages[offset], 1000.0 + offset)
         time.sleep(timeout_s)
         return None
 
@@ -133,6 +133,12 @@ def test_an_announcement_that_lacks_something_is_refused_by_name(change: dict[st
 def test_what_is_no_announcement_is_refused(message: bytes) -> None:
     with pytest.raises(ValueError, match=r"not JSON|expected an object"):
         parse_announcement(message)
+
+
+def test_detectors_carry_the_time_of_their_announcement(tmp_path: Path) -> None:
+    turn = _Turn(VisitStream(_ListLog(_messages(_visit(1))), str(tmp_path)), (), StreamPosition(0, None))
+    detectors = [one.value for one in turn.outputs() if isinstance(one.value, DetectorVisit)]
+    assert [one.announced_at for one in detectors] == [1000.0, 1001.0, 1002.0]
 
 
 def test_the_watermark_waits_for_open_visits_and_passes_closed_ones(tmp_path: Path) -> None:
@@ -226,7 +232,7 @@ def test_a_turn_of_whole_visits_waits_for_the_rest_of_an_open_one(tmp_path: Path
     class _Slow(_ListLog):
         """The last message comes a second after the others were read."""
 
-        def read(self, offset: int, timeout_s: float) -> tuple[int, bytes] | None:
+        def read(self, offset: int, timeout_s: float) -> LoggedMessage | None:
             if offset == 2 and time.monotonic() < comes_at:
                 time.sleep(timeout_s)
                 return None
@@ -280,7 +286,7 @@ def test_messages_that_are_gone_are_told(tmp_path: Path) -> None:
 
 def test_a_log_made_anew_is_read_from_its_start(tmp_path: Path) -> None:
     class _NewLog(_ListLog):
-        def read(self, offset: int, timeout_s: float) -> tuple[int, bytes] | None:
+        def read(self, offset: int, timeout_s: float) -> LoggedMessage | None:
             return super().read(0 if offset == 7 else offset, timeout_s)
 
     stream = VisitStream(_NewLog(_messages(_visit(3))), str(tmp_path))

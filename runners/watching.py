@@ -1,0 +1,49 @@
+"""A live job watched from outside: what was announced to it, and what came of that."""
+
+from __future__ import annotations
+
+import time
+
+from rich.console import Console
+
+from runners.cluster.flink import ENDED
+from runners.flink_operations import CLOSED, LOST, LiveJob, LiveJobError, state_of
+from runners.kafka import KafkaMessageLog
+from runners.progress import VisitProgress
+from runners.summary import ledger_files
+from schemas.manifests import parse_announcement
+
+_LOOK_S = 0.5
+
+
+def watch(job: LiveJob, n_visits: int, console: Console | None = None) -> None:
+    """Show visits until so many of them are in the ledger; LiveJobError if the job ends before."""
+    announced = _AnnouncedVisits(job)
+    with VisitProgress(job.out, n_visits, console=console, afresh=False, announced=announced.count):
+        while (done := len(ledger_files(job.out))) < n_visits:
+            state = state_of(job)
+            if state in (*ENDED, LOST, CLOSED):
+                raise LiveJobError(f"the job is {state}, with {done} of {n_visits} visits in the ledger")
+            announced.look()
+            time.sleep(_LOOK_S)
+
+
+class _AnnouncedVisits:
+    """The visits on the topic that a job listens to."""
+
+    def __init__(self, job: LiveJob) -> None:
+        self._log = KafkaMessageLog(job.options["bootstrap"], job.options["topic"], job.options["kafka_config"])
+        self._offset = 0
+        self._visits: set[int] = set()
+
+    def count(self) -> int:
+        return len(self._visits)
+
+    def look(self) -> None:
+        """Read what has come since the last look."""
+        while (message := self._log.read(self._offset, _LOOK_S)) is not None:
+            self._offset = message.offset + 1
+            try:
+                self._visits.add(parse_announcement(message.content).visit.visit)
+            except ValueError:
+                continue  # it becomes a failure record of the job

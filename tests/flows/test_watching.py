@@ -1,0 +1,61 @@
+"""A live job watched from outside: what was announced, what is done, and how it ends."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from runners import watching
+from runners.flink_operations import LiveJob, LiveJobError
+from runners.kafka import EmbeddedKafka, KafkaMessageLog
+from schemas.manifests import DetectorImages, Visit, announcements
+
+
+def _visit(number: int) -> Visit:
+    images = tuple(DetectorImages(detector, f"/night/{number}_{detector}.fits", None) for detector in (0, 1))
+    place = (150.0, 2.0, 0.0)
+    return Visit(number, 20261122, number, "SimCam", "r", 61367.0, 30.0, 61367.1, *place, "science", None, images)
+
+
+def _write(out: Path, visit: int) -> None:
+    record: dict[str, Any] = {"visit": visit, "band": "r", "alerts": 3, "failures": 0, "latency": None}
+    (out / "ledger").mkdir(parents=True, exist_ok=True)
+    (out / "ledger" / f"{visit}.json").write_text(json.dumps(record))
+
+
+@pytest.mark.parametrize("last_state", ["RUNNING", "FAILED"])
+def test_watching_ends_with_the_last_visit_or_with_the_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, last_state: str
+) -> None:
+    looks = 0
+
+    def state_of(job: LiveJob) -> str:
+        nonlocal looks
+        looks += 1
+        if looks == 1:
+            log.append([b"no announcement", *announcements(_visit(1)), *announcements(_visit(2))])
+        if looks == 2:
+            _write(tmp_path, 1)
+        if looks == 3 and last_state == "RUNNING":
+            _write(tmp_path, 2)
+        return last_state if looks == 3 else "RUNNING"
+
+    monkeypatch.setattr(watching, "state_of", state_of)
+    shown = io.StringIO()
+    with EmbeddedKafka() as kafka:
+        log = KafkaMessageLog(kafka.bootstrap, "watched")
+        options = {"bootstrap": kafka.bootstrap, "topic": "watched", "kafka_config": None}
+        job = LiveJob(tmp_path, tmp_path, options, 0.0)
+        if last_state == "RUNNING":
+            watching.watch(job, 2, Console(file=shown, width=120))
+        else:
+            with pytest.raises(LiveJobError, match="the job is FAILED, with 1 of 2 visits in the ledger"):
+                watching.watch(job, 2, Console(file=shown, width=120))
+    lines = shown.getvalue().splitlines()
+    assert lines[0] == "visit 1 r: 3 alerts (1 of 2, 2 announced)"
+    assert len(lines) == (2 if last_state == "RUNNING" else 1)
