@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import sys
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -20,6 +19,7 @@ from runners.cluster.commands import cluster
 from runners.flink_commands import flink
 from runners.ingest.commands import ingest
 from runners.live_commands import announce, live
+from runners.logs import log_for_people
 from runners.run_commands import KAFKA_CONFIG, BadUsage, Failure, associate, produce, replay
 from runners.schema_commands import schemas
 from runners.template_commands import templates
@@ -47,7 +47,7 @@ def main() -> None:
       nightstream listen result/archive/alerts --limit 1
     """
     # Libraries warn at import of what a person here can do nothing about; what matters comes as an exception.
-    logging.basicConfig(level=logging.ERROR)
+    log_for_people()
 
 
 @main.command()

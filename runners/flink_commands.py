@@ -33,6 +33,22 @@ if TYPE_CHECKING:
     from runners.local import Dataflow
     from runners.running import Entry
 
+# Errors whose message is for a person, by name: to import them all takes as long as Beam does.
+_MISUSES = {
+    "runners.configuration.ConfigurationError",
+    "runners.entries.HistoryError",
+    "runners.kafka_login.KafkaLoginError",
+    "runners.local.BeamOptionsError",
+    "runners.output_folder.OutputFolderError",
+}
+_FAILURES = {
+    "runners.cluster.settings.ClusterError",
+    "runners.flink_operations.LiveJobError",
+    "runners.flink_setup.FlinkSetupError",
+    "runners.kafka.KafkaUnreachableError",
+    "runners.kafka.TopicError",
+    "schemas.manifests.ManifestError",
+}
 _OUT = click.argument("out", type=click.Path(exists=True, file_okay=False, path_type=Path))
 _PARALLELISM = click.option("--parallelism", type=click.IntRange(1, 128), help="Slots to use. [default: all]")
 _AS_JSON = click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
@@ -88,6 +104,7 @@ def submit(**options: Any) -> None:
         entry = claimed_entry(asked.request, asked.given, asked.kafka)
         job = LiveJob(asked.request.out, Path(kept["cluster"] or FOLDER), kept, time.time())
         started = start_live(job, asked.dataflow(entry), _say, None)
+        _note(started, "submitted")
     click.echo(started.latest.job)
 
 
@@ -114,7 +131,9 @@ def savepoint(out: Path) -> None:
     from runners.flink_operations import savepoint as save
 
     with _live_job(out) as job:
-        click.echo(save(job))
+        saved = save(job)
+        _note(job, f"saved to {saved}")
+    click.echo(saved)
 
 
 @flink.command()
@@ -140,6 +159,7 @@ def resume(out: Path, savepoint: Path | None, parallelism: int | None) -> None:
         entry = entered(asked.request, asked.given, asked.kafka)
         renew_claim(job.out, asked.given.source, run_digest(asked.request, asked.given))
         started = start_live(replace(job, options=asked.options), asked.dataflow(entry), _say, restored)
+        _note(started, f"resumed from {restored}")
     click.echo(started.latest.job)
 
 
@@ -154,10 +174,13 @@ def cancel(out: Path, saving: bool) -> None:
 
     with _live_job(out) as job:
         if saving:
-            click.echo(save(job, cancel=True))
+            saved = save(job, cancel=True)
+            click.echo(saved)
             await_end(job)
+            _note(job, f"cancelled, saved to {saved}")
         else:
             end(job)
+            _note(job, "cancelled")
 
 
 @flink.command()
@@ -173,6 +196,7 @@ def close(out: Path, as_json: bool) -> None:
     with _live_job(out) as job:
         problems = _Asked(job.options).request.filter_problems
         close_job(job, problems)
+        _note(job, "closed")
     tell_result(
         None, job.out, time.time() - job.submitted_at, {}, as_json=as_json, quiet=False, console=Console(stderr=True)
     )
@@ -194,11 +218,13 @@ def watch(out: Path, n_visits: int) -> None:
 
 
 def status_lines(told: dict[str, Any]) -> Iterator[str]:
-    """What `flink_operations.status` tells, for a person."""
+    """What `flink_operations.status` tells, for a person; what is wrong comes first."""
     from runners.progress import latency_text
 
     ledger, saved = told["ledger"], told.get("checkpoint")
-    yield f"job {told['job']} {told['state']}"
+    yield f"job {told['job']} {told['state']}{'' if told['problems'] else ', nothing wrong'}"
+    for problem in told["problems"]:
+        yield f"! {problem}"
     if "uptime_s" in told:
         yield f"  runs for {told['uptime_s']:.0f} s, was started again {told['restarts']} times"
         restored = told["restored"]
@@ -213,12 +239,22 @@ def status_lines(told: dict[str, Any]) -> Iterator[str]:
                 f"{saved['completed'] + saved['failed']} failed"
             )
         )
+    if told["state"] == "RUNNING":
+        source, event_time = told["source"], told["event_time"]
+        yield (
+            f"  source at message {_known(source['offset'])} of {_known(source['end'])}; newest visit "
+            f"{_known(event_time['newest_visit'])}, event time {_known(event_time['behind_s'], '.0f')} s short of it"
+        )
         for stage in told["stages"]:
             name = stage["name"] if len(stage["name"]) <= 60 else stage["name"][:57] + "..."
             yield f"  {name:<60} busy {_share(stage['busy'])}, held up {_share(stage['held_up'])}"
     yield f"  ledger: {ledger['visits']} visits, {ledger['alerts']:,} alerts, {ledger['failures']} failures"
     if ledger["latency"] is not None:
         yield f"  {latency_text(ledger['latency'])}"
+
+
+def _known(figure: float | None, form: str = "") -> str:
+    return "unknown" if figure is None else format(figure, form)
 
 
 def _share(part: float | None) -> str:
@@ -253,6 +289,13 @@ class _Asked:
         return entry.dataflow(delivery_of(self.request, entry, self.kafka))
 
 
+def _note(job: LiveJob, what: str) -> None:
+    """What was done to a job, for whoever looks into the logs of its cluster."""
+    from runners.logs import note_command
+
+    note_command(job.settings.logs, what, job=job.latest.job, out=job.out)
+
+
 def _plain(value: Any) -> Any:
     """An option as JSON can hold it, its paths as everybody finds them."""
     if isinstance(value, tuple):
@@ -285,21 +328,10 @@ def _told() -> Iterator[None]:
 
 
 def _as_message(error: Exception) -> click.ClickException:
-    from runners.cluster.settings import ClusterError
-    from runners.configuration import ConfigurationError
-    from runners.entries import HistoryError
-    from runners.flink_operations import LiveJobError
-    from runners.flink_setup import FlinkSetupError
-    from runners.kafka import KafkaUnreachableError, TopicError
-    from runners.kafka_login import KafkaLoginError
-    from runners.local import BeamOptionsError
-    from runners.output_folder import OutputFolderError
-    from schemas.manifests import ManifestError
-
-    if isinstance(error, (ConfigurationError, OutputFolderError, HistoryError, BeamOptionsError, KafkaLoginError)):
+    kinds = {f"{kind.__module__}.{kind.__name__}" for kind in type(error).__mro__}
+    if kinds & _MISUSES:
         return BadUsage(str(error))
-    known = (LiveJobError, ManifestError, KafkaUnreachableError, TopicError, ClusterError, FlinkSetupError)
-    return Failure(str(error) if isinstance(error, known) else f"the job failed: {in_short(error)}")
+    return Failure(str(error) if kinds & _FAILURES else f"the job failed: {in_short(error)}")
 
 
 @contextmanager

@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from runners.cluster.flink import ENDED, job_manager, overview, rest
 from runners.cluster.processes import running_pid
 from runners.cluster.settings import ClusterError, ClusterSettings, FlinkClusterSettings, load_cluster_settings
-from transforms.latency import night_latency
+from runners.live_health import announced_so_far, event_time_lag, problems, source_lag
 
 if TYPE_CHECKING:
     from runners.local import Dataflow
@@ -31,6 +33,9 @@ _SAVE_PATIENCE_S = 300.0
 _LOOK_S = 0.2
 _SLOTS_PATIENCE_S = 30.0  # a task manager holds the slot of a job that was lost for some time
 LOST, CLOSED = "LOST", "CLOSED"
+_FETCH_S = 0.7
+# Flink's name of a metric of `transforms.metrics`, behind that of its operator.
+_OURS = ".nightstream_"
 _SHARES = ("backPressuredTimeMsPerSecond", "busyTimeMsPerSecond")
 
 
@@ -269,28 +274,43 @@ def close(job: LiveJob, filter_problems: tuple[FilterProblem, ...]) -> None:
 def status(job: LiveJob) -> dict[str, Any]:
     """How the job stands, as Flink and the ledger tell it; JSON types only.
 
-    Keys: `out`, `job`, `state`, `ledger`; of a job that Flink knows also `uptime_s`, `restarts`, `checkpoint`,
-    `restored` and `stages`.
+    Keys: `out`, `job`, `state`, `ledger`, `problems`; of a job that Flink knows also `uptime_s`, `restarts`,
+    `last_failure`, `checkpoint`, `restored`, `stages`, `source` and `event_time`.
     """
-    state = state_of(job)
+    told = _standing(job, state_of(job))
+    return {**told, "problems": list(problems(told, job.options["checkpoint_interval_s"]))}
+
+
+def _standing(job: LiveJob, state: str) -> dict[str, Any]:
     told = {"out": str(job.out), "job": job.latest.job, "state": state, "ledger": ledger_figures(job.out)}
     if state in (LOST, CLOSED):
         return told
     place = f"/jobs/{job.latest.job}"
     flink_job, saved = rest(job.flink, place), checkpoints(job)
+    asked_at = time.monotonic()
+    # Flink fetches the figures of its tasks anew when it is asked for them, and tells those it had before.
+    rest(job.flink, f"{place}/vertices/{flink_job['vertices'][0]['id']}/subtasks/metrics")
+    announced = announced_so_far(job.options)
+    time.sleep(max(0.0, asked_at + _FETCH_S - time.monotonic()))
+    stages = list(_stages(job, flink_job["vertices"]))
     restarts = rest(job.flink, f"{place}/metrics?get=numRestarts")
     return {
         **told,
+        "last_failure": _last_failure(job, flink_job["now"]),
+        "source": source_lag(announced, stages),
+        "event_time": event_time_lag(announced, stages),
         "uptime_s": (flink_job["now"] - flink_job["start-time"]) / 1000.0,
         "restarts": int(restarts[0]["value"]) if restarts else 0,
         "checkpoint": _latest_checkpoint(saved, flink_job["now"]),
         "restored": _restored(saved),
-        "stages": list(_stages(job, flink_job["vertices"])),
+        "stages": stages,
     }
 
 
 def ledger_figures(out: Path) -> dict[str, Any]:
     """Visits, alerts and failures in the ledger so far, and how late alerts were (`transforms.latency`)."""
+    from transforms.latency import night_latency
+
     records = []
     for path in (out / "ledger").glob("[0-9]*.json"):
         try:
@@ -309,8 +329,10 @@ def _latest_checkpoint(saved: dict[str, Any], now_ms: int) -> dict[str, Any] | N
     latest = saved["latest"]["completed"]
     if latest is None:
         return None
+    failed = saved["latest"]["failed"]
     return {
         "number": latest["id"],
+        "failing": failed is not None and failed["trigger_timestamp"] > latest["trigger_timestamp"],
         "age_s": (now_ms - latest["trigger_timestamp"]) / 1000.0,
         "seconds": latest["end_to_end_duration"] / 1000.0,
         "state_bytes": latest["state_size"],
@@ -320,18 +342,30 @@ def _latest_checkpoint(saved: dict[str, Any], now_ms: int) -> dict[str, Any] | N
     }
 
 
+def _last_failure(job: LiveJob, now_ms: int) -> dict[str, Any] | None:
+    """Why the job was started again last, in one line, and how long ago."""
+    told = rest(job.flink, f"/jobs/{job.latest.job}/exceptions?maxExceptions=1")["exceptionHistory"]["entries"]
+    if not told:
+        return None
+    lines = [line.strip() for line in told[0]["stacktrace"].splitlines()]
+    reasons = [line for line in lines if line and not line.startswith(("at ", "... "))]
+    reason = reasons[-1].removeprefix("Caused by: ") if reasons else told[0]["exceptionName"]
+    return {"age_s": (now_ms - told[0]["timestamp"]) / 1000.0, "reason": re.sub(r"^(\w+\.)+(?=\w+: )", "", reason)}
+
+
 def _restored(saved: dict[str, Any]) -> str | None:
     latest = saved["latest"]["restored"]
     return None if latest is None else str(_path(latest["external_path"]))
 
 
 def _stages(job: LiveJob, vertices: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Each task of the job: how much of its time it is busy, or held up by those behind it, and its watermark."""
+    """Each task of the job: how much of its time it is busy or held up by those behind it, watermark, our metrics."""
     for vertex in vertices:
         place = f"/jobs/{job.latest.job}/vertices/{vertex['id']}"
-        shares = {
-            one["id"]: float(one["max"]) for one in rest(job.flink, f"{place}/subtasks/metrics?get={','.join(_SHARES)}")
-        }
+        known = [one["id"] for one in rest(job.flink, f"{place}/subtasks/metrics")]
+        ours = {name: own[1] for name in known if len(own := name.split(_OURS)) == 2}
+        figures = rest(job.flink, f"{place}/subtasks/metrics?get={quote(','.join((*_SHARES, *ours)))}")
+        shares = {one["id"]: float(one["max"]) for one in figures if one["id"] in _SHARES}
         marks = [int(one["value"]) for one in rest(job.flink, f"{place}/watermarks")]
         # Not a number for a source, which is not measured.
         held, busy = (shares.get(name, math.nan) / 1000.0 for name in _SHARES)
@@ -340,6 +374,7 @@ def _stages(job: LiveJob, vertices: list[dict[str, Any]]) -> Iterator[dict[str, 
             "held_up": None if math.isnan(held) else held,
             "busy": None if math.isnan(busy) else busy,
             "watermark_ms": min(marks, default=None),
+            "metrics": {ours[one["id"]]: round(one["sum"]) for one in figures if one["id"] in ours},
         }
 
 

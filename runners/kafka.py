@@ -24,7 +24,6 @@ from types import TracebackType
 from typing import IO, Any
 
 from runners.kafka_login import client_settings
-from schemas.avro.messages import message_of_record
 from schemas.manifests import LoggedMessage
 
 DIA_SOURCE_ID_HEADER = "dia_source_id"
@@ -246,15 +245,16 @@ class KafkaAlertSink:
 
     Attributes
     ----------
-    delivered : int
-        Messages acknowledged since the sink was opened.
+    delivered, delivered_bytes : int
+        Messages acknowledged since the sink was opened, and the bytes of their values.
     """
 
     def __init__(self, bootstrap: str, settings: KafkaSinkSettings | None = None, login: str | None = None) -> None:
         self.bootstrap = bootstrap
         self.settings = settings or KafkaSinkSettings()
         self.login = login
-        self.delivered = 0
+        self.delivered = self.delivered_bytes = 0
+        self._counted = (0, 0)
         self._producer: Any = None
         self._failed = 0
         self._fatal = False
@@ -315,8 +315,13 @@ class KafkaAlertSink:
                 self._abandon()
             raise DeliveryError(f"{len(value)} bytes for topic {topic} were refused: {error}") from error
 
-    def flush(self, deadline_s: float = 60.0) -> None:
+    def flush(self, deadline_s: float = 60.0) -> tuple[int, int]:
         """Wait until everything sent has been acknowledged.
+
+        Returns
+        -------
+        tuple of int
+            Messages acknowledged since it returned last, and the bytes of their values.
 
         Raises
         ------
@@ -325,7 +330,7 @@ class KafkaAlertSink:
             dropped, and the next `send` starts afresh: the caller sends its bundle again.
         """
         if self._producer is None:
-            return
+            return 0, 0
         try:
             waiting = self._producer.flush(deadline_s)
         except SystemError as error:  # of a callback that was entered with the client's own error pending
@@ -333,7 +338,7 @@ class KafkaAlertSink:
             self._server_error = self._server_error or str(error.__cause__ or error)
         failed, first = self._failed, self._first_error
         if not waiting and not failed:
-            return
+            return self._fresh_counts()
         if waiting:
             first = first or f"no answer within {deadline_s:g} s ({self._server_error or 'no error reported'})"
         if self._fatal:
@@ -352,6 +357,11 @@ class KafkaAlertSink:
             self.flush(deadline_s)
         finally:
             self._producer = None
+
+    def _fresh_counts(self) -> tuple[int, int]:
+        fresh = self.delivered - self._counted[0], self.delivered_bytes - self._counted[1]
+        self._counted = self.delivered, self.delivered_bytes
+        return fresh
 
     def _produce(self, topic: str, key: bytes | None, value: bytes, headers: list[tuple[str, bytes]]) -> None:
         deadline = time.monotonic() + self.settings.send_deadline_s
@@ -372,6 +382,7 @@ class KafkaAlertSink:
     def _on_delivery(self, error: Any, message: Any) -> None:
         if error is None:
             self.delivered += 1
+            self.delivered_bytes += len(message)
             return
         self._failed += 1
         if self._first_error is None:
@@ -676,6 +687,8 @@ class BrokerReader:
         self._next_offset[partition] = offset + 1
 
     def _keep(self, message: Any) -> None:
+        from schemas.avro.messages import message_of_record
+
         try:
             value = message_of_record(message.key(), message.value() or b"")
             dia_source_id = _dia_source_id(message.headers())

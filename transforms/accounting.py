@@ -15,6 +15,7 @@ from schemas.claim_check import sweep_stores
 from schemas.elements import VisitAlerts
 from transforms.distribution import KafkaStream
 from transforms.failures import write_bytes, write_lines
+from transforms.metrics import VISITS_ACCOUNTED
 from transforms.sending import AlertSink, SendingFn
 
 STAGE = "accounting"
@@ -79,6 +80,7 @@ class _AccountFn(SendingFn):
         if self.store is not None and time.monotonic() > self.swept_at + _SWEEP_INTERVAL_S:
             self.swept_at = time.monotonic()
             sweep_stores(Path(self.store), STORE_AGES_S)
+        VISITS_ACCOUNTED.inc()
         yield line
 
 

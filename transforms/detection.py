@@ -16,6 +16,7 @@ from schemas.exposures import MASK_BITS, mask_bits
 from schemas.identifiers import MAX_COUNTER, dia_source_ids
 from schemas.records import BOOLEAN_NULL, DIA_SOURCE, SS_SOURCE, empty_records, null_infinite, take_records
 from transforms.failures import FAILED, StageFn, failed_in, failure_of
+from transforms.metrics import DIA_SOURCES
 from transforms.numerics.detection import Detections, find_peaks, lobe_distance, significance_map, take_strongest
 from transforms.numerics.dipole_fitting import Dipoles
 from transforms.numerics.glint_trails import find_glint_trails
@@ -163,6 +164,7 @@ class _DetectFn(StageFn):
         detected.seconds["detection"] = time.perf_counter() - started
         if detected.rejected[BEYOND_MAX_SOURCES]:
             yield from failed_in(exposure.visit, _storm(detected, self.config))
+        DIA_SOURCES.inc(len(detected.dia_sources))
         yield detected
 
 

@@ -21,6 +21,7 @@ from schemas.claim_check import BlobFile
 from schemas.elements import FailureRecord, VisitAlerts
 from transforms.alert_columns import thin_json
 from transforms.failures import FAILED, failure_of
+from transforms.metrics import FILTERED_BYTES_ACKNOWLEDGED, FILTERED_PACKETS_ACKNOWLEDGED
 from transforms.sending import AlertSink, SendingFn
 
 STAGE = "distribution"
@@ -260,7 +261,9 @@ class _DistributeAlertsFn(SendingFn):
             except (OSError, ValueError) as error:  # delivery errors are others: they stop the bundle
                 delivered[broker.name] = 0
                 failures.append(failure_of(error, STAGE, visit.visit, lost=f"{len(ids)} packets to {broker.name}"))
-        self.flush()
+        n_packets, n_bytes = self.flush()
+        FILTERED_PACKETS_ACKNOWLEDGED.inc(n_packets)
+        FILTERED_BYTES_ACKNOWLEDGED.inc(n_bytes)
         failures += shipment.failures
         yield from (beam.pvalue.TaggedOutput(FAILED, failure) for failure in failures)
         summary = {**visit.summary, **shipment.counts(), "delivered": delivered}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import threading
 from collections.abc import Iterable, Iterator
@@ -19,11 +20,13 @@ from apache_beam.transforms.userstate import BagStateSpec, TimerSpec, on_timer
 from schemas.elements import FailureRecord, PassingElement, VisitPart
 from schemas.framing import pack
 from schemas.manifests import Visit
+from transforms.metrics import FAILURES
 from transforms.sending import AlertSink, SendingFn
 
 FAILED = "failed"
 FAILURES_TOPIC = "alert-failures"
 NO_VISIT = 0
+_LOG = logging.getLogger(__name__)
 
 
 def failure_of(
@@ -124,6 +127,7 @@ class _WriteFailuresFn(SendingFn):
         name = "manifest" if visit == NO_VISIT else str(visit)
         path = Path(self.folder) / f"{name}.jsonl"
         known = set(path.read_bytes().splitlines() if path.exists() else ())
+        _tell(sorted(fresh - known))
         if self.sink is not None and fresh - known:
             for line in sorted(fresh - known):
                 self.sink.send(FAILURES_TOPIC, str(visit).encode(), line, [])
@@ -131,6 +135,15 @@ class _WriteFailuresFn(SendingFn):
         write_lines(path, sorted(fresh | known))
         lines.clear()
         yield str(path)
+
+
+def _tell(lines: list[bytes]) -> None:
+    """Failure records that were not known before, to the log and to the metrics."""
+    FAILURES.inc(len(lines))
+    for line in lines:
+        record = FailureRecord(**json.loads(line))
+        about = {"stage": record.stage, "visit": record.visit, "detector": record.detector}
+        _LOG.warning("%s: %s; lost: %s", record.error, record.reason, record.lost, extra=about)
 
 
 def write_lines(path: Path, lines: Iterable[bytes]) -> None:

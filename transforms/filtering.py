@@ -33,6 +33,7 @@ from transforms.filters.checking import CheckedFilter
 from transforms.filters.engine import FilterConnection
 from transforms.filters.execution import FilterOutcome, run_filters
 from transforms.latency import visit_latency
+from transforms.metrics import FILTER_PASSES
 
 STAGE = "filtering"
 # How long after a visit its late detectors still find the others.
@@ -315,6 +316,7 @@ class _RunFiltersFn(beam.DoFn):
                     lost = f"what {name} would have passed of {outcome.n_seen} alerts"
                     failures.append(FailureRecord(visit.visit, None, STAGE, "FilterFailed", outcome.error, lost))
         yield from (beam.pvalue.TaggedOutput(FAILED, failure) for failure in failures)
+        FILTER_PASSES.inc(sum(map(len, passed.values())))
         summary = {**visit.summary, "filters": counts}
         yield replace(
             visit,

@@ -32,6 +32,7 @@ from transforms.alert_columns import thin_alerts
 from transforms.delivery import Delivery
 from transforms.distribution import Shipment, send_full_streams
 from transforms.failures import FAILED, failure_of, failure_part
+from transforms.metrics import ALERTS_PACKAGED, BYTES_ACKNOWLEDGED, PACKETS_ACKNOWLEDGED
 from transforms.sending import SendingFn
 from transforms.solar_system import element_table, orbit_records
 
@@ -115,7 +116,9 @@ class _PackageAlertsFn(SendingFn):
             yield from self._package(element, timestamp)
 
     def finish_bundle(self) -> Iterator[WindowedValue]:
-        self.flush()
+        n_packets, n_bytes = self.flush()
+        PACKETS_ACKNOWLEDGED.inc(n_packets)
+        BYTES_ACKNOWLEDGED.inc(n_bytes)
         at = time.time()
         for timestamp, visit, part in self.unacknowledged:
             yield WindowedValue((visit, acknowledged_part(part, at)), timestamp, (GlobalWindow(),))
@@ -147,6 +150,7 @@ class _PackageAlertsFn(SendingFn):
         for failure in failures + shipment.failures:
             yield beam.pvalue.TaggedOutput(FAILED, failure)
             yield visit, failure_part(failure)
+        ALERTS_PACKAGED.inc(sum(len(table) for table in tables))
         seconds = time.perf_counter() - started
         part = visit_part(batch, pa.concat_tables(tables), seconds, shipment.counts(), started_at)
         self.unacknowledged.append((timestamp, visit, part))

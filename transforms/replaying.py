@@ -24,6 +24,7 @@ from transforms.cutouts import detector_account
 from transforms.delivery import Delivery
 from transforms.distribution import Shipment, send_full_streams
 from transforms.failures import FAILED, failure_of, failure_part
+from transforms.metrics import ALERTS_PACKAGED, BYTES_ACKNOWLEDGED, PACKETS_ACKNOWLEDGED
 from transforms.packaging import alerts_part, packet_digest, packet_file
 from transforms.sending import SendingFn
 
@@ -96,7 +97,9 @@ class _ReadPacketsFn(SendingFn):
             yield from self._replay(element)
 
     def finish_bundle(self) -> None:
-        self.flush()
+        n_packets, n_bytes = self.flush()
+        PACKETS_ACKNOWLEDGED.inc(n_packets)
+        BYTES_ACKNOWLEDGED.inc(n_bytes)
 
     def _replay(self, element: DetectorVisit) -> Iterator[Any]:
         started_at, started = time.time(), time.perf_counter()
@@ -117,6 +120,7 @@ class _ReadPacketsFn(SendingFn):
             for failure in shipment.failures:
                 yield beam.pvalue.TaggedOutput(FAILED, failure)
                 yield visit, failure_part(failure)
+        ALERTS_PACKAGED.inc(len(ids))
         seconds = {"replaying": time.perf_counter() - started}
         yield visit, alerts_part([detector], thin, _NO_ROWS, counts={}, seconds=seconds, shipped=shipment.counts())
         yield visit, detector_account(detector, len(ids), len(ids), started_at, ss_matches=packets.n_moving)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Protocol
 
 import apache_beam as beam
 
@@ -13,14 +13,14 @@ class AlertSink(Protocol):
     """Where messages go. Picklable; opened once per worker.
 
     `send` may return before delivery; `flush` returns only when everything sent was acknowledged and
-    raises otherwise.
+    raises otherwise. It says how many messages that were since it returned last, and of how many bytes.
     """
 
     def open(self) -> None: ...
 
     def send(self, topic: str, key: bytes | None, value: bytes, headers: Headers) -> None: ...
 
-    def flush(self, deadline_s: float) -> Any: ...
+    def flush(self, deadline_s: float) -> tuple[int, int]: ...
 
     def close(self) -> None: ...
 
@@ -40,7 +40,6 @@ class SendingFn(beam.DoFn):
         if self.sink is not None:
             self.sink.close()
 
-    def flush(self) -> None:
-        """Wait until everything sent was acknowledged; raises what the sink raises."""
-        if self.sink is not None:
-            self.sink.flush(self.deadline_s)
+    def flush(self) -> tuple[int, int]:
+        """Wait until everything sent was acknowledged: messages and bytes; raises what the sink raises."""
+        return (0, 0) if self.sink is None else self.sink.flush(self.deadline_s)

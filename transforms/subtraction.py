@@ -18,6 +18,7 @@ from schemas.elements import DetectorVisit, StageElement, SubtractedExposure
 from schemas.exposures import MASK_BITS, Exposure, mask_bits, read_exposure
 from schemas.manifests import Visit
 from transforms.failures import FAILED, StageFn, failed_in, failure_of
+from transforms.metrics import DETECTORS_SUBTRACTED
 from transforms.numerics.decorrelation import interpolation_count
 from transforms.numerics.differencing import (
     DECORRELATION_CELL_PIX,
@@ -118,6 +119,7 @@ class _SubtractDetectorFn(StageFn):
             yield from failed_in(element.visit, failure)
             return
         exposure.seconds["subtraction"] = time.perf_counter() - started
+        DETECTORS_SUBTRACTED.inc()
         yield exposure
 
 

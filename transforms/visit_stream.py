@@ -32,6 +32,7 @@ from transforms.ingestion import (
     event_timestamp,
     spread_out,
 )
+from transforms.metrics import ANNOUNCEMENTS_READ, SOURCE_OFFSET, VISITS_CLOSED, VISITS_OPEN, VISITS_TIMED_OUT
 
 # Output leaves the source when a turn ends, so a turn with work is short. Checkpoints wait for the end of an idle one.
 _TURN_S = 0.2
@@ -291,6 +292,8 @@ class _ReadAnnouncementsFn(beam.DoFn):
             elif not self.rests:
                 # A worker that stood still misses the telling: so there is another pause behind each idle turn.
                 pause_s = 0.0 if turn.has_read and not turn.has_closed else self.pause_s
+        SOURCE_OFFSET.set(position.offset)
+        VISITS_OPEN.set(len(position.open))
         self.starts = False
         at_end = _is_at_end(position) and not position.rests
         tracker.try_claim(replace(position, finished=at_end))
@@ -370,6 +373,7 @@ class _Turn:
             reason = f"the log ended before message {position.offset} and goes on at {offset}: it was made anew"
             yield self._untied("MessagesLost", reason, "what was announced in between")
         self.position = replace(position, offset=offset + 1)
+        ANNOUNCEMENTS_READ.inc()
         try:
             announced = parse_announcement(message.content)
         except ValueError as error:
@@ -449,7 +453,10 @@ class _Turn:
             closed = (*self.position.closed, closing)[-_REMEMBERED:]
             self.position = replace(self.position, open=still_open, closed=closed)
             self.has_closed = True
-            self._is_over |= self.whole_visits or closing.expected & ~closing.seen != 0
+            timed_out = closing.expected & ~closing.seen != 0
+            self._is_over |= self.whole_visits or timed_out
+            VISITS_CLOSED.inc()
+            VISITS_TIMED_OUT.inc(int(timed_out))
 
     def _time_is_out(self, one: _OpenVisit) -> bool:
         """Whether a visit waited long enough, and nothing that could be of it waits in the log."""

@@ -152,12 +152,15 @@ def flink_configuration(settings: FlinkClusterSettings, folder: Path, prometheus
         "restart-strategy.fixed-delay.delay": f"{settings.restart_delay_s} s",
         "heartbeat.interval": 2000,
         "heartbeat.timeout": 10000,
+        "metrics.fetcher.update-interval": 2000,
     }
     if prometheus:
         values |= {
             "metrics.reporter.prometheus.factory.class": "org.apache.flink.metrics.prometheus."
             "PrometheusReporterFactory",
             "metrics.reporter.prometheus.port": settings.prometheus_ports,
+            # Names that are new after each restart would make new series of everything.
+            "metrics.reporter.prometheus.scope.variables.excludes": "task_attempt_id;task_attempt_num",
         }
     return values
 
@@ -268,7 +271,7 @@ def _commands(
         settings.job_server_port,
         settings.artifact_port,
     )
-    pool = [sys.executable, "-m", "runners.cluster.worker_pool", str(settings.worker_pool_port)]
+    pool = [sys.executable, "-m", "runners.cluster.worker_pool", str(settings.worker_pool_port), str(cluster.logs)]
     commands = {worker_pool(settings).name: (pool, of_python), job_server(settings).name: (server, {})}
     # The log's place is for the web UI to show it.
     name = job_manager(settings).name

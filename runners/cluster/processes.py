@@ -73,7 +73,7 @@ def start(
     log.parent.mkdir(parents=True, exist_ok=True)
     if log.exists():
         log.replace(log.with_name(f"{log.name}.before"))
-    with log.open("wb") as stream:
+    with log.open("ab") as stream:  # so that `runners.logs.bound_logs` can cut it off
         try:
             process = subprocess.Popen(
                 command,

@@ -119,7 +119,7 @@ def test_flink_is_bound_to_the_loopback_interface_with_its_state_in_the_folder(t
     assert len(bound) == 3
     assert set(bound.values()) == {"127.0.0.1"}
     assert values["state.checkpoints.dir"] == f"file://{tmp_path}/checkpoints"
-    assert not [key for key in values if key.startswith("metrics.")]
+    assert not [key for key in values if key.startswith("metrics.reporter.")]
     with_metrics = flink_configuration(settings, tmp_path, prometheus=True)
     assert with_metrics["metrics.reporter.prometheus.port"] == settings.prometheus_ports
 
@@ -238,6 +238,24 @@ def test_a_worker_is_ended_when_the_one_who_asked_for_it_no_longer_listens_and_n
     pool.sweep()
     assert second.poll() is not None
     assert not pool._workers
+
+
+def test_a_worker_that_ends_by_itself_is_logged_with_the_reason(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(
+        "runners.cluster.worker_pool._WORKER", "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)"
+    )
+    pool = WorkerPool()
+    request = beam_fn_api_pb2.StartWorkerRequest(worker_id="1-1")
+    request.control_endpoint.url = "127.0.0.1:9"
+    pool.StartWorker(request, None)
+    process = pool._workers[0].process
+    process.wait()
+    pool.sweep()
+    assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [
+        f"worker {process.pid} ended by itself, killed by SIGSEGV"
+    ]
 
 
 # --- the command ------------------------------------------------------------------------------

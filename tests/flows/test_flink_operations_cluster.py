@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tarfile
+import urllib.request
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,7 @@ import runners
 from runners.cli import main
 from runners.cluster.flink import flink_down, flink_up, rest, worker_pool
 from runners.cluster.kafka import kafka_service, kafka_up
-from runners.cluster.processes import stop
+from runners.cluster.processes import is_listening, stop
 from runners.cluster.settings import ClusterSettings
 from runners.flink_operations import latest_saved, ledger_figures, read_live_job
 from runners.kafka import DIA_SOURCE_ID_HEADER, KafkaMessageLog, consumer_settings
@@ -33,6 +35,7 @@ from schemas.manifests import announcements, read_manifest
 pytestmark = pytest.mark.cluster
 PATIENCE_S = 240.0
 SLOTS = 4
+PROMETHEUS_PREFIX = "flink_taskmanager_job_task_operator_nightstream_"
 FOLDERS = ("archive", "brokers", "filters")
 
 
@@ -145,6 +148,56 @@ def assert_same(run: Trial, local: Trial) -> None:
     assert [len(topic) for topic in packets.values()] == [ledger_figures(run.out)["alerts"]] * 2
 
 
+def _metrics(told: dict[str, Any]) -> dict[str, int]:
+    """Our metrics of all stages, from what `flink status` tells."""
+    return {name: value for stage in told["stages"] for name, value in stage["metrics"].items()}
+
+
+def _on_prometheus(cluster: ClusterSettings) -> dict[str, float]:
+    """The same as Prometheus gets them, over all processes."""
+    first, last = map(int, cluster.flink.prometheus_ports.split("-"))
+    found: dict[str, float] = {}
+    for port in filter(is_listening, range(first, last + 1)):
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+            lines = answer.read().decode().splitlines()
+        for name, value in re.findall(rf"^{PROMETHEUS_PREFIX}(\w+){{.*}} (\S+)$", "\n".join(lines), re.MULTILINE):
+            found[name] = found.get(name, 0.0) + float(value)
+    return found
+
+
+def assert_told_what_happens(run: Trial) -> None:
+    """Metrics at the REST interface and for Prometheus with our names, and no lag once all is done."""
+    told = run.status()
+    ledger = [json.loads(path.read_text()) for path in (run.out / "ledger").glob("[0-9]*.json")]
+    detectors = sum(record["detectors"]["expected"] for record in ledger)
+    figures = {
+        "announcements_read": detectors,
+        "source_offset": detectors,
+        "visits_open": 0,
+        "visits_closed": 4,
+        "visits_timed_out": 0,
+        "detectors_subtracted": detectors,
+        "dia_sources": sum(record["dia_sources"]["selected"] for record in ledger),
+        "alerts_packaged": told["ledger"]["alerts"],
+        "packets_acknowledged": 2 * told["ledger"]["alerts"],
+        "filter_passes": sum(one["passed"] for record in ledger for one in record["filters"].values()),
+        "filtered_packets_acknowledged": 0,
+        "visits_accounted": 4,
+    }
+    assert {name: _metrics(told).get(name) for name in figures} == figures
+    scraped = _on_prometheus(run.cluster)
+    assert {name: scraped.get(name) for name in figures} == figures
+    assert scraped["bytes_acknowledged"] == _metrics(told)["bytes_acknowledged"] > 10_000
+    assert (told["source"]["behind"], told["event_time"]["behind_s"]) == (0, 0.0)
+    assert told["event_time"]["newest_visit"] == max(record["visit"] for record in ledger)
+    assert told["last_failure"] is None
+    # Its processes log JSON lines, and what was done to the job stands beside them.
+    lines = (run.cluster.logs / "commands.log").read_text().splitlines()
+    assert [json.loads(line)["message"] for line in lines if str(run.out) in line] == ["submitted"]
+    pool = (run.cluster.logs / "python-worker-pool.log").read_text()
+    assert "started for the task manager at" in pool
+
+
 @pytest.mark.parametrize("parallelism", [1, 2, 4])
 def test_a_live_night_gives_the_local_runners_bytes_at_any_parallelism(
     trial: Callable[[str], Trial], local: Trial, parallelism: int
@@ -157,6 +210,8 @@ def test_a_live_night_gives_the_local_runners_bytes_at_any_parallelism(
     assert (told["job"], told["state"], told["restarts"]) == (job, "RUNNING", 0)
     assert told["ledger"]["visits"] == 4
     assert told["ledger"]["latency"]["alerts"] == told["ledger"]["alerts"]
+    until(lambda: _metrics(run.status()).get("visits_accounted") == 4)
+    assert_told_what_happens(run)
     run.run("flink", "cancel", run.out)
     run.run("flink", "close", run.out)
     assert_same(run, local)

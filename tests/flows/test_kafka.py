@@ -71,7 +71,8 @@ def test_two_readers_receive_forty_times_what_a_partition_keeps(
         for number in range(n_packets):
             value = struct.pack(">qq", 1 + number // 500, number) + noise[number : number + n_bytes - 16]
             send(sink, topic, number, value)
-        sink.flush(30)
+        assert sink.flush(30) == (n_packets, n_packets * n_bytes)
+        assert sink.flush(30) == (0, 0)  # of those there are no new ones
         receipts = [reader.stop(expected=n_packets, timeout_s=30) for reader in readers]
     finally:
         for reader in readers:

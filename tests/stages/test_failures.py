@@ -102,9 +102,10 @@ class _Sink:
     def send(self, topic: str, key: bytes, value: bytes, headers: list[Any]) -> None:
         self.sent.append((topic, value))
 
-    def flush(self, deadline_s: float) -> None:
+    def flush(self, deadline_s: float) -> tuple[int, int]:
         if self.is_away:
             raise RuntimeError("not acknowledged")
+        return 0, 0
 
 
 def test_new_records_are_sent_before_they_are_written_and_again_when_that_failed(tmp_path: Path) -> None:
@@ -123,6 +124,18 @@ def test_new_records_are_sent_before_they_are_written_and_again_when_that_failed
     list(write(VISIT, lines))
     assert sink.sent[2:] == 2 * [("alert-failures", failure_line(_failure(2)))]
     assert _lines(tmp_path) == _expected(0, 1, 2)
+
+
+def test_a_record_is_logged_when_it_is_new(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write, lines = _WriteFailuresFn(str(tmp_path), None, 1.0).write, _Bag()
+    for detectors in ((0, 1), (1, 2)):
+        lines.held = [failure_line(_failure(detector)) for detector in detectors]
+        list(write(VISIT, lines))
+    one = _failure(0)
+    assert [(told.levelname, told.stage, told.visit, told.detector) for told in caplog.records] == [
+        ("WARNING", one.stage, one.visit, detector) for detector in (0, 1, 2)
+    ]
+    assert caplog.records[0].getMessage() == f"{one.error}: {one.reason}; lost: {one.lost}"
 
 
 def test_the_first_to_decide_is_obeyed_and_leaves_no_other_file(tmp_path: Path) -> None:

@@ -198,7 +198,8 @@ class _FileSink:
 
     def close(self) -> None: ...
 
-    def flush(self, deadline_s: float) -> None: ...
+    def flush(self, deadline_s: float) -> tuple[int, int]:
+        return 0, 0
 
     def send(self, topic: str, key: bytes | None, value: bytes, headers: list[tuple[str, bytes]]) -> None:
         with Path(self.path).open("a") as stream:

@@ -45,8 +45,9 @@ class _RecordingSink:
         self.sent.append((topic, key, value, headers))
         self.files_seen.append(len(list(self.packets.rglob("*.packets"))))
 
-    def flush(self, deadline_s: float) -> None:
+    def flush(self, deadline_s: float) -> tuple[int, int]:
         self.flushed_at = time.time()
+        return 0, 0
 
     def close(self) -> None: ...
 
@@ -56,9 +57,10 @@ class _DeafSink(_RecordingSink):
 
     hears = False
 
-    def flush(self, deadline_s: float) -> None:
+    def flush(self, deadline_s: float) -> tuple[int, int]:
         if not self.hears:
             raise DeliveryError("no answer")
+        return super().flush(deadline_s)
 
 
 def _package(
