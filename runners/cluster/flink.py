@@ -271,7 +271,9 @@ def _commands(
         settings.job_server_port,
         settings.artifact_port,
     )
-    pool = [sys.executable, "-m", "runners.cluster.worker_pool", str(settings.worker_pool_port), str(cluster.logs)]
+    listed = cluster.folder / "pids" / "python-workers.json"
+    pool = [sys.executable, "-m", "runners.cluster.worker_pool"]
+    pool += [str(settings.worker_pool_port), str(cluster.logs), str(listed)]
     commands = {worker_pool(settings).name: (pool, of_python), job_server(settings).name: (server, {})}
     # The log's place is for the web UI to show it.
     name = job_manager(settings).name

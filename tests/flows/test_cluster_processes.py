@@ -214,14 +214,17 @@ def test_the_log_of_the_start_before_is_kept_and_only_the_end_is_quoted(cluster:
     assert log.with_name("sleeper.log.before").read_text().endswith("999\n")
 
 
+DYING = "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)"
+
+
 # --- the pool of workers ----------------------------------------------------------------------
 
 
 def test_a_worker_is_ended_when_the_one_who_asked_for_it_no_longer_listens_and_not_by_its_id(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr("runners.cluster.worker_pool._WORKER", "import time; time.sleep(600)")
-    pool = WorkerPool()
+    pool = WorkerPool(tmp_path / "workers.json")
     with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("127.0.0.1", 0)) as other:
         for server in (one, other):  # two task managers give out the same id
             request = beam_fn_api_pb2.StartWorkerRequest(worker_id="1-1")
@@ -241,12 +244,10 @@ def test_a_worker_is_ended_when_the_one_who_asked_for_it_no_longer_listens_and_n
 
 
 def test_a_worker_that_ends_by_itself_is_logged_with_the_reason(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(
-        "runners.cluster.worker_pool._WORKER", "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)"
-    )
-    pool = WorkerPool()
+    monkeypatch.setattr("runners.cluster.worker_pool._WORKER", DYING)
+    pool = WorkerPool(tmp_path / "workers.json")
     request = beam_fn_api_pb2.StartWorkerRequest(worker_id="1-1")
     request.control_endpoint.url = "127.0.0.1:9"
     pool.StartWorker(request, None)
@@ -256,6 +257,52 @@ def test_a_worker_that_ends_by_itself_is_logged_with_the_reason(
     assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [
         f"worker {process.pid} ended by itself, killed by SIGSEGV"
     ]
+
+
+def test_a_worker_that_ends_before_its_task_manager_has_it_is_started_again_but_not_for_ever(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("runners.cluster.worker_pool._WORKER", DYING)
+    pool = WorkerPool(tmp_path / "workers.json")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        request = beam_fn_api_pb2.StartWorkerRequest(worker_id="1-1")
+        request.control_endpoint.url = f"127.0.0.1:{server.getsockname()[1]}"
+        pool.StartWorker(request, None)
+        pids = set()
+        for _ in range(100):
+            if not pool._workers:
+                break
+            pids.add(pool._workers[0].process.pid)
+            pool._workers[0].process.wait()
+            pool.sweep()
+    assert len(pids) == 5
+    assert [record.levelname for record in caplog.records].count("WARNING") == 5
+    assert [record.levelname for record in caplog.records].count("ERROR") == 1
+
+
+def test_the_next_pool_starts_the_workers_again_that_are_still_waited_for(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("runners.cluster.worker_pool._WORKER", "import time; time.sleep(600)")
+    pool = WorkerPool(tmp_path / "workers.json")
+    with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("127.0.0.1", 0)) as other:
+        for server in (one, other):
+            request = beam_fn_api_pb2.StartWorkerRequest(worker_id="1-1")
+            request.control_endpoint.url = f"127.0.0.1:{server.getsockname()[1]}"
+            pool.StartWorker(request, None)
+        for worker in pool._workers:  # as they end with their pool
+            worker.process.kill()
+            worker.process.wait()
+        other.close()
+        following = WorkerPool(tmp_path / "workers.json")
+        following.sweep()
+        (started,) = following._workers
+        assert started.control == f"127.0.0.1:{one.getsockname()[1]}"
+        assert started.process.poll() is None
+    following.sweep()
+    assert started.process.poll() is not None
+    assert not following._workers
+    assert not WorkerPool(tmp_path / "workers.json")._workers
 
 
 # --- the command ------------------------------------------------------------------------------
