@@ -143,6 +143,22 @@ def test_detectors_carry_the_time_of_their_announcement(tmp_path: Path) -> None:
     assert [one.announced_at for one in detectors] == [1000.0, 1001.0, 1002.0]
 
 
+@pytest.mark.parametrize("written_at", [None, 1e11])
+def test_no_detector_was_announced_later_than_it_was_read(tmp_path: Path, written_at: float | None) -> None:
+    """Where the producer told no time, none is made up."""
+
+    class _OtherClock(_ListLog):
+        def read(self, offset: int, timeout_s: float) -> LoggedMessage | None:
+            message = super().read(offset, timeout_s)
+            return None if message is None else message._replace(written_at=written_at)
+
+    log = _OtherClock(_messages(_visit(1, n_detectors=1)))
+    began = time.time()
+    turn = _Turn(VisitStream(log, str(tmp_path)), (), StreamPosition(0, None))
+    (one,) = (one.value for one in turn.outputs() if isinstance(one.value, DetectorVisit))
+    assert one.announced_at is None if written_at is None else began <= one.announced_at <= time.time()
+
+
 def test_the_watermark_waits_for_open_visits_and_passes_closed_ones(tmp_path: Path) -> None:
     first, second = _visit(1), _visit(2)
     begun = _messages(first)[:2] + _messages(second)
