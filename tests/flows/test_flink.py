@@ -199,7 +199,7 @@ def test_without_java_what_was_found_is_said(tmp_path: Path, monkeypatch: pytest
 class _Nothing:
     """A dataflow without stages."""
 
-    def build(self, flow: beam.Pipeline, *, spread: bool) -> None: ...
+    def build(self, flow: beam.Pipeline, *, spread: bool = False) -> None: ...
 
 
 @pytest.mark.parametrize("broken_off", [True, False])

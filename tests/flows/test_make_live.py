@@ -60,9 +60,7 @@ def test_a_night_that_is_through_is_cancelled_and_closed(tmp_path: Path) -> None
     assert _make_live(tmp_path) == (0, [*BEGIN, "flink watch", *END])
 
 
-@pytest.mark.parametrize(
-    ("fails", "calls"), [("flink submit", BEGIN), ("flink watch", [*BEGIN, "flink watch", *END])]
-)
+@pytest.mark.parametrize(("fails", "calls"), [("flink submit", BEGIN), ("flink watch", [*BEGIN, "flink watch", *END])])
 def test_what_fails_is_told_by_the_exit_code(tmp_path: Path, fails: str, calls: list[str]) -> None:
     code, called = _make_live(tmp_path, fails=fails)
     assert code != 0
