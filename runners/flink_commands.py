@@ -139,7 +139,7 @@ def savepoint(out: Path) -> None:
 @flink.command()
 @_OUT
 @click.option("--savepoint", type=click.Path(exists=True, file_okay=False, path_type=Path), help="Go on from this one.")
-@_PARALLELISM
+@click.option("--parallelism", type=click.IntRange(1, 128), help="Slots to use. [default: as before]")
 def resume(out: Path, savepoint: Path | None, parallelism: int | None) -> None:
     """Go on with a job that ended or was lost, from its newest checkpoint or savepoint, by the code as it is now.
 
