@@ -290,10 +290,13 @@ class _Asked:
 
 
 def _note(job: LiveJob, what: str) -> None:
-    """What was done to a job, for whoever looks into the logs of its cluster."""
+    """What was done to a job, for whoever looks into the logs of its cluster; done it is also where they are full."""
     from runners.logs import note_command
 
-    note_command(job.settings.logs, what, job=job.latest.job, out=job.out)
+    try:
+        note_command(job.settings.logs, what, job=job.latest.job, out=job.out)
+    except OSError as error:
+        _say(f"not noted in the cluster's logs: {error}")
 
 
 def _plain(value: Any) -> Any:
