@@ -95,11 +95,12 @@ cluster-down: $(VENV)/.installed ## end both, and what was left of them
 live: setup ## a night as it happens on Kafka and Flink, a visit every CADENCE=10 seconds; 4 minutes
 	$(BIN)/nightstream cluster up
 	$(BIN)/nightstream simulate --preset live --out $(NIGHTS)/live/night --quiet
-	@run=$$(date -u +%Y%m%dT%H%M%S); out=$(NIGHTS)/live/$$run; night=$(NIGHTS)/live/night; \
+	@run=$$(date -u +%Y%m%dT%H%M%S); out=$(NIGHTS)/live/$$run; night=$(NIGHTS)/live/night; telescope=; \
+	trap 'exit 130' INT TERM; \
+	trap '[ -z "$$telescope" ] || kill $$telescope 2>/dev/null; \
+	  [ ! -e $$out/.flink.json ] || { $(BIN)/nightstream flink cancel $$out; $(BIN)/nightstream flink close $$out; }' EXIT; \
 	$(BIN)/nightstream flink submit --bootstrap $(KAFKA) --kafka $(KAFKA) --topic visits-$$run \
 	  --known-objects $$night --out $$out || exit 1; \
-	trap 'exit 130' INT TERM; \
-	trap 'kill $$telescope 2>/dev/null; $(BIN)/nightstream flink cancel $$out; $(BIN)/nightstream flink close $$out' EXIT; \
 	$(BIN)/nightstream announce $$night --bootstrap $(KAFKA) --topic visits-$$run --cadence $(CADENCE) --quiet & \
 	telescope=$$!; \
 	$(BIN)/nightstream flink watch $$out --visits $$(wc -l < $$night/visits.jsonl)

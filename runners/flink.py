@@ -199,25 +199,31 @@ def start_detached(job: ClusterJob, dataflow: Dataflow) -> str:
     Raises
     ------
     RuntimeError
-        It failed, or did not run in time; it is gone then.
+        It failed, or did not run in time; it is gone then, as after Ctrl-C.
     """
     flow = beam.Pipeline(runner=LabelledRunner(), options=job.options)
     dataflow.build(flow, spread=True)
-    with quiet_beam(), _quiet_job_messages():
+    with quiet_beam(), _quiet_job_messages(), contextlib.ExitStack() as unless_it_runs:
         try:
             result = flow.run()
+            unless_it_runs.callback(_cancel, result)
             deadline = time.monotonic() + _RUNNING_PATIENCE_S
             while (number := _running_job(job)) is None:
                 if result.state in (PipelineState.FAILED, PipelineState.CANCELLED, PipelineState.DONE):
                     result.wait_until_finish()  # raises the reason
                     raise RuntimeError(f"the job ended at once, {result.state}")
                 if time.monotonic() > deadline:
-                    result.cancel()
                     raise RuntimeError(f"the job did not run within {_RUNNING_PATIENCE_S:g} s: {job.settings.rest_url}")
                 time.sleep(_LOOK_S)
         except Exception as error:  # also gRPC's own, when the job server is gone
             raise RuntimeError(_last_reason(error)) from error
+        unless_it_runs.pop_all()
     return number
+
+
+def _cancel(result: PipelineResult) -> None:
+    with contextlib.suppress(Exception):  # it has ended, or the job server has
+        result.cancel()
 
 
 def _running_job(job: ClusterJob) -> str | None:

@@ -139,7 +139,7 @@ def savepoint(out: Path) -> None:
 @flink.command()
 @_OUT
 @click.option("--savepoint", type=click.Path(exists=True, file_okay=False, path_type=Path), help="Go on from this one.")
-@_PARALLELISM
+@click.option("--parallelism", type=click.IntRange(1, 128), help="Slots to use. [default: as before]")
 def resume(out: Path, savepoint: Path | None, parallelism: int | None) -> None:
     """Go on with a job that ended or was lost, from its newest checkpoint or savepoint, by the code as it is now.
 
@@ -290,10 +290,13 @@ class _Asked:
 
 
 def _note(job: LiveJob, what: str) -> None:
-    """What was done to a job, for whoever looks into the logs of its cluster."""
+    """What was done to a job, for whoever looks into the logs of its cluster; done it is also where they are full."""
     from runners.logs import note_command
 
-    note_command(job.settings.logs, what, job=job.latest.job, out=job.out)
+    try:
+        note_command(job.settings.logs, what, job=job.latest.job, out=job.out)
+    except OSError as error:
+        _say(f"not noted in the cluster's logs: {error}")
 
 
 def _plain(value: Any) -> Any:

@@ -20,9 +20,10 @@ def watch(job: LiveJob, n_visits: int, console: Console | None = None) -> None:
     """Show visits until so many of them are in the ledger; LiveJobError if the job ends before."""
     announced = _AnnouncedVisits(job)
     with VisitProgress(job.out, n_visits, console=console, afresh=False, announced=announced.count):
-        while (done := len(ledger_files(job.out))) < n_visits:
+        while len(ledger_files(job.out)) < n_visits:
             state = state_of(job)
-            if state in (*ENDED, LOST, CLOSED):
+            # A job may have ended, and have written its last record before that, since the ledger was looked at.
+            if state in (*ENDED, LOST, CLOSED) and (done := len(ledger_files(job.out))) < n_visits:
                 raise LiveJobError(f"the job is {state}, with {done} of {n_visits} visits in the ledger")
             announced.look()
             time.sleep(_LOOK_S)
@@ -40,8 +41,9 @@ class _AnnouncedVisits:
         return len(self._visits)
 
     def look(self) -> None:
-        """Read what has come since the last look."""
-        while (message := self._log.read(self._offset, _LOOK_S)) is not None:
+        """Read what has come since the last look, for as long as a look takes: the rest is for the next one."""
+        ends = time.monotonic() + _LOOK_S
+        while (left_s := ends - time.monotonic()) > 0 and (message := self._log.read(self._offset, left_s)) is not None:
             self._offset = message.offset + 1
             try:
                 self._visits.add(parse_announcement(message.content).visit.visit)

@@ -149,7 +149,7 @@ def visit_alerts(
     rows: dict[str, list[np.ndarray]] = {name: [] for name, _, _ in _TABLES}
     headers: dict[str, list[dict[str, Any]]] = {"visit": [], "detector": [], "failure": [], "alerts": []}
     for number in sorted(parts):
-        for part in sorted(parts[number]):
+        for part in sorted(parts[number], key=_natural_key):
             header, buffers = unpack(part)
             header["revision"] = number
             headers[header["kind"]].append(header)

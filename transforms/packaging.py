@@ -282,7 +282,12 @@ def alerts_part(
     stream = pa.BufferOutputStream()
     with pa.ipc.new_stream(stream, thin.schema) as writer:
         writer.write_table(thin)
-    header = {"kind": "alerts", "group": group, "counts": counts, "seconds": seconds, "shipped": shipped}
-    # Parts are put in the order of their bytes: what is named before the clocks has decided it.
-    header["times"] = dict(times)
+    header = {
+        "kind": "alerts",
+        "group": group,
+        "counts": counts,
+        "seconds": seconds,
+        "shipped": shipped,
+        "times": dict(times),
+    }
     return pack(header, (stream.getvalue().to_pybytes(), *(records_to_bytes(rows) for rows in tables)))

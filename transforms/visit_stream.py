@@ -379,7 +379,9 @@ class _Turn:
         except ValueError as error:
             yield self._untied("InvalidAnnouncement", f"message {offset}: {error}", "the detector announced there")
             return
-        yield from self._announce(announced, offset, message.written_at)
+        # Nobody reads what is yet to be written: then the clock of who wrote it is ahead.
+        announced_at = None if message.written_at is None else min(message.written_at, time.time())
+        yield from self._announce(announced, offset, announced_at)
 
     def _announce(self, announced: AnnouncedDetector, offset: int, announced_at: float | None) -> Iterator[Any]:
         visit, bit = announced.visit, 1 << announced.images.detector

@@ -1,6 +1,6 @@
 """Kills parts of a live night at random moments, and proves that no alert was lost or contradicted.
 
-    python tests/campaigns/crash_campaign.py --kills 6
+    python tests/campaigns/crash_campaign.py --kills 6 --folder nights/crashes
 
 Brings up a Kafka broker and a Flink cluster of its own, submits the live job, announces visits of simulated fields
 one after the other, and meanwhile kills (SIGKILL) or stops for a while (SIGSTOP, SIGCONT) the task manager, the job

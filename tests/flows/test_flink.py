@@ -14,15 +14,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import apache_beam as beam
 import pytest
+from apache_beam.options.pipeline_options import PipelineOptions
+from apache_beam.runners.runner import PipelineState
 from click.testing import CliRunner
 
 import transforms.ingestion
 from pipelines.night_simulation import simulate_night
 from runners.cli import main
+from runners.cluster.settings import load_cluster_settings
 from runners.configuration import load_brokers, load_checked_filters, load_production_config
 from runners.entries import night_input
-from runners.flink import flink_engine
+from runners.flink import ClusterJob, flink_engine, start_detached
 from runners.flink_setup import FlinkSetupError, JobServerVersions, jar_versions, java_command, load_flink_settings
 from runners.local import BeamOptionsError, Run, local_engine
 from runners.running import RunRequest, run_chain
@@ -190,3 +194,38 @@ def test_without_java_what_was_found_is_said(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr("runners.flink_setup._JAVA_FOLDER", tmp_path / "no-wheel")
     with pytest.raises(FlinkSetupError, match=r"no Java 17 to 21 \(.*java is Java 8\).*make flink-setup"):
         java_command()
+
+
+class _Nothing:
+    """A dataflow without stages."""
+
+    def build(self, flow: beam.Pipeline, *, spread: bool = False) -> None: ...
+
+
+@pytest.mark.parametrize("broken_off", [True, False])
+def test_a_job_goes_on_only_if_whoever_submitted_it_knows_that_it_runs(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, broken_off: bool
+) -> None:
+    """After Ctrl-C nothing would name it, and it would hold its slots."""
+    cancelled = []
+
+    class Result:
+        state = PipelineState.RUNNING
+
+        def cancel(self) -> None:
+            cancelled.append(self)
+
+    def running_job(job: ClusterJob) -> str:
+        if broken_off:
+            raise KeyboardInterrupt
+        return "1f"
+
+    monkeypatch.setattr(beam.Pipeline, "run", lambda flow: Result())
+    monkeypatch.setattr("runners.flink._running_job", running_job)
+    job = ClusterJob(load_cluster_settings(tmp_path).flink, "job", PipelineOptions([]))
+    if broken_off:
+        with pytest.raises(KeyboardInterrupt):
+            start_detached(job, _Nothing())
+    else:
+        assert start_detached(job, _Nothing()) == "1f"
+    assert len(cancelled) == broken_off

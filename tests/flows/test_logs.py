@@ -12,6 +12,8 @@ import pytest
 from runners import logs
 from runners.cluster.processes import Service, is_alive, log_of, start, stop
 from runners.cluster.settings import load_cluster_settings
+from runners.flink_commands import _note
+from runners.flink_operations import FlinkRun, LiveJob
 from runners.logs import HumanLines, JsonLines, bound_logs, note_command
 
 ABOUT = {"stage": "subtraction", "visit": 12, "detector": None}
@@ -52,6 +54,14 @@ def test_what_was_done_to_a_job_is_added_to_one_file(tmp_path: Path) -> None:
     lines = [json.loads(line) for line in (tmp_path / "logs" / logs.COMMANDS).read_text().splitlines()]
     assert [line["message"] for line in lines] == ["submitted", "cancelled"]
     assert {(line["job"], line["out"], line["level"]) for line in lines} == {("1f", str(tmp_path), "INFO")}
+
+
+def test_what_was_done_is_done_also_where_it_cannot_be_noted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "logs").write_text("no folder")
+    _note(LiveJob(tmp_path, tmp_path, {}, 0.0, (FlinkRun("1f"),)), "submitted")
+    assert capsys.readouterr().err.startswith("not noted in the cluster's logs: ")
 
 
 def test_a_log_is_cut_off_while_its_process_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

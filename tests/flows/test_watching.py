@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from rich.console import Console
 from runners import watching
 from runners.flink_operations import LiveJob, LiveJobError
 from runners.kafka import EmbeddedKafka, KafkaMessageLog
-from schemas.manifests import DetectorImages, Visit, announcements
+from schemas.manifests import DetectorImages, LoggedMessage, Visit, announcements
 
 
 def _visit(number: int) -> Visit:
@@ -59,3 +60,31 @@ def test_watching_ends_with_the_last_visit_or_with_the_job(
     lines = shown.getvalue().splitlines()
     assert lines[0] == "visit 1 r: 3 alerts (1 of 2, 2 announced)"
     assert len(lines) == (2 if last_state == "RUNNING" else 1)
+
+
+def test_a_job_that_ends_with_its_last_visit_has_done_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def state_of(job: LiveJob) -> str:
+        _write(tmp_path, 1)
+        return "FINISHED"
+
+    monkeypatch.setattr(watching, "state_of", state_of)
+    options = {"bootstrap": "127.0.0.1:9", "topic": "watched", "kafka_config": None}
+    monkeypatch.setattr(KafkaMessageLog, "read", lambda log, offset, timeout_s: None)
+    watching.watch(LiveJob(tmp_path, tmp_path, options, 0.0), 1, Console(file=io.StringIO()))
+
+
+def test_a_look_at_what_is_announced_ends_while_more_is_announced(monkeypatch: pytest.MonkeyPatch) -> None:
+    given_up = time.monotonic() + 10 * watching._LOOK_S
+
+    def read(log: KafkaMessageLog, offset: int, timeout_s: float) -> LoggedMessage:
+        assert time.monotonic() < given_up
+        time.sleep(0.01)
+        return LoggedMessage(offset, announcements(_visit(offset + 1))[0])
+
+    monkeypatch.setattr(KafkaMessageLog, "read", read)
+    options = {"bootstrap": "127.0.0.1:9", "topic": "watched", "kafka_config": None}
+    announced = watching._AnnouncedVisits(LiveJob(Path("out"), Path("cluster"), options, 0.0))
+    announced.look()
+    seen = announced.count()
+    announced.look()
+    assert 0 < seen < announced.count()

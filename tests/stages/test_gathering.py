@@ -386,11 +386,14 @@ def test_parts_of_a_job_begun_by_an_earlier_release_are_gathered_without_their_l
 
 
 def test_clocks_do_not_decide_the_order_of_batches(bright: CheckedFilter) -> None:
-    """Of two parts that hold one object the one that comes last stands: by cell and detectors, whoever was first."""
+    """Of two parts that hold one object the one that comes last stands: by cell and detectors, whoever was first.
+
+    Nor does it matter how many digits a time has, on which the length of a part depends.
+    """
     one, other = _batch(100, 4, cell=1), _batch(100, 4, cell=2)
     other.object_states["nDiaSources"] = 2
     kept = []
-    for first, second in ((10.0, 20.0), (20.0, 10.0)):
+    for first, second in ((10.0, 20.123456), (20.123456, 10.0)):
         parts = {
             acknowledged_part(_part(replace(batch, fired_at=at), bright.columns, associated_at=at), at)
             for batch, at in ((one, first), (other, second))

@@ -6,6 +6,7 @@ import json
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import apache_beam as beam
@@ -13,6 +14,7 @@ import pytest
 from apache_beam.pvalue import TaggedOutput
 from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 from apache_beam.testing.util import assert_that, equal_to
+from apache_beam.utils.timestamp import Duration, Timestamp
 
 from schemas.elements import DetectorVisit, EarlierNights, FailureRecord
 from schemas.framing import unpack
@@ -26,6 +28,7 @@ from transforms.visit_stream import (
     _is_at_end,
     _passed,
     _PositionTracker,
+    _ReadAnnouncementsFn,
     _Turn,
     position_bytes,
     read_position,
@@ -141,6 +144,25 @@ def test_detectors_carry_the_time_of_their_announcement(tmp_path: Path) -> None:
     turn = _Turn(VisitStream(_ListLog(_messages(_visit(1))), str(tmp_path)), (), StreamPosition(0, None))
     detectors = [one.value for one in turn.outputs() if isinstance(one.value, DetectorVisit)]
     assert [one.announced_at for one in detectors] == [1000.0, 1001.0, 1002.0]
+
+
+@pytest.mark.parametrize("written_at", [None, 1e11])
+def test_no_detector_was_announced_later_than_it_was_read(tmp_path: Path, written_at: float | None) -> None:
+    """Where the producer told no time, none is made up."""
+
+    class _OtherClock(_ListLog):
+        def read(self, offset: int, timeout_s: float) -> LoggedMessage | None:
+            message = super().read(offset, timeout_s)
+            return None if message is None else message._replace(written_at=written_at)
+
+    log = _OtherClock(_messages(_visit(1, n_detectors=1)))
+    began = time.time()
+    turn = _Turn(VisitStream(log, str(tmp_path)), (), StreamPosition(0, None))
+    (one,) = (one.value for one in turn.outputs() if isinstance(one.value, DetectorVisit))
+    if written_at is None:
+        assert one.announced_at is None
+    else:
+        assert one.announced_at is not None and began <= one.announced_at <= time.time()
 
 
 def test_the_watermark_waits_for_open_visits_and_passes_closed_ones(tmp_path: Path) -> None:
@@ -327,6 +349,66 @@ def test_the_flow_ends_behind_what_the_log_held(spread: bool, tmp_path: Path) ->
         assert_that(named_elements, equal_to(expected, equals_fn=lambda a, b: a == b), label="Good")
         errors = read.failed | beam.Map(lambda record: record.error).with_output_types(str)
         assert_that(errors, equal_to(["InvalidAnnouncement", "DetectorMissing"]), label="Failed")
+
+
+class _Tracker(_PositionTracker):
+    """Notes for how long the source lets the rest wait."""
+
+    pause_s = 0.0
+
+    def defer_remainder(self, pause: Duration) -> None:
+        self.pause_s = pause.micros / 1e6
+
+
+class _Watermark:
+    def current_watermark(self) -> Timestamp | None:
+        return None
+
+    def set_watermark(self, timestamp: Timestamp) -> None: ...
+
+
+def _taken_up(source: _ReadAnnouncementsFn, position: StreamPosition) -> tuple[StreamPosition, int, float]:
+    """One call of the source: where it came to, how much it put out, how long it wants to rest."""
+    tracker = _Tracker(position)
+    outputs = list(source.process(b"", tracker, _Watermark()))
+    return tracker.current_restriction(), len(outputs), tracker.pause_s
+
+
+def test_a_source_whose_pause_is_cut_to_whole_seconds_makes_longer_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that event time gets through on a job server of another make, which takes 0.2 s for none and 2.5 s for 2."""
+    now_s = 100.0
+    clock = SimpleNamespace(time=time.time, monotonic=lambda: now_s)
+    monkeypatch.setattr(visit_stream, "time", clock)
+
+    class _Log(_ListLog):
+        def read(self, offset: int, timeout_s: float) -> LoggedMessage | None:
+            nonlocal now_s
+            now_s += 0.0 if offset < len(self.messages) else timeout_s
+            return super().read(offset, 0.0)
+
+    first, second = _messages(_visit(1, n_detectors=1), _visit(2, n_detectors=1))
+    source = _ReadAnnouncementsFn(VisitStream(_Log((first,)), str(tmp_path)), (), rests=False)
+    position, n_outputs, pause_s = _taken_up(source, StreamPosition())
+    assert (position.offset, n_outputs > 0, pause_s) == (1, True, visit_stream._PAUSE_S)
+    now_s += pause_s
+    position, _, pause_s = _taken_up(source, position)
+    assert pause_s == visit_stream._PAUSE_S  # it was kept
+    source.visits = replace(source.visits, log=_Log((first, second)))
+    position, n_outputs, pause_s = _taken_up(source, position)  # at once
+    assert (position.offset, n_outputs, pause_s) == (1, 0, visit_stream._WHOLE_SECONDS_PAUSE_S)
+    now_s += 2.0
+    position, n_outputs, pause_s = _taken_up(source, position)
+    assert (position.offset, n_outputs > 0, pause_s) == (2, True, visit_stream._WHOLE_SECONDS_PAUSE_S)
+
+
+def test_a_source_that_is_started_again_tells_event_time_before_it_reads(tmp_path: Path) -> None:
+    log = _ListLog(_messages(_visit(1), _visit(2)))
+    _, _, position = _read(VisitStream(log, str(tmp_path)), StreamPosition(0, None), turns=1)
+    source = _ReadAnnouncementsFn(VisitStream(_ListLog((*log.messages, b"more")), str(tmp_path)), (), rests=False)
+    again, n_outputs, pause_s = _taken_up(source, position)
+    assert (again.offset, n_outputs, pause_s) == (6, 0, visit_stream._PAUSE_S)
 
 
 def test_position_comes_back_from_its_bytes(tmp_path: Path) -> None:
