@@ -103,7 +103,7 @@ live: setup ## a night as it happens on Kafka and Flink, a visit every CADENCE=1
 	  --known-objects $$night --out $$out || exit 1; \
 	$(BIN)/nightstream announce $$night --bootstrap $(KAFKA) --topic visits-$$run --cadence $(CADENCE) --quiet & \
 	telescope=$$!; \
-	$(BIN)/nightstream flink watch $$out --visits $$(wc -l < $$night/visits.jsonl)
+	$(BIN)/nightstream flink watch $$out --visits $$(wc -l < $$night/visits.jsonl) --patience 180
 
 cluster-test: setup ## the tests on a Kafka broker and a Flink cluster of their own; about 4 minutes
 	$(BIN)/python -m pytest -m cluster

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -205,16 +206,23 @@ def close(out: Path, as_json: bool) -> None:
 @flink.command()
 @_OUT
 @click.option("--visits", "n_visits", type=click.IntRange(min=1), required=True, help="Stop when so many are done.")
-def watch(out: Path, n_visits: int) -> None:
+@click.option(
+    "--patience",
+    "patience_s",
+    type=click.FloatRange(min=0, min_open=True),
+    default=math.inf,
+    help="Seconds after which to stop when nothing is announced and nothing gets through; for ever by default.",
+)
+def watch(out: Path, n_visits: int, patience_s: float) -> None:
     """Show visits as the job that writes to OUT gets through with them, and how late their alerts are.
 
-    Ends when --visits of them are in the ledger, with exit code 1 if the job ends before. Ctrl-C ends the watching
-    only.
+    Ends when --visits of them are in the ledger, with exit code 1 if the job ends before, or at the end of --patience.
+    Ctrl-C ends the watching only.
     """
     from runners.watching import watch as watch_job
 
     with _live_job(out) as job:
-        watch_job(job, n_visits)
+        watch_job(job, n_visits, patience_s)
 
 
 def status_lines(told: dict[str, Any]) -> Iterator[str]:

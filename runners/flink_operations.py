@@ -20,6 +20,7 @@ from urllib.parse import quote
 from runners.cluster.flink import ENDED, job_manager, overview, rest
 from runners.cluster.processes import running_pid
 from runners.cluster.settings import ClusterError, ClusterSettings, FlinkClusterSettings, load_cluster_settings
+from runners.ledger import ledger_files, read_record
 from runners.live_health import announced_so_far, event_time_lag, problems, source_lag
 
 if TYPE_CHECKING:
@@ -311,16 +312,11 @@ def ledger_figures(out: Path) -> dict[str, Any]:
     """Visits, alerts and failures in the ledger so far, and how late alerts were (`transforms.latency`)."""
     from transforms.latency import night_latency
 
-    records = []
-    for path in (out / "ledger").glob("[0-9]*.json"):
-        try:
-            records.append(json.loads(path.read_text("utf-8")))
-        except (OSError, ValueError):
-            continue  # being replaced right now
+    records = [record for path in ledger_files(out) if (record := read_record(path)) is not None]
     return {
         "visits": len(records),
-        "alerts": sum(record["alerts"] for record in records),
-        "failures": sum(record["failures"] for record in records),
+        "alerts": sum(record.get("alerts") or 0 for record in records),
+        "failures": sum(record.get("failures") or 0 for record in records),
         "latency": night_latency(records),
     }
 

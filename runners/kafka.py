@@ -455,12 +455,34 @@ class KafkaMessageLog:
             raise TopicError(f"topic {self.topic} has messages on several partitions: announce on the first")
         return int(ends[0])
 
+    def first_since(self, written_at: float) -> int | None:
+        """Offset of the first message written at this UNIX time or later; None if there is none.
+
+        Raises
+        ------
+        KafkaUnreachableError
+            Nobody answers.
+        """
+        from confluent_kafka import KafkaException, TopicPartition
+
+        consumer = _asking_consumer(self.bootstrap, self.login)
+        try:
+            (found,) = consumer.offsets_for_times([TopicPartition(self.topic, 0, round(1000 * written_at))], timeout=10)
+        except KafkaException as error:
+            raise KafkaUnreachableError(f"topic {self.topic} of {self.bootstrap}: {error.args[0].str()}") from error
+        return found.offset if found.offset >= 0 else None
+
     def append(self, messages: Iterable[bytes]) -> None:
         """Add messages and return when Kafka has them; DeliveryError where it takes none."""
+        from confluent_kafka import KafkaException
+
         producer = _log_producer(self.bootstrap, self.login)
         errors: list[Any] = []
         for message in messages:
-            producer.produce(self.topic, message, partition=0, on_delivery=lambda error, _: errors.append(error))
+            try:
+                producer.produce(self.topic, message, partition=0, on_delivery=lambda error, _: errors.append(error))
+            except (KafkaException, BufferError) as error:  # too large, or the queue is full
+                errors.append(error)
         waiting = producer.flush(60.0)
         refused = [error for error in errors if error is not None]
         if waiting or refused:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -79,9 +80,12 @@ def note_command(folder: Path, message: str, *, job: str, out: Path) -> None:
 def bound_logs(folder: Path) -> None:
     """Move what is in a log that has become too large to `NAME.log.before`, and go on at its beginning.
 
-    Those who write must append. What is written between the two steps is lost.
+    Those who write must append. What is written between the two steps is lost; where there is no room for the copy,
+    all of it.
     """
     for path in folder.glob("*.log"):
-        if path.stat().st_size > LOG_BYTES:
-            shutil.copyfile(path, path.with_name(f"{path.name}.before"))
-            os.truncate(path, 0)
+        with contextlib.suppress(FileNotFoundError):  # its process was started again just now
+            if path.stat().st_size > LOG_BYTES:
+                with contextlib.suppress(OSError):
+                    shutil.copyfile(path, path.with_name(f"{path.name}.before"))
+                os.truncate(path, 0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from runners.summary import ledger_files
+from runners.ledger import ledger_files, read_record
 from transforms.latency import night_latency
 
 _POLL_S = 0.2
@@ -60,6 +59,7 @@ class VisitProgress:
         self._console = console or Console(stderr=True)
         self._seen: dict[Path, int] = {}
         self._records: dict[Path, dict[str, Any]] = {}
+        self._sums = self._summed()
         self._bar: Progress | None = None
         self._task = TaskID(0)
         self._done = threading.Event()
@@ -105,12 +105,12 @@ class VisitProgress:
         for path, modified_ns in sorted(self._modified().items()):
             if self._seen.get(path) == modified_ns:
                 continue
-            try:
-                record = json.loads(path.read_text(encoding="utf-8"))
-            except (OSError, ValueError):
+            record = read_record(path)
+            if record is None:
                 continue  # being replaced right now: it is there again at the next look
             self._seen[path] = modified_ns
             self._records[path] = record
+            self._sums = self._summed()
             self._show(record)
 
     def _show(self, record: dict[str, Any]) -> None:
@@ -132,12 +132,14 @@ class VisitProgress:
         self._console.print(Text(f"{line} ({len(self._records)}{of_all}{announced})"), soft_wrap=True)
 
     def _totals(self) -> str:
+        return self._sums if self._announced is None else f"{self._announced()} announced, {self._sums}"
+
+    def _summed(self) -> str:
         alerts = sum(record.get("alerts") or 0 for record in self._records.values())
         failures = sum(record.get("failures") or 0 for record in self._records.values())
-        told = [] if self._announced is None else [f"{self._announced()} announced"]
-        told += [f"{alerts:,} alerts", f"{failures:,} failures"]
+        told = f"{alerts:,} alerts, {failures:,} failures"
         latency = night_latency(self._records.values())
-        return ", ".join(told if latency is None else [*told, latency_text(latency)])
+        return told if latency is None else f"{told}, {latency_text(latency)}"
 
     def _modified(self) -> dict[Path, int]:
         found = {}

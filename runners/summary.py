@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from runners.ledger import ledger_files
 from transforms.latency import FIGURES, night_latency
 
 MATCH_RADIUS_ARCSEC = 1.0
@@ -180,11 +181,6 @@ def read_ledger(out: Path) -> list[dict[str, Any]]:
     """Ledger records, one a visit, in order of (midpoint, visit)."""
     records = [_parsed(path.read_text(encoding="utf-8"), str(path)) for path in ledger_files(out)]
     return sorted(records, key=lambda record: (record.get("midpoint_mjd_tai") or 0.0, record.get("visit") or 0))
-
-
-def ledger_files(out: Path) -> list[Path]:
-    """`OUT/ledger/<visit>.json`, in order of name; unfinished files are passed over."""
-    return sorted(path for path in (out / "ledger").glob("*.json") if path.name[0] not in "._")
 
 
 def read_failures(out: Path) -> list[dict[str, Any]]:

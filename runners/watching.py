@@ -2,30 +2,56 @@
 
 from __future__ import annotations
 
+import math
 import time
 
 from rich.console import Console
 
 from runners.cluster.flink import ENDED
+from runners.cluster.settings import ClusterError
 from runners.flink_operations import CLOSED, LOST, LiveJob, LiveJobError, state_of
 from runners.kafka import KafkaMessageLog
+from runners.ledger import ledger_files
 from runners.progress import VisitProgress
-from runners.summary import ledger_files
 from schemas.manifests import parse_announcement
 
 _LOOK_S = 0.5
+_FLINK_PATIENCE_S = 30.0
 
 
-def watch(job: LiveJob, n_visits: int, console: Console | None = None) -> None:
-    """Show visits until so many of them are in the ledger; LiveJobError if the job ends before."""
+def watch(job: LiveJob, n_visits: int, patience_s: float = math.inf, console: Console | None = None) -> None:
+    """Show visits until so many of them are in the ledger.
+
+    Raises
+    ------
+    LiveJobError
+        The job ends before, or for `patience_s` nothing is announced and no visit gets through.
+    ClusterError
+        Flink does not answer for `_FLINK_PATIENCE_S`.
+    """
     announced = _AnnouncedVisits(job)
+    moved_at = answered_at = time.monotonic()
+    before = (0, 0)
     with VisitProgress(job.out, n_visits, console=console, afresh=False, announced=announced.count):
-        while len(ledger_files(job.out)) < n_visits:
-            state = state_of(job)
+        while (done := len(ledger_files(job.out))) < n_visits:
+            try:
+                state: str | None = state_of(job)
+                answered_at = time.monotonic()
+            except ClusterError:  # busy, or standing still for a while
+                if time.monotonic() > answered_at + _FLINK_PATIENCE_S:
+                    raise
+                state = None
             # A job may have ended, and have written its last record before that, since the ledger was looked at.
             if state in (*ENDED, LOST, CLOSED) and (done := len(ledger_files(job.out))) < n_visits:
                 raise LiveJobError(f"the job is {state}, with {done} of {n_visits} visits in the ledger")
             announced.look()
+            if (announced.count(), done) != before:
+                before, moved_at = (announced.count(), done), time.monotonic()
+            elif time.monotonic() > moved_at + patience_s:
+                raise LiveJobError(
+                    f"nothing was announced and no visit got through for {patience_s:g} s: "
+                    f"{announced.count()} visits announced, {done} of {n_visits} in the ledger"
+                )
             time.sleep(_LOOK_S)
 
 

@@ -71,7 +71,7 @@ def night_latency(records: Iterable[dict[str, Any]]) -> dict[str, Any] | None:
     Of the alerts of a visit only some percentiles are in the ledger, so p50 and p99 of the night are upper bounds: no
     alert is taken for faster than it was.
     """
-    known = [record["latency"] for record in records if record.get("latency") is not None]
+    known = [record["latency"] for record in records if _is_whole(record.get("latency"))]
     if not known:
         return None
     alerts = np.array([one["alerts"] for one in known])
@@ -82,6 +82,11 @@ def night_latency(records: Iterable[dict[str, Any]]) -> dict[str, Any] | None:
         mean = np.average([one[name]["mean"] for one in known], weights=alerts)
         told[name] = {**_figures(values, weights), "mean": _rounded(mean)}
     return told
+
+
+def _is_whole(latency: Any) -> bool:
+    """Whether this is a block as `visit_latency` makes it; those of other versions may have other stages."""
+    return isinstance(latency, dict) and {"alerts", *FIGURES} <= latency.keys()
 
 
 def _figures(values: np.ndarray, weights: np.ndarray) -> dict[str, float]:

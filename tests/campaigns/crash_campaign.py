@@ -32,7 +32,7 @@ from dataclasses import dataclass, replace
 from itertools import count, islice
 from pathlib import Path
 
-from campaign import PATIENCE_S, Campaign, CampaignError, children
+from campaign import LOOK_S, PATIENCE_S, Campaign, CampaignError, children
 from stream_checker import check_streams, report_lines
 
 from pipelines.night_simulation import NightPreset, simulate_night
@@ -172,6 +172,7 @@ class CrashCampaign(Campaign):
                         log.append(announcements(visit)[:DETECTORS])
                         self.journal.write("announced", visit=visit.visit)
                         break
+                    time.sleep(LOOK_S)
                 if self.enough.wait(self.cadence_s):
                     return
         except BaseException as error:

@@ -9,11 +9,12 @@ import pytest
 
 from runners.flink_commands import status_lines
 from runners.kafka import EmbeddedKafka, KafkaMessageLog, KafkaUnreachableError
-from runners.live_health import Announced, announced_so_far, event_time_lag, problems, source_lag
+from runners.live_health import Announced, AnnouncedVisit, announced_so_far, event_time_lag, problems, source_lag
 from schemas.manifests import announcements, event_time_s, read_manifest
 
 MIDPOINT_S = 1_795_401_878.4
-ANNOUNCED = Announced(end=23, visit=4, event_time_s=MIDPOINT_S)
+NEWEST, OVERDUE = AnnouncedVisit(4, MIDPOINT_S), AnnouncedVisit(3, MIDPOINT_S - 37.0)
+ANNOUNCED = Announced(end=23, newest=NEWEST, due=17, overdue=OVERDUE)
 NEVER_MS = -9_223_372_036_854_775_808
 ENDED_MS = 9_223_372_036_854_775_807
 
@@ -62,14 +63,29 @@ def test_nothing_is_said_to_be_wrong_when_nothing_is() -> None:
         ({"state": "FAILED"}, "the job does not run: it is FAILED"),
         (
             {"restarts": 3, "last_failure": {"age_s": 40.0, "reason": "TimeoutException: Heartbeat"}},
-            "restarted 3 times, last 40 s ago: TimeoutException: Heartbeat",
+            "restarted 3 times, last failed 40 s ago: TimeoutException: Heartbeat",
+        ),
+        (
+            {"restarts": 0, "last_failure": {"age_s": 1.0, "reason": "TimeoutException: Heartbeat"}},
+            "failed 1 s ago: TimeoutException: Heartbeat",
         ),
         ({"checkpoint": None}, "no checkpoint for 900 s"),
         ({"checkpoint": {**_told()["checkpoint"], "age_s": 121.0}}, "no checkpoint for 121 s"),
         ({"checkpoint": {**_told()["checkpoint"], "failing": True}}, "the latest checkpoint failed"),
-        ({"source": {"offset": 9, "end": 23, "behind": 14, "error": None}}, "behind by 14 messages"),
         (
-            {"source": {"offset": 9, "end": None, "behind": None, "error": "no Kafka broker answered"}},
+            {"source": source_lag(ANNOUNCED, [_stage("source", source_offset=9)])},
+            "behind by 14 messages, 8 of them announced over 60 s ago",
+        ),
+        (
+            {
+                "source": {
+                    "offset": 9,
+                    "end": None,
+                    "behind": None,
+                    "overdue": None,
+                    "error": "no Kafka broker answered",
+                }
+            },
             "Kafka does not tell what was announced: no Kafka broker answered",
         ),
         ({"stages": [_stage("slow", held_up=0.9)]}, "held up 90% of the time by those behind it: slow"),
@@ -94,7 +110,7 @@ def test_a_job_that_was_lost_is_told_and_one_that_is_closed_is_no_problem() -> N
         {"restarts": 3, "last_failure": {"age_s": 3700.0, "reason": "long over"}},
         {"checkpoint": None, "uptime_s": 100.0},
         {"checkpoint": {**_told()["checkpoint"], "age_s": 119.0}},
-        {"source": {"offset": None, "end": 23, "behind": None, "error": None}},
+        {"source": {"offset": None, "end": 23, "behind": None, "overdue": None, "error": None}},
     ],
 )
 def test_what_is_over_or_not_known_yet_is_no_problem(change: dict[str, Any]) -> None:
@@ -119,27 +135,35 @@ def test_the_lag_of_event_time_is_that_of_the_slowest_stage_in_the_nights_clock(
     lag = event_time_lag(ANNOUNCED, stages)
     assert lag["behind_s"] == pytest.approx(72.0)
     assert (lag["slowest"], lag["newest_visit"], lag["has_begun"]) == ("slow", 4, True)
+    assert lag["overdue_visit"] == 3
     told = _told(event_time=lag)
-    assert told["problems"] == ["event time is 72 s short of visit 4, furthest behind: slow"]
+    assert told["problems"] == ["visit 3, announced over 60 s ago, is not through; furthest behind: slow"]
+    # A visit that was announced just now is on its way.
+    nearly = event_time_lag(ANNOUNCED, [_stage("fast", 1_795_401_880_000), _stage("slow", 1_795_401_843_400)])
+    assert (nearly["behind_s"], nearly["overdue_visit"]) == (pytest.approx(35.0), None)
+    assert _told(event_time=nearly)["problems"] == []
     assert event_time_lag(ANNOUNCED, stages[:2])["behind_s"] == 0.0
     not_begun = event_time_lag(ANNOUNCED, [*stages, _stage("new", NEVER_MS)])
     assert (not_begun["has_begun"], not_begun["behind_s"]) == (False, None)
-    assert _told(event_time=not_begun)["problems"] == [
-        "event time has not begun: visit 4 and those before it are not through"
-    ]
+    assert _told(event_time=not_begun)["problems"] == ["visit 3, announced over 60 s ago, is not through; nothing is"]
     assert event_time_lag(Announced(0), stages)["behind_s"] is None
 
 
-def test_the_end_of_the_topic_and_the_visit_announced_last(two_nights: Path) -> None:
+def test_the_end_of_the_topic_and_the_visits_announced_last(two_nights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     visit = read_manifest(two_nights).visits[0]
     with EmbeddedKafka() as kafka:
         options = {"bootstrap": kafka.bootstrap, "topic": "health", "kafka_config": None}
         log = KafkaMessageLog(kafka.bootstrap, "health")
         log.append([*announcements(visit), b"no announcement"])
-        at_s = event_time_s(visit.midpoint_mjd_tai)
-        assert announced_so_far(options) == Announced(len(visit.detectors) + 1, visit.visit, at_s)
+        newest = AnnouncedVisit(visit.visit, event_time_s(visit.midpoint_mjd_tai))
+        n_detectors = len(visit.detectors)
+        # This Kafka does not look for times: all of it is taken for old.
+        assert announced_so_far(options) == Announced(n_detectors + 1, newest, n_detectors + 1, newest)
+        monkeypatch.setattr(KafkaMessageLog, "first_since", lambda log, written_at: 1)
+        assert announced_so_far(options) == Announced(n_detectors + 1, newest, 1, newest)
+        monkeypatch.setattr(KafkaMessageLog, "first_since", lambda log, written_at: 0)
         log.append([b"no announcement"] * 5)
-        assert announced_so_far(options) == Announced(len(visit.detectors) + 6)
+        assert announced_so_far(options) == Announced(n_detectors + 6)
 
 
 def test_a_kafka_that_does_not_answer_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

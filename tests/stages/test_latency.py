@@ -72,7 +72,7 @@ def test_nothing_is_told_where_times_are_missing() -> None:
     assert visit_latency([detector], []) is None
     told = visit_latency([detector], [of_earlier_versions, batch])
     assert told is not None and told["alerts"] == 5
-    assert night_latency([{}, {"latency": None}]) is None
+    assert night_latency([{}, {"latency": None}, {"latency": {"alerts": 3, "total": {"p50": 1.0}}}]) is None
 
 
 def _random_visit(rng: np.random.Generator) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
