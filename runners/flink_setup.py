@@ -32,7 +32,7 @@ _MANIFEST_KEYS = {
     "flink_version": "Flink-Version",
     "runner_version": "Flink-Runner-Version",
     "job_service_version": "Job-Service-Version",
-    "residuals": "Nightstream-Residuals",
+    "own_classes": "Nightstream-Classes",
 }
 _POM_FOLDER = Path(str(resources.files("runners.config"))) / "flink"
 
@@ -53,18 +53,18 @@ class FlinkSetupError(RuntimeError):
 class JobServerVersions:
     """What a job-server jar is made of; empty text where the jar does not say.
 
-    `residuals`: digest of the class of ours that keeps what the source left undone; empty where Beam's own does.
+    `own_classes`: digest of the classes of ours in it; empty where there are none.
     """
 
     flink_version: str
     runner_version: str
     job_service_version: str
-    residuals: str = ""
+    own_classes: str = ""
 
     def __str__(self) -> str:
         return (
             f"Flink {self.flink_version or '(version unknown)'} with Beam runner {self.runner_version or 'unknown'}, "
-            f"job service {self.job_service_version or 'unknown'}, residuals {self.residuals or 'as Beam keeps them'}"
+            f"job service {self.job_service_version or 'unknown'}, classes of ours {self.own_classes or 'none'}"
         )
 
 
@@ -87,10 +87,12 @@ class FlinkSettings:
 
     @property
     def versions(self) -> JobServerVersions:
-        return JobServerVersions(self.flink_version, self.runner_version, self.job_service_version, _residuals_digest())
+        return JobServerVersions(
+            self.flink_version, self.runner_version, self.job_service_version, _own_classes_digest()
+        )
 
 
-def _residuals_digest() -> str:
+def _own_classes_digest() -> str:
     sources = sorted(one.read_bytes() for one in _POM_FOLDER.rglob("*.java"))
     return hashlib.sha256(b"".join(sources)).hexdigest()[:12]
 
@@ -202,7 +204,7 @@ def _assemble(jar: Path, versions: JobServerVersions, java: Path) -> None:
         f"-Dflink.version={versions.flink_version}",
         f"-Drunner.version={versions.runner_version}",
         f"-Djob.service.version={versions.job_service_version}",
-        f"-Dresiduals={versions.residuals}",
+        f"-Down.classes={versions.own_classes}",
         "package",
     )
     (work / "job-server.jar").replace(jar)

@@ -141,6 +141,7 @@ def flink_configuration(settings: FlinkClusterSettings, folder: Path, prometheus
         "state.backend.type": "rocksdb",
         "state.backend.incremental": True,
         "state.backend.rocksdb.log.dir": str(folder / "tmp"),
+        "state.backend.rocksdb.options-factory": "nightstream.BoundedManifests",  # in the job server's jar
         "state.checkpoints.dir": (folder / "checkpoints").as_uri(),
         "state.savepoints.dir": (folder / "savepoints").as_uri(),
         "state.checkpoints.num-retained": 2,
