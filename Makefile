@@ -108,11 +108,11 @@ live: setup ## a night as it happens on Kafka and Flink, a visit every CADENCE=1
 cluster-test: setup ## the tests on a Kafka broker and a Flink cluster of their own; about 4 minutes
 	$(BIN)/python -m pytest -m cluster
 
-crash-test: setup flink-setup ## 54 kills in a live night: nothing lost, nothing contradicted; 40 minutes
+crash-test: setup flink-setup ## 54 kills in a live night: nothing lost, nothing contradicted; half an hour
 	rm -rf $(NIGHTS)/crash-test
 	$(BIN)/python tests/campaigns/crash_campaign.py --kills 54 --folder $(NIGHTS)/crash-test
 
-crash-test-long: setup flink-setup ## the same with 204 kills; 2.5 hours
+crash-test-long: setup flink-setup ## the same with 204 kills; 1.5 to 2 hours
 	rm -rf $(NIGHTS)/crash-test
 	$(BIN)/python tests/campaigns/crash_campaign.py --kills 204 --folder $(NIGHTS)/crash-test
 
