@@ -37,6 +37,7 @@ from runners.summary import (
     text,
 )
 from schemas.manifests import Manifest, ManifestError, read_manifest
+from transforms.latency import FIGURES
 
 DOUBTFUL_RELIABILITY = 0.5
 N_CUTOUTS = 20
@@ -247,6 +248,7 @@ def write_report(out: Path, night: Path | None) -> Path:
         source=_source(out),
         given=input_facts(night, manifest),
         summary=summary,
+        latency_stages=FIGURES,
         spans=_spans(summary),
         visits=[_visit_row(record, out) for record in visits_listed(summary)],
         periods=periods(summary) if len(summary.visits) > MAX_VISITS_LISTED else None,
