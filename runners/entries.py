@@ -24,14 +24,13 @@ from transforms.association import STAGE as ASSOCIATION
 from transforms.association import read_archive
 from transforms.cell_state import LATEST_DAYS
 from transforms.delivery import Delivery
-from transforms.distribution import FULL_STREAM, BrokerConfig
+from transforms.distribution import FULL_STREAM, ZTF_TOPIC, BrokerConfig
 from transforms.failures import failure_of
 from transforms.ingestion import VisitList
 from transforms.sky_cells import CellKnowledge
 from transforms.solar_system import STAGE, EphemeridesError, element_table, read_ephemerides
 from transforms.visit_stream import VisitStream
 
-ZTF_TOPIC = "ztf-alerts"
 EPHEMERIDES = "ephemerides.parquet"
 ORBITS = ("orbits.parquet", "orbits.csv")  # the first there is
 

@@ -22,8 +22,8 @@ from runners.run_commands import (
     run_options,
     with_options,
 )
+from schemas.manifests import VISITS_TOPIC
 
-VISITS_TOPIC = "visits"
 _BOOTSTRAP = click.option("--bootstrap", required=True, metavar="HOST:PORT", help="The survey's Kafka broker.")
 _TOPIC = click.option(
     "--topic", default=VISITS_TOPIC, show_default=True, help="Topic of announcements; its first partition."

@@ -15,6 +15,7 @@ from datetime import date, timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
+VISITS_TOPIC = "visits"  # where visits are announced, unless asked otherwise
 BANDS = ("u", "g", "r", "i", "z", "y")
 MAX_VISIT = 2**63 - 1
 MAX_DETECTOR = 255

@@ -26,6 +26,7 @@ from transforms.sending import AlertSink, SendingFn
 
 STAGE = "distribution"
 FULL_STREAM = "full"
+ZTF_TOPIC = "ztf-alerts"  # of replayed packets of ZTF, on every full stream
 Encoding = Literal["rubin", "ocf", "fink", "json-thin"]
 # What Kafka counts of a message besides key and value: headers, lengths, the frame of its batch.
 _RECORD_BYTES = 1000

@@ -14,11 +14,11 @@ from itertools import permutations
 from typing import NamedTuple
 
 from runners.access.settings import KafkaAccess
+from schemas.manifests import VISITS_TOPIC
 from transforms.accounting import LEDGER_TOPIC
-from transforms.distribution import FULL_STREAM, BrokerConfig, BrokerLimits, topic_sizes
+from transforms.distribution import FULL_STREAM, ZTF_TOPIC, BrokerConfig, BrokerLimits, topic_sizes
 from transforms.failures import FAILURES_TOPIC
 
-VISITS_TOPIC = "visits"
 JOB_USER = "nightstream"
 TELESCOPE_USER = "telescope"
 # Users that others hold: a broker of that name would get their login.
@@ -133,6 +133,10 @@ def wanted(brokers: Iterable[BrokerConfig], access: KafkaAccess, nodes: int) -> 
     for broker in served:
         count = access.partitions if broker.stream == FULL_STREAM else access.filter_partitions
         topics[broker.kafka_topic] = _topic(count, access, sizes[broker.kafka_topic])
+    # Where precursor data are replayed, to whoever has a full stream.
+    full = [broker for broker in served if broker.stream == FULL_STREAM]
+    if full:
+        topics[ZTF_TOPIC] = _topic(access.partitions, access, max(sizes[broker.kafka_topic] for broker in full))
     alerts = [name for name in topics if name != VISITS_TOPIC]
     grants = {
         *(_on_topic(JOB_USER, name, operation) for name in alerts for operation in _WRITING),
@@ -146,6 +150,7 @@ def wanted(brokers: Iterable[BrokerConfig], access: KafkaAccess, nodes: int) -> 
     for broker in served:
         grants |= {_on_topic(broker.name, broker.kafka_topic, operation) for operation in _READING}
         grants.add(Grant(broker.name, "GROUP", "PREFIXED", broker.name, "ALL"))
+    grants |= {_on_topic(broker.name, ZTF_TOPIC, operation) for broker in full for operation in _READING}
     quotas = {
         broker.name: -(-broker.limits.bytes_per_second // min(nodes, topics[broker.kafka_topic].partitions))
         for broker in served

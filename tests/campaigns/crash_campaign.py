@@ -42,8 +42,7 @@ from runners.cluster.processes import is_alive, running_pid
 from runners.cluster.settings import ClusterError
 from runners.flink_operations import LOST, read_live_job, state_of
 from runners.kafka import DeliveryError, KafkaMessageLog
-from runners.live_commands import VISITS_TOPIC
-from schemas.manifests import DetectorImages, Visit, announcements, read_manifest, write_manifest
+from schemas.manifests import VISITS_TOPIC, DetectorImages, Visit, announcements, read_manifest, write_manifest
 
 TASK_MANAGER, JOB_MANAGER, WORKER, POOL, KAFKA, JOB_SERVER = VICTIMS = (
     "task manager",

@@ -37,8 +37,7 @@ from runners.cluster.processes import running_pid
 from runners.cluster.settings import ClusterError
 from runners.flink_operations import checkpoints, read_live_job
 from runners.kafka import DeliveryError, KafkaMessageLog
-from runners.live_commands import VISITS_TOPIC
-from schemas.manifests import Visit, announcements, read_manifest
+from schemas.manifests import VISITS_TOPIC, Visit, announcements, read_manifest
 
 SAMPLE_S = 10.0
 GROWTH = 0.10

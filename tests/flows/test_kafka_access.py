@@ -67,7 +67,10 @@ def test_topics_are_those_that_brokers_read_and_those_of_the_job_itself() -> Non
         "alert-failures": 1,
         "lsst": 45,
         "filter-demo-bright-new": 4,
+        "ztf-alerts": 45,
     }
+    assert topics["ztf-alerts"] == topics["lsst"]
+    assert "ztf-alerts" not in state((FILTERED, FILES)).topics
     assert topics["lsst"].config == {
         "retention.ms": str(7 * 24 * 3600 * 1000),
         "max.message.bytes": "2000000",
@@ -79,19 +82,25 @@ def test_topics_are_those_that_brokers_read_and_those_of_the_job_itself() -> Non
 def test_a_broker_reads_its_topic_with_groups_of_its_name_and_can_do_nothing_else() -> None:
     of_broker = {grant[1:] for grant in state().grants if grant.user == "antares"}
     assert of_broker == {
-        ("TOPIC", "LITERAL", "lsst", "READ"),
-        ("TOPIC", "LITERAL", "lsst", "DESCRIBE"),
-        ("TOPIC", "LITERAL", "lsst", "DESCRIBE_CONFIGS"),
+        *(
+            ("TOPIC", "LITERAL", topic, operation)
+            for topic in ("lsst", "ztf-alerts")
+            for operation in ("READ", "DESCRIBE", "DESCRIBE_CONFIGS")
+        ),
         ("GROUP", "PREFIXED", "antares", "ALL"),
     }
 
 
 def test_only_the_job_writes_alerts_and_only_the_telescope_visits() -> None:
     writers = {(grant.name, grant.user) for grant in state().grants if grant.operation == "WRITE"}
-    alerts = {"alert-ledger", "alert-failures", "lsst", "filter-demo-bright-new"}
+    alerts = {"alert-ledger", "alert-failures", "lsst", "filter-demo-bright-new", "ztf-alerts"}
     assert writers == {(name, "nightstream") for name in alerts} | {("visits", "telescope")}
     readers = {(grant.name, grant.user) for grant in state().grants if grant.operation == "READ"}
-    assert readers == {("lsst", "antares"), ("filter-demo-bright-new", "bright"), ("visits", "nightstream")}
+    assert readers == {
+        *(("lsst", "antares"), ("ztf-alerts", "antares")),
+        ("filter-demo-bright-new", "bright"),
+        ("visits", "nightstream"),
+    }
 
 
 def test_brokers_with_files_are_no_users() -> None:
