@@ -334,6 +334,8 @@ class KafkaAlertSink:
         try:
             waiting = self._producer.flush(deadline_s)
         except SystemError as error:  # of a callback that was entered with the client's own error pending
+            with contextlib.suppress(SystemError):
+                self._producer.poll(0)  # the broker's reason may wait behind it
             waiting, self._fatal = len(self._producer), True
             self._server_error = self._server_error or str(error.__cause__ or error)
         failed, first = self._failed, self._first_error
